@@ -1,0 +1,1 @@
+"""Hugging Face folders, Megatron checkpoints, conversion between them, and soups."""

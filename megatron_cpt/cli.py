@@ -1,0 +1,60 @@
+"""The one command, `megatron-cpt VERB ...`: a table of verbs, each a module in `megatron_cpt.verbs`.
+
+A verb module has `add_arguments(parser)` and `run(arguments) -> int | None`; its docstring's first line is
+the verb's help and the rest, with an example, its description. Only the chosen verb's module is imported, and
+verb modules import their library function inside `run`, so that `--help` stays instant and needs no torch.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+
+from megatron_cpt import __version__
+from megatron_cpt.errors import CptError
+from megatron_cpt.log import configure_logging
+
+VERBS = {
+    "show-config": "print the resolved configuration of a run, where each value comes from, or Megatron-LM flags",
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one verb and leave with its exit code: 0 done, 2 a mistake the user can mend, 130 interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog="megatron-cpt",
+        description="Continual pre-training on Megatron-Core.",
+        epilog="verbs:\n"
+        + "\n".join(f"  {verb:<20} {text}" for verb, text in VERBS.items())
+        + "\n\nmegatron-cpt VERB --help explains a verb and shows an example.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"megatron-cpt {__version__}")
+    parser.add_argument("verb", choices=list(VERBS), metavar="VERB", help="what to do")
+    arguments = parser.parse_args(argv[:1])
+    sys.exit(_run_verb(arguments.verb, argv[1:]))
+
+
+def _run_verb(verb: str, argv: list[str]) -> int:
+    module = importlib.import_module(f"megatron_cpt.verbs.{verb.replace('-', '_')}")
+    summary, _, description = (module.__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser(
+        prog=f"megatron-cpt {verb}",
+        description=f"{summary}\n{description}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    arguments = parser.parse_args(argv)
+    configure_logging()
+    try:
+        return module.run(arguments) or 0
+    except CptError as error:
+        sys.stderr.write(f"megatron-cpt {verb}: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write(f"megatron-cpt {verb}: interrupted\n")
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141

@@ -1,0 +1,1 @@
+"""Settings: schema, loading with origins, checks, and their Megatron-Core names; imports no torch."""

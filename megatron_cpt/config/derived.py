@@ -1,0 +1,69 @@
+"""Numbers that follow from the settings: iterations, samples, padded vocabulary, head sizes, data-parallel size."""
+
+import math
+
+from megatron_cpt.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainingConfig
+from megatron_cpt.errors import ConfigError
+
+
+def train_iters(training: TrainingConfig) -> int:
+    """Return the stage's iterations: stated, or rounded up from its samples or tokens.
+
+    `ceil(tokens / seq_length / global_batch_size)` as in LLM-jp's mid-training scripts, in integers.
+    """
+    if training.train_iters is not None:
+        return training.train_iters
+    if training.train_samples is not None:
+        return -(-training.train_samples // training.global_batch_size)
+    if training.train_tokens is not None:
+        return -(-training.train_tokens // (training.seq_length * training.global_batch_size))
+    raise ConfigError("training: no length. Set one of train_tokens, train_samples and train_iters.")
+
+
+def train_samples(training: TrainingConfig) -> int:
+    """Return the stage's samples: whole global batches."""
+    return train_iters(training) * training.global_batch_size
+
+
+def train_tokens(training: TrainingConfig) -> int:
+    """Return the tokens the stage really sees: its samples times seq_length."""
+    return train_samples(training) * training.seq_length
+
+
+def padded_vocab_size(model: ModelConfig) -> int:
+    """Return the rows of the embedding: vocab_size rounded up to make_vocab_size_divisible_by."""
+    multiple = model.make_vocab_size_divisible_by
+    return -(-model.vocab_size // multiple) * multiple
+
+
+def num_query_groups(model: ModelConfig) -> int:
+    """Return the key/value heads."""
+    return model.num_query_groups or model.num_attention_heads
+
+
+def kv_channels(model: ModelConfig) -> int:
+    """Return the dimension of one attention head."""
+    return model.kv_channels or model.hidden_size // model.num_attention_heads
+
+
+def model_parallel_size(parallel: ParallelConfig) -> int:
+    """Return the ranks that share one copy of the model: TP x PP x CP."""
+    return (
+        parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+    )
+
+
+def world_size(config: RunConfig) -> int:
+    """Return the ranks of a training job: nodes x ranks per node."""
+    return config.launch.nodes * config.launch.gpus_per_node
+
+
+def data_parallel_size(config: RunConfig) -> int:
+    """Return DP: the copies of the model in a training job."""
+    return max(world_size(config) // model_parallel_size(config.parallel), 1)
+
+
+def num_microbatches(config: RunConfig) -> int:
+    """Return the micro-batches of one rank in one iteration."""
+    training = config.training
+    return math.ceil(training.global_batch_size / (training.micro_batch_size * data_parallel_size(config)))

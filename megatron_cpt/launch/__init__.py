@@ -1,0 +1,1 @@
+"""Run directories, job scripts, submission, plans; imports no torch."""

@@ -1,0 +1,1 @@
+"""One module per command-line verb: arguments in, one library call out."""
