@@ -15,6 +15,8 @@ from megatron_cpt.errors import CptError
 from megatron_cpt.log import configure_logging
 
 VERBS = {
+    "tokenize": "turn documents into .bin/.idx token files, restartable, with a manifest beside each",
+    "data": "validate, repair, audit, trace, merge, deduplicate, sample and decontaminate documents",
     "show-config": "print the resolved configuration of a run, where each value comes from, or Megatron-LM flags",
 }
 
