@@ -1,0 +1,193 @@
+"""Token files: Megatron's `.bin/.idx` pair and the JSON manifest beside it, read and written without torch.
+
+`<prefix>.bin` holds every document's token ids one after the other. `<prefix>.idx` is
+
+    9 bytes   MMIDIDX NUL NUL          8 bytes   version, 1
+    1 byte    dtype code (8 uint16, 4 int32)
+    8 bytes   number of sequences s    8 bytes   number of document boundaries d + 1
+    s int32   tokens per sequence      s int64   byte offset of each sequence in .bin
+    d+1 int64 first sequence of each document, and s
+
+all little-endian. Documents have one sequence each here; files with several are read as well. Files equal what
+megatron-core's IndexedDatasetBuilder writes for the same ids, byte for byte.
+
+Source: NVIDIA/Megatron-LM, megatron/core/datasets/indexed_dataset.py, core_v0.19.
+"""
+
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_cpt.errors import DataError
+from megatron_cpt.files import read_json, whole_file
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQQ")
+MAX_UINT16_VOCABULARY = 65500
+_DTYPES = {
+    1: np.uint8,
+    2: np.int8,
+    3: np.int16,
+    4: np.int32,
+    5: np.int64,
+    6: np.float64,
+    7: np.float32,
+    8: np.uint16,
+}
+_CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardIndex:
+    """The index of one `.bin` file; the arrays are memory maps of the `.idx` file."""
+
+    prefix: Path
+    num_documents: int
+    num_tokens: int
+    dtype: np.dtype
+    sequence_lengths: np.ndarray
+    """Tokens of each sequence, int32 [sequences]."""
+    document_indices: np.ndarray
+    """First sequence of each document, then the number of sequences, int64 [documents + 1]."""
+    sequence_pointers: np.ndarray
+    """Byte offset of each sequence in the `.bin` file, int64 [sequences]."""
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """Return the type of a token on disk: uint16 for vocabularies below 65,500, else int32."""
+    return np.dtype(np.uint16 if vocab_size < MAX_UINT16_VOCABULARY else np.int32)
+
+
+def bin_path(prefix: Path) -> Path:
+    """Return `<prefix>.bin`; dots in the prefix's name stay."""
+    return prefix.with_name(prefix.name + ".bin")
+
+
+def idx_path(prefix: Path) -> Path:
+    """Return `<prefix>.idx`."""
+    return prefix.with_name(prefix.name + ".idx")
+
+
+def manifest_path(prefix: Path) -> Path:
+    """Return `<prefix>.json`."""
+    return prefix.with_name(prefix.name + ".json")
+
+
+def write_index(
+    path: Path, dtype: np.dtype, sequence_lengths: np.ndarray, document_indices: np.ndarray | None = None
+) -> None:
+    """Write an `.idx` file, whole or not at all.
+
+    `document_indices` ([documents + 1]) defaults to one sequence per document.
+    """
+    lengths = np.ascontiguousarray(sequence_lengths, dtype="<i4")
+    pointers = np.zeros(len(lengths), dtype="<i8")
+    if len(lengths):
+        np.cumsum(lengths[:-1], dtype="<i8", out=pointers[1:])
+        pointers *= dtype.itemsize
+    if document_indices is None:
+        document_indices = np.arange(len(lengths) + 1, dtype="<i8")
+    with whole_file(path, "wb") as file:
+        file.write(HEADER.pack(MAGIC, VERSION, _CODES[np.dtype(dtype)], len(lengths), len(document_indices)))
+        for array in (lengths, pointers, document_indices.astype("<i8", copy=False)):
+            file.write(memoryview(array).cast("B") if len(array) else b"")
+
+
+def read_index(prefix: Path) -> ShardIndex:
+    """Return the memory-mapped index of `<prefix>.idx`, after checking that `<prefix>.bin` has the size it says.
+
+    Raises: DataError when either file is missing, damaged, truncated, or does not fit the other.
+    """
+    path = idx_path(prefix)
+    dtype, num_sequences, num_boundaries = _read_header(path)
+    offset = HEADER.size
+    expected = offset + 12 * num_sequences + 8 * num_boundaries
+    found = path.stat().st_size
+    if found not in (expected, expected + num_sequences):
+        raise _damaged(path, f"holds {found:,} bytes; its header promises {expected:,}")
+    mapped = np.memmap(path, mode="r", dtype=np.uint8)
+    lengths = mapped[offset : offset + 4 * num_sequences].view("<i4")
+    pointers = mapped[offset + 4 * num_sequences : offset + 12 * num_sequences].view("<i8")
+    documents = mapped[offset + 12 * num_sequences : expected].view("<i8")
+    num_tokens = int(lengths.sum(dtype=np.int64))
+    if num_sequences and (lengths.min() < 0 or pointers[0] != 0):
+        raise _damaged(path, "holds negative lengths or offsets")
+    if documents[0] != 0 or documents[-1] != num_sequences:
+        raise _damaged(path, f"its documents end at sequence {documents[-1]:,} of {num_sequences:,}")
+    _check_bin_size(prefix, num_tokens * dtype.itemsize)
+    return ShardIndex(
+        prefix=prefix,
+        num_documents=num_boundaries - 1,
+        num_tokens=num_tokens,
+        dtype=dtype,
+        sequence_lengths=lengths,
+        document_indices=documents,
+        sequence_pointers=pointers,
+    )
+
+
+def read_tokens(index: ShardIndex) -> np.ndarray:
+    """Return the memory-mapped token ids of a shard, [tokens]."""
+    if index.num_tokens == 0:
+        return np.empty(0, dtype=index.dtype)
+    return np.memmap(bin_path(index.prefix), mode="r", dtype=index.dtype)
+
+
+def document_bounds(index: ShardIndex) -> np.ndarray:
+    """Return where each document starts in the tokens, and their end, int64 [documents + 1]."""
+    starts = np.zeros(len(index.sequence_lengths) + 1, dtype=np.int64)
+    np.cumsum(index.sequence_lengths, dtype=np.int64, out=starts[1:])
+    return starts[index.document_indices]
+
+
+def read_shard_manifest(prefix: Path) -> dict[str, Any]:
+    """Return the manifest beside a shard: documents, tokens, bytes, tokenizer, sources, options.
+
+    Raises: DataError when it is missing or not ours.
+    """
+    path = manifest_path(prefix)
+    manifest = read_json(path, DataError)
+    if not isinstance(manifest, dict) or not {"documents", "tokens", "tokenizer"} <= manifest.keys():
+        raise DataError(f"{path}: is not a shard manifest. `megatron-cpt tokenize` writes one beside each shard.")
+    return manifest
+
+
+def _read_header(path: Path) -> tuple[np.dtype, int, int]:
+    try:
+        with path.open("rb") as file:
+            header = file.read(HEADER.size)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file. A shard is a pair of .bin and .idx.") from None
+    if len(header) < HEADER.size:
+        raise _damaged(path, f"ends after {len(header)} bytes, within its header")
+    magic, version, code, num_sequences, num_boundaries = HEADER.unpack(header)
+    if magic != MAGIC:
+        raise _damaged(path, f"starts with {magic!r}, not {MAGIC!r}")
+    if version != VERSION:
+        raise _damaged(path, f"has version {version}, not {VERSION}")
+    if code not in _DTYPES:
+        raise _damaged(path, f"has the unknown dtype code {code}")
+    if num_boundaries < 1:
+        raise _damaged(path, "has no document boundaries")
+    return np.dtype(_DTYPES[code]), num_sequences, num_boundaries
+
+
+def _check_bin_size(prefix: Path, expected: int) -> None:
+    path = bin_path(prefix)
+    try:
+        found = path.stat().st_size
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file. A shard is a pair of .bin and .idx.") from None
+    if found != expected:
+        raise DataError(
+            f"{path}: holds {found:,} bytes; its index promises {expected:,}. "
+            "The shard is incomplete or damaged. Tokenize it again."
+        )
+
+
+def _damaged(path: Path, found: str) -> DataError:
+    return DataError(f"{path}: {found}. The index is damaged or no .idx file. Tokenize the shard again.")
