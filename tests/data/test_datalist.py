@@ -1,0 +1,144 @@
+"""Data lists in every format keep their numbers and name the line that is wrong."""
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_cpt.data.datalist import (
+    FORMATS,
+    DataEntry,
+    detect_format,
+    parse_data_list,
+    read_data_list,
+    render_data_list,
+    write_data_list,
+)
+from megatron_cpt.errors import DataError
+
+_PREFIXES = st.from_regex(r"[a-z./_][a-zA-Z0-9./_-]{0,20}", fullmatch=True).filter(
+    lambda text: not text.startswith("-")
+)
+_CORPORA = st.from_regex(r"[a-z][a-z0-9_]{0,8}", fullmatch=True)
+_TOKENS = st.integers(1, 10**15)
+_WEIGHTS = st.floats(1e-300, 1e12, allow_nan=False)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_is_recognised_by_its_content_and_reads_its_own_sample(name):
+    assert detect_format(FORMATS[name].sample) == name
+    assert parse_data_list(FORMATS[name].sample)[0].prefix == "data/en_text_document"
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@given(rows=st.lists(st.tuples(_TOKENS, _PREFIXES, _CORPORA), min_size=1, max_size=5))
+def test_token_counts_survive_every_format_to_the_last_digit(name, rows):
+    entries = [DataEntry(tokens=tokens, prefix=prefix, corpus=corpus) for tokens, prefix, corpus in rows]
+    text = render_data_list(entries, name)
+    found = parse_data_list(text)
+    assert [(entry.amount, entry.prefix) for entry in found] == [(entry.amount, entry.prefix) for entry in entries]
+    if name in ("yaml", "csv", "blendcorpus"):
+        assert [entry.corpus for entry in found] == [entry.corpus for entry in entries]
+    assert render_data_list(found, name) == text if name not in ("csv",) else True
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@given(rows=st.lists(st.tuples(_WEIGHTS, _PREFIXES), min_size=1, max_size=5))
+def test_weights_survive_every_format_as_the_same_double(name, rows):
+    entries = [DataEntry(weight=Fraction(weight), prefix=prefix, corpus="c") for weight, prefix in rows]
+    found = parse_data_list(render_data_list(entries, name))
+    assert [float(entry.amount) for entry in found] == [weight for weight, _ in rows]
+
+
+def test_a_list_without_weights_stays_without_weights():
+    entries = parse_data_list("a_text_document b_text_document\n")
+    assert [entry.amount for entry in entries] == [None, None]
+    assert parse_data_list(render_data_list(entries, "megatron")) == entries
+    with pytest.raises(DataError, match="neither tokens nor weight"):
+        render_data_list(entries, "llm-jp")
+
+
+def test_a_list_written_to_disk_reads_back_equal(tmp_path):
+    entries = [DataEntry(tokens=7, prefix="with space/a", corpus="x"), DataEntry(tokens=2**53 + 1, prefix='q"b')]
+    write_data_list(tmp_path / "list.yaml", entries)
+    assert read_data_list(tmp_path / "list.yaml") == entries
+
+
+def test_white_space_in_a_path_is_refused_by_formats_that_would_tear_it():
+    entries = [DataEntry(tokens=7, prefix="with space/a", corpus="x")]
+    assert parse_data_list(render_data_list(entries, "llm-jp"))[0].prefix == "with space/a"
+    for name in ("blendcorpus", "weights", "megatron", "json"):
+        with pytest.raises(DataError, match="white space"):
+            render_data_list(entries, name)
+
+
+def test_the_shell_lists_that_llm_jp_writes_are_read_without_a_shell():
+    text = """# v4 data
+function calc() {
+    repeat=$1; shift
+}
+ROOT="/data/v4"
+export TRAIN_DATA_PATH=(
+    # code
+    $(calc 8 106882005818 ${ROOT}/code_text_document)
+    #$(calc 8 5 ${ROOT}/off_text_document)
+    $(calc 0 5 ${ROOT}/zero_text_document)
+    51572633747 "$ROOT/en_text_document"  # a comment
+    9.24274e+09 rounded_by_awk
+)
+"""
+    assert parse_data_list(text) == [
+        DataEntry(tokens=855056046544, prefix="/data/v4/code_text_document"),
+        DataEntry(tokens=51572633747, prefix="/data/v4/en_text_document"),
+        DataEntry(tokens=9242740000, prefix="rounded_by_awk"),
+    ]
+
+
+def test_fractions_in_a_shell_list_are_weights():
+    entries = parse_data_list("export TRAIN_DATA_PATH=(\n 0.25 a\n 0.75 b\n)\n")
+    assert [entry.weight for entry in entries] == [Fraction(1, 4), Fraction(3, 4)]
+
+
+def test_a_split_of_a_json_file_is_chosen_by_name(tmp_path):
+    path = tmp_path / "list.json"
+    path.write_text('{"train": ["1", "a"], "valid": ["2", "b"], "test": null}')
+    assert read_data_list(path, "valid")[0].prefix == "b"
+    with pytest.raises(DataError, match="no list under 'test'"):
+        read_data_list(path, "test")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no entry"),
+        ("# only a comment\n", "no entry"),
+        ("0.5 a en\n\n0.5 b\n", "line.txt:3: 2 columns"),
+        ("0.5 a en\nx b en\n", "line.txt:2: 'x' is not a number"),
+        ("0.000000 a en\n", "line.txt:1: 0.000000 is not positive"),
+        ("-1 a\n", "line.txt:1: -1 is not positive"),
+        ("0.3 a 0.7\n", "weight '0.7' has no prefix"),
+        ("0.3 a b c\n", "argument 3 is 'b'"),
+        ("--data-path 0.3 a b 0.7\n", "argument 3 is 'b'"),
+        ("0.3 a b 0.7 c\n", "argument 3 is 'b'"),
+        ("export X=(\n 5 a\n", "no closing"),
+        ("export X=(\n 5 a 6\n)\n", "line.txt:2: '6' is left over"),
+        ("export X=(\n 5 ${NOT_SET_ANYWHERE}/a\n)\n", "line.txt:2: ${NOT_SET_ANYWHERE} is not set"),
+        ("export X=(\n $(cat tokens) a\n)\n", "line.txt:2: .*runs a command"),
+        ("export X=(\n 5 a\n)\nexport Y=(\n 5 b\n)\n", "line.txt:4: a second array"),
+        ('{"train": [', "line.txt:1: not valid JSON"),
+        ("- {tokens: 1.5, prefix: a}\n", "entry 1: tokens is 1.5"),
+        ("- {tokens: 1}\n", "entry 1: no prefix"),
+        ("- a\n", "not a list of mappings"),
+        ("en,a\n", "2 columns and no header"),
+        ("tokens,prefix\n1,a\n2,b,c\n", "line.txt:3: 3 columns"),
+    ],
+)
+def test_a_damaged_list_names_its_file_and_line(text, message):
+    with pytest.raises(DataError, match=message.replace("$", r"\$").replace("{", r"\{").replace("}", r"\}")):
+        parse_data_list(text, "line.txt")
+
+
+def test_a_weight_that_would_round_away_is_refused():
+    with pytest.raises(DataError, match="rounds away"):
+        render_data_list([DataEntry(weight=Fraction(1, 10**400), prefix="a")], "weights")
