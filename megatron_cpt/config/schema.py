@@ -278,6 +278,8 @@ class CheckpointConfig:
     """Write checkpoints while training continues."""
     verify_on_load: Literal["full", "size"] = "full"
     """Check every file's hash, or its size only, before a checkpoint is loaded."""
+    accept_changes: bool = False
+    """Continue a run although settings that change its results differ from its last checkpoint's."""
 
 
 @dataclass(frozen=True, kw_only=True)

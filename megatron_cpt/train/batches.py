@@ -1,0 +1,179 @@
+"""Training and validation samples from megatron-core's GPT datasets, as micro-batches for one rank.
+
+The samples of iteration i are `[i x global_batch_size, (i + 1) x global_batch_size)` of the stage's order whatever
+the layout, so a run continues exactly under another data-parallel size or micro-batch. Every rank reads its own
+samples from the memory-mapped files: ranks of one node share them in the page cache, and nothing is broadcast.
+"""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from torch import Tensor
+
+from megatron_cpt.config.derived import train_samples
+from megatron_cpt.config.megatron import megatron_arguments
+from megatron_cpt.config.schema import RunConfig
+from megatron_cpt.data.datalist import DataEntry
+from megatron_cpt.errors import DataError
+from megatron_cpt.train import cpu
+from megatron_cpt.train.attention import context_parallel_chunks
+
+
+@dataclass
+class Batch:
+    """One micro-batch of this rank; s is the sequence length over the context-parallel size."""
+
+    tokens: Tensor
+    """`[b, s]` int64."""
+    labels: Tensor
+    """`[b, s]` int64, the next token of each position."""
+    loss_mask: Tensor
+    """`[b, s]` float32, 0 where a prediction does not count."""
+    position_ids: Tensor
+    """`[b, s]` int64."""
+    attention_mask: Tensor | None
+    """`[b, 1, s, s x cp]` bool, True where a query may see a key; None for plain causal attention."""
+    dataset_ids: Tensor
+    """`[b]` int64: which entry of the data list each sample came from."""
+
+
+class DatasetTokenizer:
+    """What GPTDataset asks of a tokenizer: the end-of-document id, the vocabulary, and a name for its cache keys."""
+
+    def __init__(self, eod_id: int, vocab_size: int, identity: dict[str, Any] | None):
+        self.eod = eod_id
+        self.vocab_size: int | None = None  # the type of the ids is read from each index, not guessed from this
+        self.unique_identifiers = {"eod": eod_id, "vocab_size": vocab_size, "hash": (identity or {}).get("hash")}
+
+
+def build_train_dataset(
+    config: RunConfig, entries: Sequence[DataEntry], tokenizer: DatasetTokenizer, cache: Path
+) -> torch.utils.data.Dataset:
+    """Return the stage's samples in training order: the entries blended in proportion to their tokens.
+
+    Index caches are written by rank 0 into `cache` and read by the others.
+    """
+    weights = [float(entry.tokens) for entry in entries]  # type: ignore[arg-type]
+    dataset_config = _dataset_config(config, tokenizer, cache, blend=([entry.prefix for entry in entries], weights))
+    (dataset, *_) = _build(dataset_config, [train_samples(config.training), 0, 0])
+    if dataset is None or len(dataset) < train_samples(config.training):
+        found = 0 if dataset is None else len(dataset)
+        raise DataError(f"data: the blend gives {found} samples, {train_samples(config.training)} are needed.")
+    return dataset
+
+
+def build_validation_dataset(
+    config: RunConfig, prefixes: Sequence[str], tokenizer: DatasetTokenizer, cache: Path
+) -> torch.utils.data.Dataset:
+    """Return one epoch of a corpus's held-out samples, in a fixed order that no training setting moves."""
+    fixed = dataclasses.replace(config, training=dataclasses.replace(config.training, seed=0))
+    dataset_config = _dataset_config(fixed, tokenizer, cache, blend_per_split=[None, (list(prefixes), None), None])
+    (_, dataset, _) = _build(dataset_config, [0, None, 0])
+    return dataset
+
+
+def _dataset_config(config: RunConfig, tokenizer: DatasetTokenizer, cache: Path, **blend: Any) -> GPTDatasetConfig:
+    arguments = megatron_arguments(config, "GPTDatasetConfig") | {
+        # masks come from attention_mask() below, once per micro-batch instead of [s, s] per sample
+        "reset_position_ids": False,
+        "reset_attention_mask": False,
+        "create_attention_mask": False,
+        "split": None if "blend_per_split" in blend else "1,0,0",
+        "path_to_cache": os.fspath(cache),
+        "mid_level_dataset_surplus": 0.005,
+        "tokenizer": tokenizer,
+    }
+    return GPTDatasetConfig(**arguments, **blend)
+
+
+def _build(dataset_config: GPTDatasetConfig, sizes: list[int | None]) -> list[Any]:
+    builder = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, dataset_config)
+    return builder.build()
+
+
+def microbatches(
+    dataset: Any, first_sample: int, num_samples: int, config: RunConfig, eod_id: int, *, pad: bool = False
+) -> list[Batch]:
+    """Return this rank's micro-batches of the samples `[first_sample, first_sample + num_samples)`.
+
+    With `pad`, samples past the dataset's end (a validation set that is no multiple of the batch) repeat its first
+    with an empty loss mask; the ranks stay in step and nothing is counted twice.
+    """
+    size = config.training.micro_batch_size
+    dp_rank, dp_size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    batches = []
+    for start in range(first_sample + dp_rank * size, first_sample + num_samples, size * dp_size):
+        indices = range(start, start + size)
+        samples = [dataset[index if not pad or index < len(dataset) else 0] for index in indices]
+        is_real = [not pad or index < len(dataset) for index in indices]
+        batches.append(_batch(samples, is_real, config, eod_id))
+    return batches
+
+
+def _batch(samples: list[dict[str, Any]], is_real: list[bool], config: RunConfig, eod_id: int) -> Batch:
+    stacked = {
+        name: torch.stack([sample[name] for sample in samples])
+        for name in ("tokens", "labels", "loss_mask", "position_ids")
+    }
+    stacked["loss_mask"] = stacked["loss_mask"] * torch.tensor(is_real, dtype=torch.float32).unsqueeze(1)
+    positions = context_parallel_positions(stacked["tokens"].shape[1])
+    mask = attention_mask(
+        stacked["tokens"],
+        eod_id=eod_id if config.data.reset_attention_mask else None,
+        window_size=config.model.window_size,
+        positions=positions,
+    )
+    if positions is not None:
+        stacked = {name: tensor[:, positions].contiguous() for name, tensor in stacked.items()}
+    ids = torch.tensor([int(sample.get("dataset_id", 0)) for sample in samples])
+    batch = Batch(**stacked, attention_mask=mask, dataset_ids=ids)
+    if not cpu.is_cpu():
+        for field in dataclasses.fields(batch):
+            tensor = getattr(batch, field.name)
+            if tensor is not None and field.name != "dataset_ids":
+                setattr(batch, field.name, tensor.pin_memory().cuda(non_blocking=True))
+    return batch
+
+
+def context_parallel_positions(seq_length: int) -> Tensor | None:
+    """Return the positions of the sequence that this rank works on, None when it works on all of them."""
+    size = parallel_state.get_context_parallel_world_size()
+    if size == 1:
+        return None
+    chunks = torch.arange(seq_length).chunk(2 * size)
+    first, second = context_parallel_chunks(parallel_state.get_context_parallel_rank(), size)
+    return torch.cat([chunks[first], chunks[second]])
+
+
+def attention_mask(
+    tokens: Tensor, *, eod_id: int | None, window_size: int | None = None, positions: Tensor | None = None
+) -> Tensor | None:
+    """Return who may see whom, `[b, 1, queries, s]` bool, for token ids `[b, s]`; None when plain causal is meant.
+
+    With `eod_id`, documents are isolated: one ends with its end-of-document token, and no query sees a key of an
+    earlier document. Rotary positions are relative, so isolation alone makes a document's logits those it has alone.
+    `positions` restricts the queries to this context-parallel rank's; then plain causal needs a mask as well.
+    """
+    is_isolated = eod_id is not None and bool((tokens[:, :-1] == eod_id).any())
+    if not is_isolated and window_size is None and positions is None:
+        return None
+    keys = torch.arange(tokens.shape[1], device=tokens.device)
+    queries = keys if positions is None else positions
+    distance = queries.unsqueeze(1) - keys.unsqueeze(0)
+    allowed = distance >= 0
+    if window_size is not None:
+        allowed = allowed & (distance < window_size)
+    allowed = allowed.unsqueeze(0)
+    if is_isolated:
+        ends = (tokens == eod_id).long()
+        documents = ends.cumsum(1) - ends  # the end-of-document token belongs to the document it ends
+        allowed = allowed & (documents[:, queries].unsqueeze(2) == documents.unsqueeze(1))
+    return allowed.unsqueeze(1).expand(tokens.shape[0], 1, -1, -1)

@@ -1,0 +1,211 @@
+"""Saving and loading a training run through megatron-core's `dist_checkpointing`, reshardable to any layout.
+
+Keys are per layer and named as Transformer Engine names them; optimizer state is `fully_reshardable`. What makes a
+checkpoint complete (manifest, then tracker) is in `checkpoint/mcore.py`.
+"""
+
+import dataclasses
+import logging
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.optimizer import MegatronOptimizer
+
+from megatron_cpt.checkpoint.mcore import (
+    MANIFEST,
+    check_free_space,
+    checkpoint_dir,
+    read_manifest,
+    write_manifest,
+    write_tracker,
+)
+from megatron_cpt.config.schema import ModelConfig, RunConfig
+from megatron_cpt.errors import CheckpointError, ConfigError
+from megatron_cpt.files import file_hash
+from megatron_cpt.train.model import unwrap
+
+logger = logging.getLogger(__name__)
+
+# Sections whose values change what a run computes; the others may differ freely between a run and its resume.
+RESULT_SECTIONS = ("model", "training", "optimizer", "schedule", "data")
+FREE_SETTINGS = ("training.micro_batch_size", "training.deterministic", "data.max_epochs")
+
+
+def save_checkpoint(
+    root: Path,
+    iteration: int,
+    model: list[Any],
+    optimizer: MegatronOptimizer,
+    manifest: dict[str, Any],
+) -> Path:
+    """Write `<root>/iter_%07d` from all ranks, then its manifest, then the tracker; return the folder.
+
+    Every rank hashes the files it wrote. Raises: CheckpointError when the disk has too little room.
+    """
+    directory = checkpoint_dir(root, iteration)
+    rank = torch.distributed.get_rank()
+    if rank == 0:
+        check_free_space(root, _expected_bytes(model))
+        _make_room(directory)
+        directory.mkdir(parents=True)
+    torch.distributed.barrier()
+    state = _sharded_model(model)
+    state["optimizer"] = optimizer.sharded_state_dict(_flat(state), metadata=_metadata())
+    state |= {"iteration": iteration, "checkpoint_version": 3.0}
+    # The default queue starts a process that imports this program again (3 to 6 s); a forked one takes 0.3 s.
+    filesystem_async.get_write_results_queue("fork")
+    strategy: Any = TorchDistSaveShardedStrategy()
+    if parallel_state.get_data_parallel_world_size(with_context_parallel=True) > 1:
+        strategy = FullyParallelSaveStrategyWrapper(
+            strategy, parallel_state.get_data_parallel_group(with_context_parallel=True)
+        )
+    content = {name: value for name, value in _metadata().items() if name != "dp_cp_group"}
+    dist_checkpointing.save(state, os.fspath(directory), strategy, content_metadata=content)
+    hashes = {path.name: file_hash(path) for path in directory.glob(f"__{rank}_*.distcp")}
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, hashes)
+    if rank == 0:
+        merged = {name: value for part in gathered for name, value in part.items()}
+        write_manifest(directory, manifest, hashes=merged)
+        write_tracker(root, iteration)
+    torch.distributed.barrier()
+    return directory
+
+
+def load_checkpoint(directory: Path, model: list[Any], optimizer: MegatronOptimizer | None) -> None:
+    """Load a verified checkpoint's parameters, and its optimizer state when an optimizer is given.
+
+    Without one, the caller's optimizer must copy the parameters afterwards (`reload_model_params`).
+
+    Raises: CheckpointError when the checkpoint lacks optimizer state that is asked for, or does not fit the model.
+    """
+    if optimizer is not None and read_manifest(directory)["content"] != "full":
+        raise CheckpointError(
+            f"{directory}: holds weights only. init.load=full needs optimizer state. Use init.load=weights."
+        )
+    state = _sharded_model(model)
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(_flat(state), is_loading=True, metadata=_metadata())
+    try:
+        loaded = dist_checkpointing.load(state, os.fspath(directory))
+    except (KeyError, dist_checkpointing.core.CheckpointingException) as problem:
+        raise CheckpointError(
+            f"{directory}: does not fit the model ({str(problem)[:500]}). The params file must be the one it was made with."
+        ) from problem
+    for index, chunk in enumerate(model):
+        unwrap(chunk).load_state_dict(loaded["model" if len(model) == 1 else f"model{index}"], strict=False)
+    if optimizer is not None:
+        optimizer.load_state_dict(loaded["optimizer"])
+
+
+def check_model_fits(directory: Path, model: ModelConfig) -> None:
+    """Raise CheckpointError when a checkpoint's architecture differs from `model`, naming each difference.
+
+    Settings that leave the tensors alone (dropout, initialisation, longest sequence, router loss weights) may differ.
+    """
+    stored = read_manifest(directory)["model"]
+    free = {
+        "hidden_dropout", "attention_dropout", "init_method_std", "max_position_embeddings", "moe_aux_loss_coeff",
+        "moe_z_loss_coeff", "moe_router_bias_update_rate", "rotary_base", "window_size",
+    }  # fmt: skip
+    free |= {name for name in stored if name.startswith("rope_")}
+    filled = _explicit(model)
+    stored = _explicit(ModelConfig(**{name: stored[name] for name in filled if name in stored}))
+    wrong = [f"{name} is {stored[name]}, not {filled[name]}" for name in filled if stored[name] != filled[name] and name not in free]
+    if wrong:
+        raise CheckpointError(
+            f"{directory}: another architecture than the params file's: {'; '.join(wrong)}. Use the params file it was made with."
+        )
+
+
+def _explicit(model: ModelConfig) -> dict[str, Any]:
+    values = dataclasses.asdict(model)
+    values["num_query_groups"] = model.num_query_groups or model.num_attention_heads
+    values["kv_channels"] = model.kv_channels or model.hidden_size // model.num_attention_heads
+    return values
+
+
+def check_unchanged(stored: dict[str, Any] | None, config: RunConfig, directory: Path) -> list[str]:
+    """Return how a resume's settings differ from its checkpoint's, each as `key: old -> new`.
+
+    Raises: ConfigError when some of them change results and `checkpoint.accept_changes` is not set.
+    """
+    if stored is None:
+        return []
+    differences, decisive = [], []
+    for key, old, new in _changed(stored, dataclasses.asdict(config)):
+        section = key.split(".")[0]
+        line = f"{key}: {old} -> {new}"
+        differences.append(line)
+        if section in RESULT_SECTIONS and key not in FREE_SETTINGS:
+            decisive.append(line)
+    if decisive and not config.checkpoint.accept_changes:
+        raise ConfigError(
+            f"{directory}: settings that change results differ from the run so far: {'; '.join(decisive)}. "
+            "Restore them, use another variant, or set checkpoint.accept_changes=true to go on with the new ones."
+        )
+    return differences
+
+
+def _changed(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            change
+            for name in sorted(old.keys() | new.keys())
+            for change in _changed(old.get(name), new.get(name), f"{key}.{name}" if key else name)
+        ]
+    same = list(old) == list(new) if isinstance(old, list | tuple) and isinstance(new, list | tuple) else old == new
+    return [] if same else [(key, old, new)]
+
+
+def _metadata() -> dict[str, Any]:
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "non_homogeneous_layers": True,
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def _sharded_model(model: list[Any]) -> ShardedStateDict:
+    state: ShardedStateDict = {}
+    for index, chunk in enumerate(model):
+        part = unwrap(chunk).sharded_state_dict(metadata=_metadata())
+        # Transformer Engine's fp8 state: absent from converted checkpoints, empty in bf16
+        state["model" if len(model) == 1 else f"model{index}"] = {
+            name: value for name, value in part.items() if not name.endswith("_extra_state")
+        }
+    return state
+
+
+def _flat(state: ShardedStateDict) -> ShardedStateDict:
+    return state["model"] if "model" in state else state
+
+
+def _expected_bytes(model: list[Any]) -> int:
+    """Return the bytes of a checkpoint: per parameter its weight and three fp32 optimizer values."""
+    weights = sum(p.numel() * (p.element_size() + 12) for chunk in model for p in chunk.parameters())
+    model_ranks = torch.distributed.get_world_size() // parallel_state.get_data_parallel_world_size()
+    return weights * model_ranks
+
+
+def _make_room(directory: Path) -> None:
+    """Clear an unfinished save out of the way; move a finished checkpoint that is saved anew aside."""
+    if not directory.exists():
+        return
+    if not (directory / MANIFEST).exists():
+        shutil.rmtree(directory)
+        return
+    aside = directory.with_name(f"replaced_{directory.name}_{time.strftime('%Y%m%dT%H%M%S')}")
+    directory.rename(aside)
+    logger.warning("%s: existed and is written anew; the old one is kept as %s", directory, aside.name)

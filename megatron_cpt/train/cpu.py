@@ -1,0 +1,206 @@
+"""Everything megatron-core 0.19.2 needs in order to train on CPU with gloo, each substitution with its reason.
+
+megatron-core names CUDA devices directly. Where there is no GPU, `substitute()` (1) runs every torch call through one
+`TorchFunctionMode` that turns `device="cuda"` into CPU, (2) gives `torch.cuda` harmless CPU answers, (3) gives the
+distributed optimizer an AdamW whose state has FusedAdam's layout. On a machine with a GPU it does nothing.
+
+Factories are not replaced by name: a replaced `torch.empty` makes transformers leave rotary buffers uninitialised.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+_substituted = False
+
+
+def is_cpu() -> bool:
+    """Return whether this process trains on CPU."""
+    return not torch.cuda.is_available()
+
+
+def substitute() -> None:
+    """Make megatron-core run on CPU in this process; on a GPU machine, or when done already, do nothing."""
+    global _substituted
+    if not is_cpu() or _substituted:
+        return
+    _substituted = True
+    _substitute_torch_cuda()
+    _CpuMode().__enter__()
+    _substitute_optimizer()
+    _substitute_moe()
+
+
+class _CpuMode(TorchFunctionMode):
+    """Answer for CUDA devices with CPU ones, in factories, `.cuda()`, `.to()` and type names."""
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Iterable[Any], args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs = {**kwargs, "device": _CPU}
+        if kwargs.get("pin_memory"):  # rope_utils.py pins index tensors under context parallelism
+            kwargs = {**kwargs, "pin_memory": False}
+        if function is torch.Tensor.cuda:
+            return args[0]
+        if function is torch.Tensor.to and any(_is_cuda(argument) for argument in args[1:]):
+            args = tuple(_CPU if _is_cuda(argument) else argument for argument in args)
+        if function is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # clip_grads.py and distrib_optimizer.py compare with "torch.cuda.FloatTensor"
+            return function(*args).replace("torch.", "torch.cuda.")
+        return function(*args, **kwargs)
+
+
+def _is_cuda(device: object) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
+
+
+class _NullStream:
+    """Stands for a CUDA stream or event: everything on CPU is in order already."""
+
+    device = _CPU
+
+    def __init__(self, *arguments: Any, **options: Any) -> None: ...
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return lambda *arguments, **options: None
+
+    def __enter__(self) -> "_NullStream":
+        return self
+
+    def __exit__(self, *problem: object) -> None: ...
+
+
+def _substitute_torch_cuda() -> None:
+    cuda = torch.cuda
+
+    def nothing(*arguments: Any, **options: Any) -> None:
+        return None
+
+    def zero(*arguments: Any, **options: Any) -> int:
+        return 0
+
+    replacements: dict[str, Any] = {
+        "current_device": lambda: _CPU,  # param_and_grad_buffer, rotary, p2p, layers, mappings, router, utils
+        "device_count": lambda: 1,  # the async checkpoint worker takes rank % device_count
+        "set_device": nothing,
+        "synchronize": nothing,
+        "empty_cache": nothing,
+        "memory_allocated": zero,
+        "max_memory_allocated": zero,
+        "memory_reserved": zero,
+        "reset_peak_memory_stats": nothing,
+        "Stream": _NullStream,
+        "Event": _NullStream,
+        "current_stream": lambda *arguments, **options: _NullStream(),
+        "default_stream": lambda *arguments, **options: _NullStream(),
+        "stream": lambda *arguments, **options: contextlib.nullcontext(),
+        "manual_seed": torch.manual_seed,  # tensor_parallel/random.py keeps one RNG state per parallel role
+        "get_rng_state": lambda *arguments, **options: torch.get_rng_state(),
+        "set_rng_state": lambda state, *arguments, **options: torch.set_rng_state(state),
+        "_lazy_call": lambda callback, **options: callback(),
+    }
+    for name, replacement in replacements.items():
+        setattr(cuda, name, replacement)
+    cuda.nvtx.range_push = cuda.nvtx.range_pop = nothing  # type: ignore[assignment]
+    from megatron.core.tensor_parallel import random  # after the names above stand, since it imports some of them
+
+    random._get_cuda_rng_state = lambda *arguments, **options: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *arguments, **options: torch.set_rng_state(state)
+
+
+class CPUFusedAdam(torch.optim.Optimizer):
+    """AdamW with the state layout of FusedAdam: `step` once per group, `exp_avg` and `exp_avg_sq` per parameter.
+
+    The distributed optimizer's reshardable state expects that layout; torch's AdamW keeps `step` per parameter.
+
+    Source: decoupled weight decay, arXiv:1711.05101, algorithm 2.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        adam_w_mode: bool = True,
+        **ignored: Any,
+    ) -> None:
+        self.adam_w_mode = 1 if adam_w_mode else 0
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "bias_correction": True}
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            group["step"] = int(group.get("step", 0)) + 1
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not parameters:
+                continue
+            for parameter in parameters:
+                state = self.state[parameter]
+                if not state:
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+            self._update(group, parameters)
+
+    def _update(self, group: dict[str, Any], parameters: list[torch.Tensor]) -> None:
+        gradients = [parameter.grad for parameter in parameters]
+        averages = [self.state[parameter]["exp_avg"] for parameter in parameters]
+        squares = [self.state[parameter]["exp_avg_sq"] for parameter in parameters]
+        beta1, beta2 = group["betas"]
+        if self.adam_w_mode:
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        elif group["weight_decay"]:
+            gradients = list(torch._foreach_add(gradients, parameters, alpha=group["weight_decay"]))
+        torch._foreach_lerp_(averages, gradients, 1 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
+        roots = torch._foreach_sqrt(squares)
+        torch._foreach_div_(roots, (1 - beta2 ** group["step"]) ** 0.5)
+        torch._foreach_add_(roots, group["eps"])
+        torch._foreach_addcdiv_(parameters, averages, roots, -group["lr"] / (1 - beta1 ** group["step"]))
+
+
+def _substitute_optimizer() -> None:
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    optimizer.Adam = distrib_optimizer.Adam = CPUFusedAdam
+    optimizer.USING_PYTORCH_OPTIMIZER = False
+    distrib_optimizer.HAVE_APEX_OR_TE = True
+    distrib_optimizer.USING_APEX_OPTIMIZER = True
+    # With fp32 parameters the optimizer copies into leaf views while loading; megatron omits no_grad there.
+    original = distrib_optimizer.DistributedOptimizer.load_state_dict
+    distrib_optimizer.DistributedOptimizer.load_state_dict = torch.no_grad()(original)
+
+
+def _substitute_moe() -> None:
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    if not hasattr(moe_utils, "te_general_gemm"):  # named without a guard where Transformer Engine is missing
+        moe_utils.te_general_gemm = None
+
+    def to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        # megatron's own converts CUDA tensors only; the dispatcher needs numpy splits all the same
+        return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+    moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = to_cpu
+
+
+def set_threads() -> None:
+    """Share the cores between the ranks of this machine, unless OMP_NUM_THREADS says otherwise."""
+    if is_cpu() and "OMP_NUM_THREADS" not in os.environ:
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max((os.cpu_count() or 1) // ranks, 1))

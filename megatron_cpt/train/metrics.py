@@ -1,0 +1,129 @@
+"""What a run says: one aligned console line and one JSON record per logged step, and TensorBoard events."""
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_cpt.config.derived import kv_channels, num_query_groups, padded_vocab_size
+from megatron_cpt.config.schema import ModelConfig
+from megatron_cpt.launch.run_dir import RunDir
+from megatron_cpt.log import format_count, format_seconds
+
+logger = logging.getLogger(__name__)
+
+# Dense bf16 peak in FLOP/s by device name. Source: NVIDIA data sheets, without sparsity.
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12, "B200": 2250e12}
+
+
+class MetricsWriter:
+    """Appends records to `metrics.jsonl` and TensorBoard; on ranks other than 0 it does nothing."""
+
+    def __init__(self, run: RunDir, *, is_writer: bool, tensorboard: bool):
+        self.is_writer = is_writer
+        self._file = None
+        self._events: Any = None
+        if not is_writer:
+            return
+        run.metrics_path.parent.mkdir(parents=True, exist_ok=True)
+        _end_last_line(run.metrics_path)
+        self._file = run.metrics_path.open("a", encoding="utf-8")
+        if tensorboard:
+            # imported here: it costs a second, and only one rank needs it
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(run.tensorboard), max_queue=100, flush_secs=30)
+
+    def write(self, kind: str, **values: Any) -> None:
+        """Append one record of `kind` with the current time."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps({"kind": kind, **values, "time": round(time.time(), 3)}) + "\n")
+        self._file.flush()
+        if self._events is not None and kind in ("train", "validation"):
+            self._write_events(kind, values)
+
+    def _write_events(self, kind: str, values: dict[str, Any]) -> None:
+        group = f"validation/{values['corpus']}" if kind == "validation" else "train"
+        for name, value in values.items():
+            if name not in ("iteration", "corpus", "consumed_samples", "consumed_tokens") and value is not None:
+                if isinstance(value, int | float):
+                    self._events.add_scalar(f"{group}/{name}", value, values["iteration"])
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        if self._file is not None:
+            self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def _end_last_line(path: Path) -> None:
+    """Drop a record that a killed process left half written, so that the next one starts on a line of its own."""
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    if content and not content.endswith(b"\n"):
+        with path.open("r+b") as file:
+            file.truncate(content.rfind(b"\n") + 1)
+
+
+def train_line(record: dict[str, Any], train_iters: int, eta_seconds: float) -> str:
+    """Return the console line of a logged step, its columns aligned over a run."""
+    width = len(str(train_iters))
+    parts = [
+        f"iteration {record['iteration']:>{width}}/{train_iters}",
+        f"tokens {format_count(record['consumed_tokens']):>6}",
+        f"loss {record['loss']:7.4f}",
+        f"lr {record['lr']:.3e}",
+        f"grad norm {record['grad_norm']:7.3f}",
+        f"{format_count(record['tokens_per_second']):>6} tokens/s",
+        f"{record['tflops_per_gpu']:.3g} TFLOP/s/GPU",
+    ]
+    if record.get("mfu") is not None:
+        parts.append(f"MFU {record['mfu']:.1%}")
+    parts += [f"data {record['data_seconds'] * 1000:.0f} ms", f"ETA {format_seconds(eta_seconds)}"]
+    return " | ".join(parts)
+
+
+def flops_per_token(model: ModelConfig, seq_length: int) -> float:
+    """Return floating-point operations of one token's forward and backward pass (3 x forward).
+
+    Matrix products count 2 per multiply-add; attention counts the causal half. Recomputation does not count.
+
+    Source: PaLM, arXiv:2204.02311, appendix B; Megatron-LM `training/training.py`, `num_floating_point_operations`.
+    """
+    hidden, heads = model.hidden_size, model.num_attention_heads
+    if model.multi_latent_attention:
+        query_dim = model.qk_head_dim + model.qk_pos_emb_head_dim
+        rank = model.q_lora_rank
+        query = hidden * rank + rank * heads * query_dim if rank else hidden * heads * query_dim
+        down = hidden * (model.kv_lora_rank + model.qk_pos_emb_head_dim)
+        up = model.kv_lora_rank * heads * (model.qk_head_dim + model.v_head_dim)
+        projections = query + down + up + heads * model.v_head_dim * hidden
+        attention = heads * (query_dim + model.v_head_dim) * seq_length / 2
+    else:
+        channels = kv_channels(model)
+        projections = hidden * channels * (2 * heads + 2 * num_query_groups(model))
+        attention = heads * 2 * channels * min(seq_length, 2 * (model.window_size or seq_length)) / 2
+    dense = 3 * hidden * model.ffn_hidden_size
+    layers = model.num_layers * (projections + attention)
+    if model.num_moe_experts is None:
+        layers += model.num_layers * dense
+    else:
+        routed = 3 * hidden * (model.moe_ffn_hidden_size or model.ffn_hidden_size) * model.moe_router_topk
+        shared = 3 * hidden * (model.moe_shared_expert_intermediate_size or 0)
+        sparse = routed + shared + hidden * model.num_moe_experts
+        layers += model.moe_num_dense_layers * dense + (model.num_layers - model.moe_num_dense_layers) * sparse
+    return 3 * 2 * (layers + hidden * padded_vocab_size(model))
+
+
+def peak_flops() -> float | None:
+    """Return this device's dense bf16 peak in FLOP/s, None when it is not known (a CPU, an unlisted GPU)."""
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((peak for device, peak in PEAK_FLOPS.items() if device in name), None)

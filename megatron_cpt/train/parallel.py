@@ -1,0 +1,74 @@
+"""Process groups and random seeds of a training process."""
+
+import datetime
+import os
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+
+from megatron_cpt.config.schema import ParallelConfig
+from megatron_cpt.errors import ConfigError
+from megatron_cpt.train import cpu
+
+
+def initialize_parallel(parallel: ParallelConfig, seed: int, timeout_seconds: int = 1800) -> None:
+    """Join the job that torchrun's environment describes and build megatron's process groups.
+
+    Without torchrun's variables the process is a job of one rank. NCCL on GPUs, gloo on CPU.
+
+    Raises: ConfigError when the number of ranks does not fit the layout.
+    """
+    cpu.substitute()
+    if not torch.distributed.is_initialized():
+        _initialize_distributed(timeout_seconds)
+    world_size = torch.distributed.get_world_size()
+    model_size = (
+        parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+    )
+    if world_size % model_size:
+        raise ConfigError(
+            f"parallel: {world_size} ranks were started, not a multiple of TP x PP x CP = {model_size}. "
+            f"Start {model_size} ranks or a multiple of it."
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        create_gloo_process_groups=not cpu.is_cpu(),  # on CPU the groups are gloo already
+        distributed_timeout_minutes=max(timeout_seconds // 60, 1),
+    )
+    # Pipeline stages draw different numbers, as in Megatron-LM's training/initialize.py.
+    seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def finish_parallel() -> None:
+    """Leave the process groups."""
+    parallel_state.destroy_model_parallel()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _initialize_distributed(timeout_seconds: int) -> None:
+    cpu.set_threads()
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, value)
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    if cpu.is_cpu():
+        store = None
+        if os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ:
+            store = torch.distributed.HashStore()
+        torch.distributed.init_process_group(
+            "gloo",
+            timeout=timeout,
+            **({"store": store, "rank": 0, "world_size": 1} if store is not None else {}),
+        )
+        return
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    os.environ.setdefault("MASTER_PORT", "29500")
+    torch.distributed.init_process_group("nccl", timeout=timeout, device_id=device)

@@ -1,0 +1,94 @@
+"""Learning rate as a pure function of the samples consumed in a stage.
+
+The scheduler is ours because megatron-core's keeps its bounds in the optimizer's param groups, where a resume with
+another learning rate raises or silently keeps the old one. Warm-up and decay shapes are Megatron-LM's
+(`megatron/core/optimizer_param_scheduler.py`, 0.19); the infinite forms are arXiv:2405.13245 (infinite cosine,
+infinite inverse square root: cool to a constant, hold, anneal); re-warming is a stage with a warm-up of its own.
+"""
+
+import math
+from dataclasses import dataclass
+
+from megatron_cpt.config.derived import train_samples
+from megatron_cpt.config.schema import RunConfig
+
+# Shape of the anneal over its progress r in [0, 1]: 1 at its start, 0 at its end.
+ANNEAL = {
+    "linear": lambda r: 1 - r,
+    "cosine": lambda r: 0.5 * (math.cos(math.pi * r) + 1),
+    "exponential": lambda r: 2 * 0.5**r - 1,
+    "minus_sqrt": lambda r: 1 - math.sqrt(r),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """A stage's learning-rate curve; lengths in samples."""
+
+    style: str
+    lr: float
+    min_lr: float
+    warmup_init: float
+    warmup: int
+    cooldown: int
+    cooldown_style: str
+    total: int
+    hold: float | None = None
+    hold_start: int | None = None
+
+    def learning_rate(self, samples: int) -> float:
+        """Return the learning rate of the iteration that starts after `samples` samples of the stage."""
+        if samples < self.warmup:
+            return self.warmup_init + (self.lr - self.warmup_init) * samples / self.warmup
+        cooldown_start = self.total - self.cooldown
+        if self.cooldown and samples > cooldown_start:
+            held = self._before_cooldown(cooldown_start)
+            progress = min((samples - cooldown_start) / self.cooldown, 1.0)
+            return self.min_lr + (held - self.min_lr) * ANNEAL[self.cooldown_style](progress)
+        return self._before_cooldown(samples)
+
+    def _before_cooldown(self, samples: int) -> float:
+        if self.style in ("constant", "WSD"):
+            return self.lr
+        if self.style == "inverse-square-root":
+            # Megatron-LM: lr * sqrt(warmup) / sqrt(samples), at least min_lr
+            return max(self.min_lr, self.lr * math.sqrt(max(self.warmup, 1)) / math.sqrt(max(samples, 1)))
+        if self.style.startswith("infinite"):
+            return self._infinite(samples)
+        length = max(self.total - self.warmup, 1)
+        progress = min((samples - self.warmup) / length, 1.0)
+        shape = ANNEAL["cosine" if self.style == "cosine" else "linear"](progress)
+        return self.min_lr + (self.lr - self.min_lr) * shape
+
+    def _infinite(self, samples: int) -> float:
+        assert self.hold is not None and self.hold_start is not None
+        length = max(self.hold_start - self.warmup, 1)
+        progress = min((samples - self.warmup) / length, 1.0)
+        if self.style == "infinite-cosine":
+            return self.hold + (self.lr - self.hold) * ANNEAL["cosine"](progress)
+        # Falls as 1/sqrt(1 + c r) from lr to hold over the first decay: c follows from both ends.
+        steepness = (self.lr / self.hold) ** 2 - 1
+        return max(self.hold, self.lr / math.sqrt(1 + steepness * progress))
+
+
+def schedule(config: RunConfig) -> Schedule:
+    """Return the learning-rate curve of a stage from its settings."""
+    training, settings = config.training, config.schedule
+    total = train_samples(training)
+    units = {
+        "global_batch_size": training.global_batch_size,
+        "seq_length": training.seq_length,
+        "train_samples": total,
+    }
+    return Schedule(
+        style=settings.lr_decay_style,
+        lr=config.optimizer.lr,
+        min_lr=config.optimizer.min_lr,
+        warmup_init=settings.lr_warmup_init,
+        warmup=settings.lr_warmup.samples(**units),
+        cooldown=settings.lr_cooldown.samples(**units),
+        cooldown_style=settings.lr_cooldown_style,
+        total=total,
+        hold=settings.lr_hold,
+        hold_start=settings.lr_hold_start.samples(**units) if settings.lr_hold_start else None,
+    )
