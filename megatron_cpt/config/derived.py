@@ -3,6 +3,7 @@
 import math
 
 from megatron_cpt.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainingConfig
+from megatron_cpt.config.values import Duration
 from megatron_cpt.errors import ConfigError
 
 
@@ -46,11 +47,23 @@ def kv_channels(model: ModelConfig) -> int:
     return model.kv_channels or model.hidden_size // model.num_attention_heads
 
 
+def rope_original_max_position_embeddings(model: ModelConfig) -> int:
+    """Return the context length that the rotary frequencies were made for, before scaling."""
+    return model.rope_original_max_position_embeddings or model.max_position_embeddings
+
+
+def duration_samples(duration: Duration, training: TrainingConfig) -> int:
+    """Return a duration of a stage in samples."""
+    return duration.samples(
+        global_batch_size=training.global_batch_size,
+        seq_length=training.seq_length,
+        train_samples=train_samples(training),
+    )
+
+
 def model_parallel_size(parallel: ParallelConfig) -> int:
     """Return the ranks that share one copy of the model: TP x PP x CP."""
-    return (
-        parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
-    )
+    return parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
 
 
 def world_size(config: RunConfig) -> int:

@@ -10,6 +10,8 @@ from typing import Literal
 
 from megatron_cpt.config.values import Duration
 
+NONE_AT_ALL = Duration(0, "iterations")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -203,11 +205,11 @@ class ScheduleConfig:
         "constant", "linear", "cosine", "inverse-square-root", "WSD", "infinite-cosine", "infinite-inverse-square-root"
     ] = "cosine"
     """Shape after the warm-up. WSD and the infinite forms hold a constant rate before they anneal."""
-    lr_warmup: Duration = Duration(0, "iterations")
+    lr_warmup: Duration = NONE_AT_ALL
     """Linear warm-up from lr_warmup_init to lr."""
     lr_warmup_init: float = 0.0
     """Learning rate at sample 0, where there is a warm-up."""
-    lr_cooldown: Duration = Duration(0, "iterations")
+    lr_cooldown: Duration = NONE_AT_ALL
     """Length of the anneal that ends the stage (WSD, infinite forms, constant); 0: the stage ends before its
     cooldown, ready to be forked."""
     lr_cooldown_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "linear"
@@ -287,7 +289,8 @@ class EvaluationConfig:
     """Validation losses per corpus during training."""
 
     eval_interval: int = 0
-    """Iterations between evaluations on each corpus's validation set, also before the first and after the last; 0: off."""
+    """Iterations between evaluations on each corpus's validation set, also before the first and after the last one; 0:
+    off."""
     eval_iters: int = 10
     """Global batches per corpus and evaluation, at most (a smaller set is read once, whole)."""
 

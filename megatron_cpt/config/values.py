@@ -91,7 +91,9 @@ def parse_duration(value: object) -> Duration:
                 return Duration(fraction, "fraction")
             if fraction.is_integer() and fraction >= 0:
                 return Duration(int(fraction), "iterations")
-    raise ValueError(f"{value!r} is not a duration; write 2000 (iterations), '1M samples', '50B tokens' or 0.01 (fraction)")
+    raise ValueError(
+        f"{value!r} is not a duration; write 2000 (iterations), '1M samples', '50B tokens' or 0.01 (fraction)"
+    )
 
 
 def parse_walltime(value: object) -> int:
