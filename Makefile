@@ -1,0 +1,51 @@
+# Bare `make` lists the targets. Each target that runs something builds .venv first; that costs nothing when it is
+# built already. Needs git, make and Python 3.12 or 3.13 (PYTHON=/path/to/python3.12 make ... names one).
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+PY := .venv/bin/python
+SHELL_FILES = $(shell git ls-files --cached --others --exclude-standard '*.sh' .ci/run)
+
+.PHONY: help venv demo demo-clean test test-fast check format bench doctor clean cluster-packages
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+venv:  ## build .venv with the pinned requirements and this package
+	@installers/venv.sh
+
+demo: venv  ## the tutorial: from documents to a trained, merged and evaluated model, on CPU
+	@$(PY) tasks/demo/run.py
+
+demo-clean:  ## remove what the demo wrote
+	@rm -rf runs/demo
+
+test: venv cluster-packages  ## run the whole test-suite
+	@$(PY) -m pytest -q
+
+test-fast: venv  ## run the tests that take seconds
+	@$(PY) -m pytest -q -m "not slow and not cluster"
+
+check: venv  ## format, lint, types, shell files and the policy tests
+	@$(PY) -m ruff format --check .
+	@$(PY) -m ruff check .
+	@$(PY) -m mypy
+	@.venv/bin/shellcheck $(SHELL_FILES)
+	@$(PY) -m pytest -q tests/test_policy.py
+
+format: venv  ## rewrite the sources in the one format
+	@$(PY) -m ruff format .
+	@$(PY) -m ruff check --fix .
+
+bench: venv  ## run the benchmarks and print their tables
+	@for file in benchmarks/*.py; do echo "== $$file"; OMP_NUM_THREADS=1 $(PY) "$$file"; done
+
+doctor: venv  ## say what is missing or incompatible on this machine
+	@$(PY) -m megatron_cpt doctor
+
+cluster-packages:
+	@installers/cluster_packages.sh
+
+clean:  ## remove .venv and caches (runs/ and data/ stay)
+	@rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

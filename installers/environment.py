@@ -1,0 +1,216 @@
+"""Build a virtual environment from the hash-locked requirements; restartable, quiet, with progress.
+
+A stamp in the environment holds a hash of everything that went in (requirements, pyproject.toml, Python's version):
+while it matches, there is nothing to do. An interrupted installation continues where it stopped; packages whose
+files are incomplete are installed anew. Two calls at the same time wait for each other. Standard library only,
+because it runs before the environment exists.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+REQUIREMENTS = REPOSITORY / "installers" / "requirements"
+STAMP = "megatron-cpt.stamp"
+LOG = "install.log"
+
+
+class InstallError(Exception):
+    """An installation step failed; the message says what to do."""
+
+
+def main() -> int:
+    """Build the environment that the arguments describe."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--venv", type=Path, required=True, help="the environment's folder")
+    parser.add_argument("--profile", default="cpu", help="cpu, dev (cpu and what tests need), cuda13")
+    parser.add_argument("--editable", action="store_true", help="install the package so that it follows this checkout")
+    parser.add_argument("--bundle", type=Path, help="folder of wheels to install from, without any index")
+    arguments = parser.parse_args()
+    try:
+        build(arguments.venv, arguments.profile, editable=arguments.editable, bundle=arguments.bundle)
+    except InstallError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; run it again to continue\n")
+        return 130
+    return 0
+
+
+def build(venv: Path, profile: str, *, editable: bool, bundle: Path | None = None) -> None:
+    """Bring `venv` to the state that the profile's lock files describe.
+
+    Raises: InstallError with the reason and the remedy.
+    """
+    files = requirement_files(profile)
+    venv.parent.mkdir(parents=True, exist_ok=True)
+    with exclusive(venv.parent):
+        key = stamp_key(files, editable)
+        if (venv / STAMP).is_file() and (venv / STAMP).read_text() == key and python_works(venv):
+            return
+        started = time.monotonic()
+        create_venv(venv)
+        (venv / STAMP).unlink(missing_ok=True)
+        remove_incomplete_packages(venv)
+        source = ["--no-index", "--find-links", str(bundle)] if bundle else []
+        pip = [*pip_command(venv), "install", "--disable-pip-version-check", "--no-input", *source]
+        locked = [argument for file in files for argument in ("-r", str(file))]
+        total = sum(text.count("==") for text in (file.read_text() for file in files))
+        run_pip([*pip, "--require-hashes", "--no-deps", *locked], venv, f"{total} packages")
+        package = ["-e", str(REPOSITORY)] if editable else [str(REPOSITORY)]
+        run_pip([*pip, "--no-deps", "--no-build-isolation", "--force-reinstall", *package], venv, "megatron-cpt")
+        (venv / STAMP).write_text(key)
+        say(f"{venv} is ready ({time.monotonic() - started:.0f} s)")
+
+
+def requirement_files(profile: str) -> list[Path]:
+    """Return the lock files of a profile.
+
+    Raises: InstallError for an unknown profile.
+    """
+    profiles = json.loads((REQUIREMENTS / "profiles.json").read_text())
+    if profile not in profiles:
+        raise InstallError(f"--profile: {profile!r} is not known. Use one of {', '.join(profiles)}.")
+    return [REQUIREMENTS / name for name in profiles[profile]["requirements"]]
+
+
+def stamp_key(files: list[Path], editable: bool) -> str:
+    """Return a hash of what an environment is built from."""
+    digest = hashlib.sha256(f"{sys.version} {REPOSITORY if editable else ''}".encode())
+    for file in [*files, REPOSITORY / "pyproject.toml"]:
+        digest.update(file.read_bytes())
+    return digest.hexdigest() + "\n"
+
+
+def create_venv(venv: Path) -> None:
+    """Create `venv` with this Python, anew where an existing one does not run or has another Python version.
+
+    Raises: InstallError naming the Debian package when Python has neither ensurepip nor pip.
+    """
+    if venv.exists() and not python_works(venv):
+        say(f"{venv} does not run with Python {sys.version_info.major}.{sys.version_info.minor}: building it anew")
+        shutil.rmtree(venv)
+    if not venv.exists():
+        say(f"creating {venv} with {sys.executable}")
+        without_pip = ["--without-pip"] if missing_module("ensurepip") else []
+        subprocess.run([sys.executable, "-m", "venv", *without_pip, str(venv)], check=True)
+    if without_own_pip(venv) and missing_module("pip"):
+        shutil.rmtree(venv)
+        raise InstallError(
+            f"{sys.executable}: this Python has neither ensurepip nor pip. A virtual environment needs one of them. "
+            "On Debian: apt-get install python3-venv."
+        )
+
+
+def python_works(venv: Path) -> bool:
+    """Say whether the environment's Python runs and has this Python's version."""
+    command = [str(venv / "bin" / "python"), "-c", "import sys; print(sys.version_info[:2])"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return answer.returncode == 0 and answer.stdout.strip() == str(sys.version_info[:2])
+
+
+def pip_command(venv: Path) -> list[str]:
+    """Return the environment's pip, or this Python's pip aimed at it."""
+    python = str(venv / "bin" / "python")
+    return [sys.executable, "-m", "pip", "--python", python] if without_own_pip(venv) else [python, "-m", "pip"]
+
+
+def without_own_pip(venv: Path) -> bool:
+    """Say whether the environment has no pip of its own (Debian without python3-venv)."""
+    return not any(site.joinpath("pip").is_dir() for site in site_packages(venv))
+
+
+def site_packages(venv: Path) -> list[Path]:
+    """Return the environment's package folders."""
+    return sorted(venv.glob("lib/python3.*/site-packages"))
+
+
+def missing_module(name: str) -> bool:
+    """Say whether this Python cannot import a module."""
+    return subprocess.run([sys.executable, "-c", f"import {name}"], capture_output=True).returncode != 0
+
+
+def remove_incomplete_packages(venv: Path) -> None:
+    """Forget packages whose recorded files are missing (an installation was killed), so that pip installs them anew."""
+    for distribution in importlib.metadata.distributions(path=[str(site) for site in site_packages(venv)]):
+        files = distribution.files  # None: the installation did not come to writing the list
+        if files is None or not all(file.suffix == ".pyc" or Path(str(file.locate())).exists() for file in files):
+            info = Path(str(distribution._path))  # type: ignore[attr-defined]
+            say(f"{info.name} is incomplete: installing it anew")
+            shutil.rmtree(info, ignore_errors=True)
+
+
+def run_pip(command: list[str], venv: Path, what: str) -> None:
+    """Run pip with its output in the environment's log, and a line of progress every 10 seconds.
+
+    Raises: InstallError with the last lines of the log.
+    """
+    log = venv / LOG
+    started = said = time.monotonic()
+    say(f"installing {what} (log: {log})")
+    with log.open("a") as output:
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PIP_PROGRESS_BAR": "off"}
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        try:
+            while process.poll() is None:
+                time.sleep(0.2)
+                if time.monotonic() - said >= 10:
+                    said = time.monotonic()
+                    say(f"  {said - started:.0f} s: {last_line(log)}")
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+    if process.returncode:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        raise InstallError(
+            f"{tail}\npip could not install {what} (exit {process.returncode}). The log is {log}; run again to continue."
+        )
+
+
+def last_line(log: Path) -> str:
+    """Return the log's last line, at most 100 characters of it."""
+    lines = log.read_text(errors="replace").splitlines()
+    return lines[-1].strip()[:100] if lines else ""
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold a lock on `folder` (the folder itself: no lock file stays behind)."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"another installation into {folder} is running: waiting for it")
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:  # a file system without locks
+            say(f"{folder} cannot be locked ({error.strerror}): do not install into it twice at the same time")
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def say(line: str) -> None:
+    """Write a line of progress."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
