@@ -15,9 +15,11 @@ from megatron_cpt.errors import CptError
 from megatron_cpt.log import configure_logging
 
 VERBS = {
+    "submit": "start a run on this machine, PBS or Slurm, after checking everything that can be checked beforehand",
     "tokenize": "turn documents into .bin/.idx token files, restartable, with a manifest beside each",
     "data": "validate, repair, audit, trace, merge, deduplicate, sample and decontaminate documents",
     "show-config": "print the resolved configuration of a run, where each value comes from, or Megatron-LM flags",
+    "blend": "plan what a stage reads: lists, budgets, mixes, replay and index caches",
 }
 
 

@@ -1,0 +1,50 @@
+"""List the token shards below folders, with their exact token counts from the index.
+
+Folders, prefixes and globs are searched for `.bin/.idx` pairs; an incomplete shard is refused by name. A shard's corpus
+is the first folder below the one given, or its own name where it lies directly in it.
+
+Example: megatron-cpt blend list data/tokens --format llm-jp --output train_data.all.sh
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_cpt.data.datalist import FORMATS, DataEntry, render_data_list
+from megatron_cpt.errors import DataError
+from megatron_cpt.files import write_text
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("inputs", nargs="+", help="folders, prefixes or globs of .bin/.idx pairs")
+    parser.add_argument("--format", choices=list(FORMATS), default="yaml", help="format of the list (default: yaml)")
+    parser.add_argument("--output", type=Path, help="file to write (default: standard output)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from megatron_cpt.data.shards import find_shards, read_shards  # heavy: numpy
+
+    entries, problems = [], []
+    for source in arguments.inputs:
+        prefixes, missing = find_shards([source], Path())
+        shards, incomplete = read_shards(prefixes)
+        problems += missing + incomplete
+        entries += [
+            DataEntry(prefix=shard.prefix, tokens=shard.tokens, corpus=_corpus(Path(shard.prefix), Path(source)))
+            for shard in shards
+            if shard.tokens
+        ]
+    if problems:
+        raise DataError(f"{len(problems)} problems, nothing written:" + "".join(f"\n  - {text}" for text in problems))
+    text = render_data_list(entries, arguments.format)
+    if arguments.output is None:
+        sys.stdout.write(text)
+        return
+    write_text(arguments.output, text)
+    tokens = sum(entry.tokens or 0 for entry in entries)
+    sys.stdout.write(f"{arguments.output}: {len(entries):,} shards, {tokens:,} tokens\n")
+
+
+def _corpus(prefix: Path, source: Path) -> str:
+    inside = prefix.relative_to(source) if source.is_dir() else Path(prefix.name)
+    return inside.parts[0].removesuffix("_text_document")

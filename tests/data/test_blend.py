@@ -1,0 +1,194 @@
+"""The blend of a stage is exact, and what cannot be is refused with every reason."""
+
+import dataclasses
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_cpt.config.schema import CorpusConfig, DataConfig, ModelConfig, PathsConfig, RunConfig, TrainingConfig
+from megatron_cpt.data.blend import plan_blend
+from megatron_cpt.data.budget import apportion, exact, scale_tokens, spread_samples
+from megatron_cpt.data.indexed import bin_path, idx_path, manifest_path, write_index
+from megatron_cpt.errors import DataError
+from megatron_cpt.files import write_json
+
+_IDENTITY = {"name": "tok", "kind": "huggingface", "hash": "0123456789", "vocab_size": 100, "eod_id": 0}
+
+
+def write_shard(prefix, lengths, identity=_IDENTITY):
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    np.ones(sum(lengths), dtype=np.uint16).tofile(bin_path(prefix))
+    write_index(idx_path(prefix), np.dtype(np.uint16), np.array(lengths))
+    write_json(manifest_path(prefix), {"documents": len(lengths), "tokens": sum(lengths), "tokenizer": identity})
+
+
+def run_config(data_dir, *, mix, corpora, train_tokens=64 * 100, max_epochs=4.0, **data):
+    return RunConfig(
+        task="t",
+        params="p",
+        size="s",
+        model=ModelConfig(num_layers=1, hidden_size=8, ffn_hidden_size=8, num_attention_heads=1, vocab_size=100),
+        training=TrainingConfig(seq_length=64, micro_batch_size=1, global_batch_size=4, train_tokens=train_tokens),
+        data=DataConfig(
+            mix=mix,
+            corpora={name: CorpusConfig(tokens=tuple(tokens)) for name, tokens in corpora.items()},
+            max_epochs=max_epochs,
+            **data,
+        ),
+        paths=PathsConfig(data_dir=str(data_dir)),
+    )
+
+
+@pytest.fixture
+def two_corpora(tmp_path):
+    write_shard(tmp_path / "D0/a_text_document", [500, 700, 301])
+    write_shard(tmp_path / "D0/b_text_document", [1000] * 3)
+    write_shard(tmp_path / "D1/c_text_document", [999, 2])
+    return {"D0": ["D0"], "D1": ["D1/c_text_document"]}
+
+
+@given(
+    total=st.integers(0, 10**15),
+    weights=st.lists(st.one_of(st.integers(0, 10**13), st.fractions(0, 1)), min_size=1, max_size=20).filter(any),
+)
+def test_apportioned_amounts_sum_to_the_total_and_are_within_one_of_their_quota(total, weights):
+    amounts = apportion(total, weights)
+    assert sum(amounts) == total
+    assert all(
+        abs(n - total * Fraction(w) / sum(map(Fraction, weights))) < 1 for n, w in zip(amounts, weights, strict=True)
+    )
+
+
+@given(tokens=st.lists(st.integers(1, 10**9), min_size=1, max_size=60), samples=st.integers(0, 10**7), data=st.data())
+def test_samples_of_every_entry_and_of_every_run_of_entries_are_within_one_of_their_share(tokens, samples, data):
+    counts = spread_samples(tokens, samples)
+    assert sum(counts) == samples
+    first = data.draw(st.integers(0, len(tokens) - 1))
+    last = data.draw(st.integers(first, len(tokens)))
+    for start, end in ((first, last), (first, first + 1)):
+        assert abs(sum(counts[start:end]) - Fraction(samples * sum(tokens[start:end]), sum(tokens))) < 1
+
+
+@given(tokens=st.integers(1, 10**15), digits=st.integers(1, 99999))
+def test_a_ratio_rounds_up_exactly(tokens, digits):
+    scaled = scale_tokens(tokens, exact(f"0.{digits:05d}"))
+    assert scaled - 1 < Fraction(tokens * digits, 100000) <= scaled
+
+
+def test_a_ratio_of_one_tenth_is_one_tenth():
+    assert exact(0.1) == Fraction(1, 10)
+    assert scale_tokens(10**17 + 10, exact(0.1)) == 10**16 + 1
+
+
+def test_shares_become_tokens_samples_and_epochs_that_sum_exactly(tmp_path, two_corpora):
+    plan = plan_blend(run_config(tmp_path, mix={"D0": 0.7, "D1": 0.3}, corpora=two_corpora))
+    assert (plan.train_iters, plan.train_samples, plan.train_tokens) == (25, 100, 6400)
+    assert sum(entry.tokens for entry in plan.entries) == 6400
+    assert [row.taken for row in plan.corpora] == [4480, 1920]
+    assert [row.num_samples for row in plan.corpora] == [70, 30]
+    assert [row.available for row in plan.corpora] == [4501, 1001]
+    assert [entry.tokens for entry in plan.entries] == [1494, 2986, 1920]  # 4480 x 1501/4501 = 1493.998
+    assert [entry.corpus for entry in plan.entries] == ["D0", "D0", "D1"]
+    assert plan.corpora[1].epochs == Fraction(1920, 1001)
+    assert "D1" in plan.table()
+    assert "25 iterations, 100 samples, 6,400 tokens" in plan.table()
+
+
+def test_a_length_that_is_no_whole_batch_is_rounded_up_and_still_sums(tmp_path, two_corpora):
+    plan = plan_blend(run_config(tmp_path, mix={"D0": 0.95, "D1": 0.05}, corpora=two_corpora, train_tokens=6145))
+    assert plan.train_tokens == 25 * 4 * 64
+    assert sum(entry.tokens for entry in plan.entries) == plan.train_tokens
+    assert sum(plan.num_samples) == 100
+
+
+def test_every_reason_for_refusal_is_reported_at_once(tmp_path, two_corpora):
+    bin_path(tmp_path / "D0/a_text_document").write_bytes(b"1234")
+    manifest_path(tmp_path / "D0/b_text_document").unlink()
+    corpora = two_corpora | {"D2": ["nowhere"], "D3": ["nothing/*"]}
+    config = run_config(tmp_path, mix={"D0": 0.5, "D1": 0.2, "D2": 0.2, "D3": 0.2, "D9": 0.1}, corpora=corpora)
+    with pytest.raises(DataError) as caught:
+        plan_blend(config)
+    message = str(caught.value)
+    for reason in (
+        "t/p/s/main: the blend has 6 problems",
+        "data.mix sums to 1.2",
+        "incomplete shard " + str(tmp_path / "D0/a_text_document"),
+        "incomplete shard " + str(tmp_path / "D0/b_text_document"),
+        "nowhere: no such shard",
+        "nothing/*: matches no",
+        "data.mix.D9: no such corpus",
+    ):
+        assert reason in message
+
+
+def test_a_corpus_read_too_often_is_refused_with_what_it_can_give(tmp_path, two_corpora):
+    config = run_config(tmp_path, mix={"D0": 0.3, "D1": 0.7}, corpora=two_corpora)
+    with pytest.raises(
+        DataError, match=r"D1 would be read 4.476 times \(4,480 of 1,001 tokens\); data.max_epochs is 4"
+    ):
+        plan_blend(config)
+    raised = dataclasses.replace(config, data=dataclasses.replace(config.data, max_epochs=4.5))
+    assert plan_blend(raised).corpora[1].taken == 4480
+
+
+def test_a_corpus_smaller_than_one_sequence_is_refused(tmp_path, two_corpora):
+    write_shard(tmp_path / "tiny_text_document", [64])
+    corpora = two_corpora | {"tiny": ["tiny_text_document"]}
+    with pytest.raises(DataError, match="tiny has 64 tokens, not one sequence of 64 and the token after it"):
+        plan_blend(run_config(tmp_path, mix={"D0": 0.99, "tiny": 0.01}, corpora=corpora))
+
+
+def test_shards_of_different_tokenizers_are_refused(tmp_path, two_corpora):
+    write_shard(tmp_path / "D1/c_text_document", [999, 2], _IDENTITY | {"hash": "fedcba", "name": "other"})
+    with pytest.raises(DataError, match=r"other \(hash fedcba"):
+        plan_blend(run_config(tmp_path, mix={"D0": 0.7, "D1": 0.3}, corpora=two_corpora))
+
+
+def test_an_index_cut_off_in_the_middle_is_refused_by_name(tmp_path, two_corpora):
+    path = idx_path(tmp_path / "D1/c_text_document")
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(DataError, match=r"incomplete shard .*c_text_document"):
+        plan_blend(run_config(tmp_path, mix={"D0": 0.7, "D1": 0.3}, corpora=two_corpora))
+
+
+def test_shards_too_small_for_a_whole_sample_are_reported_not_dropped(tmp_path, two_corpora):
+    for index in range(10):
+        write_shard(tmp_path / f"D2/{index}_text_document", [10])
+    corpora = two_corpora | {"D2": ["D2"]}
+    plan = plan_blend(run_config(tmp_path, mix={"D0": 0.69, "D1": 0.3, "D2": 0.01}, corpora=corpora))
+    assert [row.num_samples for row in plan.corpora] == [69, 30, 1]
+    assert "9 shards of D2 are too small to give a whole sample" in plan.table()
+    assert len(plan.entries) == 13
+
+
+def test_one_shard_in_two_corpora_is_refused(tmp_path, two_corpora):
+    corpora = two_corpora | {"again": ["D0/a_text_document"]}
+    with pytest.raises(DataError, match="belongs to the corpora D0 and again"):
+        plan_blend(run_config(tmp_path, mix={"D0": 0.5, "again": 0.5}, corpora=corpora))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{first} D0/a_text_document\n{second} D1/c_text_document\n",
+        "export X=(\n{first} D0/a_text_document\n{second} D1/c_text_document\n)\n",
+    ],
+)
+def test_a_ready_list_states_the_proportions(tmp_path, two_corpora, text):
+    (tmp_path / "list.sh").write_text(text.format(first=4480, second=1920))
+    plan = plan_blend(run_config(tmp_path, mix={}, corpora={}, train_data_path="list.sh"))
+    assert [entry.tokens for entry in plan.entries] == [4480, 1920]
+    assert [entry.prefix for entry in plan.entries] == [
+        str(tmp_path / "D0/a_text_document"),
+        str(tmp_path / "D1/c_text_document"),
+    ]
+
+
+def test_a_list_without_weights_is_read_in_proportion_to_the_shards(tmp_path, two_corpora):
+    (tmp_path / "list.txt").write_text("D0/a_text_document D1/c_text_document\n")
+    plan = plan_blend(run_config(tmp_path, mix={}, corpora={}, train_data_path="list.txt"))
+    assert [entry.tokens for entry in plan.entries] == [3840, 2560] or sum(e.tokens for e in plan.entries) == 6400
+    assert plan.entries[0].tokens == apportion(6400, [1501, 1001])[0]
