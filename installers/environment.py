@@ -171,7 +171,7 @@ def run_pip(command: list[str], venv: Path, what: str) -> None:
                 time.sleep(0.2)
                 if time.monotonic() - said >= 10:
                     said = time.monotonic()
-                    say(f"  {said - started:.0f} s: {last_line(log)}")
+                    say(f"  {said - started:.0f} s: {progress(venv, log)}")
         finally:
             if process.poll() is None:
                 process.terminate()
@@ -183,10 +183,11 @@ def run_pip(command: list[str], venv: Path, what: str) -> None:
         )
 
 
-def last_line(log: Path) -> str:
-    """Return the log's last line, at most 100 characters of it."""
-    lines = log.read_text(errors="replace").splitlines()
-    return lines[-1].strip()[:100] if lines else ""
+def progress(venv: Path, log: Path) -> str:
+    """Return how many packages are in place and pip's last line."""
+    packages = sum(1 for site in site_packages(venv) for _ in site.glob("*.dist-info"))
+    lines = [line for line in log.read_text(errors="replace").splitlines() if not line.startswith("WARNING")]
+    return f"{packages} packages in place; {lines[-1].strip()[:70] if lines else 'starting'}"
 
 
 @contextlib.contextmanager
