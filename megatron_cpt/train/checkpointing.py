@@ -120,7 +120,11 @@ def check_model_fits(directory: Path, model: ModelConfig) -> None:
     free |= {name for name in stored if name.startswith("rope_")}
     filled = _explicit(model)
     stored = _explicit(ModelConfig(**{name: stored[name] for name in filled if name in stored}))
-    wrong = [f"{name} is {stored[name]}, not {filled[name]}" for name in filled if stored[name] != filled[name] and name not in free]
+    wrong = [
+        f"{name} is {stored[name]}, not {filled[name]}"
+        for name in filled
+        if stored[name] != filled[name] and name not in free
+    ]
     if wrong:
         raise CheckpointError(
             f"{directory}: another architecture than the params file's: {'; '.join(wrong)}. Use the params file it was made with."
@@ -189,7 +193,7 @@ def _sharded_model(model: list[Any]) -> ShardedStateDict:
 
 
 def _flat(state: ShardedStateDict) -> ShardedStateDict:
-    return state["model"] if "model" in state else state
+    return state.get("model", state)
 
 
 def _expected_bytes(model: list[Any]) -> int:

@@ -30,10 +30,19 @@ def substitute() -> None:
     if not is_cpu() or _substituted:
         return
     _substituted = True
+    _disable_compilation()
     _substitute_torch_cuda()
     _CpuMode().__enter__()
     _substitute_optimizer()
     _substitute_moe()
+
+
+def _disable_compilation() -> None:
+    """Run megatron's `jit_fuser` functions (SwiGLU, dropout-add) as they are: compiling them costs a start minutes."""
+    import torch._dynamo
+
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # for functions that are decorated from here on
+    torch._dynamo.config.disable = True  # for those that were before
 
 
 class _CpuMode(TorchFunctionMode):

@@ -135,6 +135,8 @@ def build_training_model(config: RunConfig) -> tuple[list[DistributedDataParalle
         }
     )
     optimizer = get_megatron_optimizer(optimizer_config, model, use_gloo_process_groups=False)
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        part.init_state_fn(part.optimizer, part.config)  # so that a run can be saved before its first update
     megatron_config.grad_scale_func = optimizer.scale_loss
     megatron_config.finalize_model_grads_func = finalize_model_grads
     if config.parallel.overlap_grad_reduce:

@@ -5,26 +5,30 @@ import os
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.num_microbatches_calculator import (
+    destroy_num_microbatches_calculator,
+    init_num_microbatches_calculator,
+)
 
-from megatron_cpt.config.schema import ParallelConfig
+from megatron_cpt.config.derived import model_parallel_size
+from megatron_cpt.config.schema import RunConfig
 from megatron_cpt.errors import ConfigError
 from megatron_cpt.train import cpu
 
 
-def initialize_parallel(parallel: ParallelConfig, seed: int, timeout_seconds: int = 1800) -> None:
-    """Join the job that torchrun's environment describes and build megatron's process groups.
+def initialize_parallel(config: RunConfig, timeout_seconds: int = 1800) -> None:
+    """Join the job that torchrun's environment describes; build megatron's process groups and seed this rank.
 
     Without torchrun's variables the process is a job of one rank. NCCL on GPUs, gloo on CPU.
 
     Raises: ConfigError when the number of ranks does not fit the layout.
     """
     cpu.substitute()
+    parallel, training = config.parallel, config.training
     if not torch.distributed.is_initialized():
         _initialize_distributed(timeout_seconds)
     world_size = torch.distributed.get_world_size()
-    model_size = (
-        parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
-    )
+    model_size = model_parallel_size(parallel)
     if world_size % model_size:
         raise ConfigError(
             f"parallel: {world_size} ranks were started, not a multiple of TP x PP x CP = {model_size}. "
@@ -41,13 +45,21 @@ def initialize_parallel(parallel: ParallelConfig, seed: int, timeout_seconds: in
         distributed_timeout_minutes=max(timeout_seconds // 60, 1),
     )
     # Pipeline stages draw different numbers, as in Megatron-LM's training/initialize.py.
-    seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
+    seed = training.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    init_num_microbatches_calculator(
+        torch.distributed.get_rank(),
+        None,
+        training.global_batch_size,
+        training.micro_batch_size,
+        parallel_state.get_data_parallel_world_size(),
+    )
 
 
 def finish_parallel() -> None:
     """Leave the process groups."""
+    destroy_num_microbatches_calculator()
     parallel_state.destroy_model_parallel()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

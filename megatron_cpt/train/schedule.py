@@ -2,8 +2,8 @@
 
 The scheduler is ours because megatron-core's keeps its bounds in the optimizer's param groups, where a resume with
 another learning rate raises or silently keeps the old one. Warm-up and decay shapes are Megatron-LM's
-(`megatron/core/optimizer_param_scheduler.py`, 0.19); the infinite forms are arXiv:2405.13245 (infinite cosine,
-infinite inverse square root: cool to a constant, hold, anneal); re-warming is a stage with a warm-up of its own.
+(`megatron/core/optimizer_param_scheduler.py`, 0.19); the infinite forms (cool to a constant, hold, anneal) are those
+of arXiv:2403.08763, section 7; re-warming is a stage with a warm-up of its own.
 """
 
 import math
@@ -19,6 +19,8 @@ ANNEAL = {
     "exponential": lambda r: 2 * 0.5**r - 1,
     "minus_sqrt": lambda r: 1 - math.sqrt(r),
 }
+STEEPNESS = 10.0
+"""Steepness of the infinite inverse square root's first decay (alpha in arXiv:2403.08763)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +68,8 @@ class Schedule:
         progress = min((samples - self.warmup) / length, 1.0)
         if self.style == "infinite-cosine":
             return self.hold + (self.lr - self.hold) * ANNEAL["cosine"](progress)
-        # Falls as 1/sqrt(1 + c r) from lr to hold over the first decay: c follows from both ends.
-        steepness = (self.lr / self.hold) ** 2 - 1
-        return max(self.hold, self.lr / math.sqrt(1 + steepness * progress))
+        drop = (1 / math.sqrt(1 + STEEPNESS * progress) - 1) / (1 / math.sqrt(1 + STEEPNESS) - 1)
+        return self.lr + (self.hold - self.lr) * drop
 
 
 def schedule(config: RunConfig) -> Schedule:

@@ -1,0 +1,54 @@
+"""Where a stage's weights come from: a Hugging Face folder, a Megatron checkpoint, or another variant's run."""
+
+import dataclasses
+from pathlib import Path
+
+from megatron_cpt.checkpoint.convert import hf_to_mcore
+from megatron_cpt.checkpoint.mcore import checkpoint_dir, find_checkpoint, verify_checkpoint
+from megatron_cpt.config.schema import RunConfig
+from megatron_cpt.errors import CheckpointError
+from megatron_cpt.launch.run_dir import RunDir, run_dir
+
+
+def initial_checkpoint(config: RunConfig, run: RunDir) -> Path | None:
+    """Return the verified checkpoint folder that `init.from_path` means, None when it is not set.
+
+    A Hugging Face folder is converted into `<run>/init` first (once). Raises: CheckpointError.
+    """
+    text = config.init.from_path
+    if text is None:
+        return None
+    if text.startswith("variant:"):
+        return _variant_checkpoint(config, text)
+    path = Path(text)
+    if (path / "config.json").exists():
+        if config.init.load == "full":
+            raise CheckpointError(f"{path}: a Hugging Face folder holds weights only. Use init.load=weights.")
+        converted = checkpoint_dir(run.path / "init", "release")
+        if not converted.exists():
+            hf_to_mcore(
+                path,
+                run.path / "init",
+                model=config.model,
+                make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
+            )
+        return find_checkpoint(converted, config.checkpoint.verify_on_load)
+    return find_checkpoint(path, config.checkpoint.verify_on_load)
+
+
+def _variant_checkpoint(config: RunConfig, text: str) -> Path:
+    name, _, iteration = text.removeprefix("variant:").partition("@")
+    if name == config.variant:
+        raise CheckpointError(f"init.from_path: {text} names the run itself. Name another variant.")
+    root = run_dir(dataclasses.replace(config, variant=name)).checkpoints
+    if not root.exists():
+        raise CheckpointError(
+            f"{root}: no such folder. Variant {config.variant} starts from {name}. Train {name} first."
+        )
+    if not iteration:
+        return find_checkpoint(root, config.checkpoint.verify_on_load)
+    if not iteration.isdigit():
+        raise CheckpointError(f"init.from_path: {text}: {iteration!r} is no iteration. Write variant:{name}@1000.")
+    directory = checkpoint_dir(root, int(iteration))
+    verify_checkpoint(directory, config.checkpoint.verify_on_load)
+    return directory
