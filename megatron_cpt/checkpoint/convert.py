@@ -1,0 +1,412 @@
+"""Hugging Face folders to Megatron `torch_dist` checkpoints and back, tensor by tensor, on a CPU.
+
+No model is built and no process group started: each step (`mapping.Unit`) reads the tensors that it needs, rearranges them
+and writes the result, so that memory holds a few tensors per worker. An output is complete under its name or not there.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_cpt.checkpoint import mcore
+from megatron_cpt.checkpoint.dcp import Slice, write_dcp
+from megatron_cpt.checkpoint.hf import SIDE_FILES, HFFolder, OutputGroup, copy_side_files, write_safetensors
+from megatron_cpt.checkpoint.hf_config import (
+    POSITION_FIELDS,
+    TRAINING_FIELDS,
+    differing_fields,
+    hf_config_from_model,
+    model_config_from_hf,
+)
+from megatron_cpt.checkpoint.mapping import Unit, check_coverage, family_of, units
+from megatron_cpt.checkpoint.sources import MegatronWeights, TorchDistWeights
+from megatron_cpt.checkpoint.verify import verify_against_hf
+from megatron_cpt.config.schema import ModelConfig
+from megatron_cpt.errors import CheckpointError
+from megatron_cpt.files import file_hash, read_json, text_hash, whole_dir, write_json
+from megatron_cpt.launch.lock import run_lock
+from megatron_cpt.log import Progress, format_bytes
+
+logger = logging.getLogger(__name__)
+
+CONVERSION = "conversion.json"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+NAMES_IN_CONFIG = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+DEFAULT_SHARD_BYTES = 5 * 10**9
+
+
+def hf_to_mcore(
+    hf_dir: Path,
+    output: Path,
+    *,
+    model: ModelConfig | None = None,
+    make_vocab_size_divisible_by: int = 128,
+    dtype: str | None = None,
+    verify: bool = False,
+    num_workers: int = 2,
+    skip_tensors: Sequence[str] = (),
+    ignore_config: Sequence[str] = (),
+) -> Path:
+    """Convert the model in `hf_dir` to `<output>/release`; return that folder.
+
+    `model`, when given, must describe the same weights; its vocabulary padding is used. `dtype` is fp32, bf16 or fp16 (None:
+    as it is; the router's bias keeps its type). `verify` reads everything back and compares it bit by bit.
+
+    Raises: CheckpointError when a tensor or a key has no place, when sizes differ, or when there is something else already.
+    """
+    source = HFFolder(hf_dir)
+    described = model_config_from_hf(source.config, ignore=ignore_config)
+    model = _agreed_model(described, model, make_vocab_size_divisible_by, hf_dir)
+    family = family_of((source.config.get("architectures") or [_architecture_of(model)])[0])
+    steps = units(model, family)
+    skipped = check_coverage(steps, _names_to_claim(source, model), str(hf_dir), skip_tensors)
+    _check_shapes(source, steps)
+    target = mcore.checkpoint_dir(output, "release")
+    identity = {"kind": "huggingface", **source.fingerprint(), "dtype": dtype, "skipped": skipped}
+    if _is_done(target, identity, model):
+        logger.info("%s: converted already from the same weights", target)
+        return target
+    tracked = mcore.read_tracker(output)
+    if tracked not in (None, "release"):
+        raise CheckpointError(
+            f"{output}: holds a run at iteration {tracked}. Converted weights need a folder of their own. Choose another one."
+        )
+    mcore.check_free_space(output, int(source.num_bytes() * 1.01) + (1 << 20))
+    with run_lock(output / ".writer.lock", f"conversion of {hf_dir.name}"):
+        _remove_partial(target)
+        with whole_dir(target) as directory:
+            progress = _progress(f"{hf_dir.name} to Megatron", source.num_bytes())
+            cast = DTYPES[dtype] if dtype else None
+            hashes = write_dcp(
+                directory,
+                [_slice(step, source, model, cast) for step in steps],
+                num_workers=num_workers,
+                progress=progress,
+            )
+            _write_megatron_metadata(directory, model)
+            if verify:
+                weights = TorchDistWeights(directory)
+                tensors = verify_against_hf(source, weights, steps, model, cast, num_workers)
+                write_json(directory / CONVERSION, {"direction": "hf_to_mcore", "bit_exact": True, "tensors": tensors})
+            mcore.write_manifest(directory, _release_manifest(model, source, identity), hashes)
+        mcore.write_tracker(output, "release")
+    logger.info("%s: %s in %d steps", target, format_bytes(source.num_bytes()), len(steps))
+    return target
+
+
+def mcore_to_hf(
+    checkpoint: Path,
+    output: Path,
+    *,
+    tokenizer: Path | None = None,
+    dtype: str | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    verify: bool = False,
+    num_workers: int = 2,
+    weights: MegatronWeights | None = None,
+    model: ModelConfig | None = None,
+) -> Path:
+    """Convert the checkpoint `iter_NNNNNNN` or `release` to a Hugging Face folder `output`; return `output`.
+
+    The model and the source's `config.json` come from the manifest. `tokenizer` (a folder, `tokenizer.json` or a
+    SentencePiece model) is copied, with chat template and generation configuration where it has them. `weights` and `model`
+    replace the checkpoint's own (other formats).
+
+    Raises: CheckpointError when the checkpoint is damaged or incomplete, or `output` holds something else.
+    """
+    manifest = mcore.verify_checkpoint(checkpoint, "size") if weights is None else {}
+    model = model or _model_of(manifest, checkpoint)
+    weights = weights or TorchDistWeights(checkpoint)
+    options = {"dtype": dtype, "max_shard_bytes": max_shard_bytes, "tokenizer": _tokenizer_hash(tokenizer)}
+    identity = {"kind": "megatron", "files": text_hash(json.dumps(manifest.get("files"), sort_keys=True)), **options}
+    if _is_exported(output, identity):
+        logger.info("%s: converted already from the same weights", output)
+        return output
+    token_ids = {
+        "eos_token_id": (manifest.get("tokenizer") or {}).get("eod_id"),
+        "bos_token_id": None,
+        "pad_token_id": None,
+    }
+    config = hf_config_from_model(model, manifest.get("hf"), token_ids=token_ids)
+    steps = units(model, family_of(config["architectures"][0]))
+    left = weights.unclaimed(steps)
+    if left:
+        raise CheckpointError(
+            f"{checkpoint}: {len(left)} weights have no place in {config['architectures'][0]}, the first are "
+            f"{', '.join(left[:3])}. Every weight must be converted. The manifest belongs to another model."
+        )
+    cast = DTYPES[dtype] if dtype else None
+    groups = [_group(step, weights, model, cast) for step in steps]
+    config["dtype"] = config["torch_dtype"] = NAMES_IN_CONFIG[groups[0].tensors[0][2]]
+    total = sum(group.num_bytes for group in groups)
+    mcore.check_free_space(output, int(total * 1.01) + (1 << 20))
+    _remove_partial(output)
+    with whole_dir(output) as directory:
+        progress = _progress(f"{checkpoint.name} to Hugging Face", total)
+        hashes = write_safetensors(
+            directory, groups, max_shard_bytes=max_shard_bytes, num_workers=num_workers, progress=progress
+        )
+        copied = _copy_tokenizer(tokenizer, directory, manifest)
+        _write_configs(directory, config, copied)
+        record: dict[str, Any] = {"direction": "mcore_to_hf", "source": identity}
+        if verify:
+            folder = HFFolder(directory)
+            record |= {
+                "bit_exact": True,
+                "tensors": verify_against_hf(folder, weights, steps, model, None, num_workers, stored_cast=cast),
+            }
+        record["files"] = {
+            file.name: {"bytes": file.stat().st_size, "hash": hashes.get(file.name) or file_hash(file)}
+            for file in sorted(directory.iterdir())
+        }
+        write_json(directory / CONVERSION, record)
+    logger.info("%s: %s in %d tensors", output, format_bytes(total), sum(len(group.tensors) for group in groups))
+    return output
+
+
+def _agreed_model(described: ModelConfig, given: ModelConfig | None, divisible_by: int, where: Path) -> ModelConfig:
+    if given is None:
+        return dataclasses.replace(described, make_vocab_size_divisible_by=divisible_by)
+    different = differing_fields(given, described, TRAINING_FIELDS | POSITION_FIELDS)
+    if different:
+        raise CheckpointError(
+            f"{where / 'config.json'}: another model than the params file says (params != config.json): "
+            f"{'; '.join(different)}. Use the params file of this model, or none."
+        )
+    for difference in differing_fields(given, described, TRAINING_FIELDS):
+        logger.warning("positions differ on purpose? params != config.json: %s. The params file is used.", difference)
+    return given
+
+
+def _architecture_of(model: ModelConfig) -> str:
+    return hf_config_from_model(model)["architectures"][0]
+
+
+def _names_to_claim(source: HFFolder, model: ModelConfig) -> list[str]:
+    """Return the tensors' names, without an output layer that repeats tied embeddings bit for bit."""
+    names = source.names()
+    output, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if model.untie_embeddings_and_output_weights or output not in names or embedding not in names:
+        return names
+    if not torch.equal(source.read(output), source.read(embedding)):
+        raise CheckpointError(
+            f"{source.path}: tie_word_embeddings is true but {output} differs from {embedding}. One of them is wrong. "
+            "Set tie_word_embeddings to false in config.json if the output layer is meant."
+        )
+    return [name for name in names if name != output]
+
+
+def _check_shapes(source: HFFolder, steps: Sequence[Unit]) -> None:
+    for step in steps:
+        for name, shape in zip(step.hf, step.hf_shapes, strict=True):
+            if source.shape(name) != shape:
+                raise CheckpointError(
+                    f"{source.path}: {name} is {list(source.shape(name))}. config.json says {list(shape)}. "
+                    "The folder's configuration belongs to another model."
+                )
+
+
+def _slice(step: Unit, source: HFFolder, model: ModelConfig, cast: torch.dtype | None) -> Slice:
+    dtypes = {source.dtype(name) for name in step.hf}
+    if len(dtypes) > 1 or not next(iter(dtypes)).is_floating_point:
+        raise CheckpointError(
+            f"{source.path}: {', '.join(step.hf)} have types {dtypes}. One floating-point type is needed."
+        )
+    dtype = _cast_type(step, dtypes.pop(), cast)
+
+    def build() -> torch.Tensor:
+        return step.to_mcore([source.read(name) for name in step.hf], model).to(dtype)
+
+    experts = () if step.expert is None else (1,)
+    return Slice(step.key, (*experts, *step.shape), dtype, step.offsets, step.global_shape, build)
+
+
+def _group(step: Unit, weights: MegatronWeights, model: ModelConfig, cast: torch.dtype | None) -> OutputGroup:
+    dtype = _cast_type(step, weights.dtype(step), cast)
+    shape = weights.shape(step)
+    rows = model.vocab_size if step.how == "vocab" else None
+    if (shape[0] < model.vocab_size or shape[1:] != step.shape[1:]) if rows else shape != step.shape:
+        raise CheckpointError(
+            f"{step.key}: {list(shape)} on disk, {list(step.shape)} by the manifest's model. Use its own."
+        )
+
+    def build() -> Sequence[torch.Tensor]:
+        return [part.to(dtype) for part in step.to_hf(weights.read(step, rows), model)]
+
+    tensors = tuple((name, shape, dtype) for name, shape in zip(step.hf, step.hf_shapes, strict=True))
+    return OutputGroup(tensors, build)
+
+
+def _cast_type(step: Unit, stored: torch.dtype, cast: torch.dtype | None) -> torch.dtype:
+    return stored if cast is None or step.key.endswith("expert_bias") else cast
+
+
+def _write_megatron_metadata(directory: Path, model: ModelConfig) -> None:
+    """Write what megatron-core and Megatron-LM read besides the tensors: the format's name and the common state."""
+    write_json(
+        directory / "metadata.json",
+        {
+            "sharded_backend": "torch_dist",
+            "sharded_backend_version": 1,
+            "common_backend": "torch",
+            "common_backend_version": 1,
+        },
+    )
+    arguments = argparse.Namespace(
+        tensor_model_parallel_size=1,
+        pipeline_model_parallel_size=1,
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+    )
+    common = {
+        "args": arguments,
+        "checkpoint_version": 3.0,
+        "iteration": 0,
+        "content_metadata": {"non_homogeneous_layers": True, "singleton_local_shards": False},
+    }
+    with (directory / "common.pt").open("wb") as file:
+        torch.save(common, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _release_manifest(model: ModelConfig, source: HFFolder, identity: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "iteration": "release",
+        "consumed_samples": 0,
+        "consumed_tokens": 0,
+        "tokens_per_corpus": {},
+        "layout": {"tp": 1, "pp": 1},
+        "tokenizer": None,
+        "model": dataclasses.asdict(model),
+        "config": None,
+        "content": "weights",
+        "hf": source.config,
+        "source": identity,
+    }
+
+
+def _is_done(target: Path, identity: dict[str, Any], model: ModelConfig) -> bool:
+    if not target.exists():
+        return False
+    manifest = mcore.verify_checkpoint(target, "size")
+    if manifest.get("source") == json.loads(json.dumps(identity)) and manifest["model"] == dataclasses.asdict(model):
+        return True
+    raise CheckpointError(
+        f"{target}: exists already and was made from other weights or with other options. A checkpoint is never "
+        "overwritten. Remove it or choose another folder."
+    )
+
+
+def _is_exported(output: Path, identity: dict[str, Any]) -> bool:
+    if not output.exists():
+        return False
+    record = read_json(output / CONVERSION, CheckpointError) if (output / CONVERSION).exists() else {}
+    files = record.get("files", {})
+    if record.get("source") == identity and all(
+        (output / name).is_file() and (output / name).stat().st_size == entry["bytes"] for name, entry in files.items()
+    ):
+        return True
+    raise CheckpointError(
+        f"{output}: exists already and is damaged, or was made from other weights or with other options. An output is never "
+        "overwritten. Remove it or choose another folder."
+    )
+
+
+def _remove_partial(target: Path) -> None:
+    """Remove what killed conversions to the same name left behind."""
+    for leftover in target.parent.glob(f".{target.name}.*.partial"):
+        logger.warning("%s: left by an interrupted conversion, removed", leftover)
+        shutil.rmtree(leftover)
+
+
+def _model_of(manifest: dict[str, Any], checkpoint: Path) -> ModelConfig:
+    try:
+        return ModelConfig(**manifest["model"])
+    except (KeyError, TypeError) as problem:
+        raise CheckpointError(
+            f"{checkpoint}: the manifest's model is not usable ({problem}). Name the params file with --params."
+        ) from None
+
+
+def _tokenizer_hash(tokenizer: Path | None) -> str | None:
+    if tokenizer is None:
+        return None
+    files = sorted(tokenizer.glob("*token*")) if tokenizer.is_dir() else [tokenizer]
+    return text_hash("".join(f"{file.name} {file_hash(file)}\n" for file in files if file.is_file()))
+
+
+def _copy_tokenizer(tokenizer: Path | None, directory: Path, manifest: dict[str, Any]) -> list[str]:
+    if tokenizer is None:
+        return []
+    if not tokenizer.exists():
+        raise CheckpointError(
+            f"{tokenizer}: no such tokenizer. Name its folder, tokenizer.json or SentencePiece model."
+        )
+    if tokenizer.is_dir():
+        return copy_side_files(
+            tokenizer,
+            directory,
+            (*SIDE_FILES, "generation_config.json", "*.model", "configuration_*.py", "modeling_*.py"),
+        )
+    name = "tokenizer.json" if tokenizer.suffix == ".json" else "tokenizer.model"
+    shutil.copyfile(tokenizer, directory / name)
+    is_fast = name == "tokenizer.json"
+    write_json(
+        directory / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast" if is_fast else "LlamaTokenizer",
+            **_end_token(tokenizer, manifest),
+        },
+    )
+    return [name, "tokenizer_config.json"]
+
+
+def _end_token(tokenizer: Path, manifest: dict[str, Any]) -> dict[str, str]:
+    end = (manifest.get("tokenizer") or {}).get("eod_id")
+    if tokenizer.suffix != ".json" or end is None:
+        return {}
+    content = read_json(tokenizer, CheckpointError)
+    names = {token["id"]: token["content"] for token in content.get("added_tokens", [])}
+    return {"eos_token": names[end]} if end in names else {}
+
+
+def _write_configs(directory: Path, config: dict[str, Any], copied: Sequence[str]) -> None:
+    modules = {
+        str(entry).split(".")[0] + ".py" for entry in config.get("auto_map", {}).values() if isinstance(entry, str)
+    }
+    if modules - set(copied):
+        logger.warning(
+            "config.json: auto_map dropped, %s is not beside the tokenizer; transformers knows the architecture itself",
+            ", ".join(sorted(modules - set(copied))),
+        )
+        config.pop("auto_map")
+    write_json(directory / "config.json", config)
+    if "generation_config.json" not in copied:
+        ids = {
+            key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None
+        }
+        write_json(directory / "generation_config.json", {"_from_model_config": True, **ids})
+
+
+def _progress(label: str, total: int) -> Callable[[int], None]:
+    """Return a function that counts bytes and logs progress; workers may call it at the same time."""
+    meter, lock = Progress(label, total / 1e6, "MB"), threading.Lock()
+
+    @functools.wraps(meter.add)
+    def add(num_bytes: int) -> None:
+        with lock:
+            meter.add(num_bytes / 1e6)
+
+    return add
