@@ -12,6 +12,8 @@ SUB_VERBS = {
     "plan": "show what a stage takes from each corpus, in tokens, epochs and samples",
     "list": "list the token shards below folders, with their exact token counts",
     "convert": "write a data list in another format",
+    "rescale": "turn available tokens and a budget into the list a run draws, by rules",
+    "mix": "mix data lists by global weights, as AuroraGPT's mix_datasets.py, exactly",
     "formats": "show the formats of data lists",
 }
 

@@ -1,0 +1,94 @@
+"""Turn a list of available tokens and a budget into the list a run draws, by rules per corpus or path pattern.
+
+A shard follows the first rule that names it: a corpus's name, a glob, or a part of the path. Shares are parts of the
+budget; ratios multiply a shard's tokens (rounded up; proportions where there is a budget); epochs are exact whatever
+the budget; weights divide what is left. `--base PATTERN --base-ratio 0.4` makes two pools. Without rules every shard
+counts by its size.
+
+Example: megatron-cpt blend rescale train_data.all.sh 50B --ratio flan=0.5 --ratio '*=1' --output train_data_50B.sh
+"""
+
+import argparse
+import functools
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+from megatron_cpt.config.values import parse_count
+from megatron_cpt.data.budget import exact
+from megatron_cpt.data.datalist import FORMATS, read_data_list, render_data_list
+from megatron_cpt.data.list_formats import weights_as_tokens
+from megatron_cpt.data.rescale import Rule, rescale
+from megatron_cpt.data.rescale_table import rescale_table
+from megatron_cpt.errors import DataError
+from megatron_cpt.files import write_text
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("list", type=Path, help="list of available tokens, in any format")
+    parser.add_argument("budget", nargs="?", help="tokens to draw: 50B, 1.5T, 8000000 (default: what the rules give)")
+    for kind, text in (
+        ("ratio", "multiple of each shard's tokens"),
+        ("epochs", "passes over the shards, fixed"),
+        ("share", "part of the budget, 0 to 1"),
+        ("weight", "parts of what epochs and shares leave"),
+    ):
+        parser.add_argument(
+            f"--{kind}",
+            dest="rules",
+            action="append",
+            default=[],
+            metavar="PATTERN=NUMBER",
+            type=functools.partial(_rule, kind=kind),
+            help=text,
+        )
+    parser.add_argument("--base", help="corpus or pattern of the base pool")
+    parser.add_argument("--base-ratio", type=Fraction, help="part of the budget that the base pool gets")
+    parser.add_argument("--cap", type=Fraction, help="most epochs of a shard; the others of its pool make up for it")
+    parser.add_argument("--max-epochs", type=Fraction, default=Fraction(4), help="refuse more epochs (default: 4)")
+    parser.add_argument("--seq-length", type=int, default=4096, help="tokens per sample (default: 4096)")
+    parser.add_argument("--global-batch-size", type=int, default=512, help="samples per iteration (default: 512)")
+    parser.add_argument("--format", choices=list(FORMATS), default="llm-jp", help="format to write (default: llm-jp)")
+    parser.add_argument("--output", type=Path, help="file to write (default: none, only the table is shown)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    available = weights_as_tokens(read_data_list(arguments.list), str(arguments.list))
+    budget = None if arguments.budget is None else _count(arguments.budget)
+    drawn = rescale(
+        available,
+        arguments.rules,
+        budget,
+        base=arguments.base,
+        base_ratio=arguments.base_ratio,
+        cap=arguments.cap,
+    )
+    table = rescale_table(
+        available,
+        drawn,
+        budget,
+        max_epochs=arguments.max_epochs,
+        seq_length=arguments.seq_length,
+        global_batch_size=arguments.global_batch_size,
+    )
+    sys.stdout.write(table)
+    if arguments.output is not None:
+        write_text(arguments.output, render_data_list(drawn, arguments.format))
+        sys.stdout.write(f"written: {arguments.output}\n")
+
+
+def _rule(text: str, kind: str) -> Rule:
+    pattern, equals, number = text.rpartition("=")
+    if not equals or not pattern:
+        raise argparse.ArgumentTypeError(f"'{text}' is not PATTERN=NUMBER")
+    try:
+        return Rule(pattern=pattern, kind=kind, value=exact(number))  # type: ignore[arg-type]
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"'{number}' in '{text}' is not a number") from None
+
+
+def _count(text: str) -> int:
+    try:
+        return parse_count(text)
+    except ValueError as problem:
+        raise DataError(f"budget: {problem}.") from None
