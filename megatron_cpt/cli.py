@@ -18,6 +18,9 @@ VERBS = {
     "submit": "start a run on this machine, PBS or Slurm, after checking everything that can be checked beforehand",
     "tokenize": "turn documents into .bin/.idx token files, restartable, with a manifest beside each",
     "data": "validate, repair, audit, trace, merge, deduplicate, sample and decontaminate documents",
+    "evaluate": "bits per byte, learned and forgotten, samples, weight divergence of models",
+    "analyze": "statistics of every tensor of a model",
+    "report": "draw a one-page report of one or several stages",
     "show-config": "print the resolved configuration of a run, where each value comes from, or Megatron-LM flags",
     "blend": "plan what a stage reads: lists, budgets, mixes, replay and index caches",
 }

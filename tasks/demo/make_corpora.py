@@ -151,7 +151,8 @@ def once(documents: Iterable[Document]) -> Iterator[Document]:
 
 def split_held_out(documents: list[Document], fraction: float) -> tuple[list[Document], list[Document]]:
     """Return documents to train on and held-out ones; a document's own hash decides where it goes."""
-    kept, held_out = [], []
+    kept: list[Document] = []
+    held_out: list[Document] = []
     for document in documents:
         drawn = int(text_hash(document.text)[:8], 16) / 2**32
         is_held_out = drawn < fraction and len(document.text) <= MAX_HELD_OUT_BYTES

@@ -1,0 +1,149 @@
+"""measure models on text: bits per byte, what was learned and forgotten, samples, weight divergence
+
+A model is a Hugging Face folder or a Megatron checkpoint (`.../checkpoints`, `.../iter_0001000`), written NAME=PATH. A
+text set is a .jsonl or .txt file (plain or compressed), a folder or a glob, written NAME=PATH.
+
+  perplexity   bits per byte with 95 % intervals, per model and text set
+  forgetting   the same, compared with the first model: learned, forgotten; a table, a chart, JSON
+  generate     continuations of prompts, side by side
+  divergence   how far each layer's weights moved from the first model's; a table and a chart
+
+Example: megatron-cpt evaluate forgetting --model base=hf/base --model cpt=runs/ja/8b/80B/main/checkpoints
+             --text D0=data/D0.validation.jsonl.zst --text D1=data/D1.validation.jsonl.zst --output evaluation
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_cpt.errors import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    subparsers = parser.add_subparsers(dest="measure", required=True, metavar="MEASURE")
+    for name, function in (
+        ("perplexity", _perplexity),
+        ("forgetting", _forgetting),
+        ("generate", _generate),
+        ("divergence", _divergence),
+    ):
+        part = subparsers.add_parser(name)
+        part.set_defaults(function=function)
+        part.add_argument(
+            "--model", action="append", required=True, metavar="NAME=PATH", help="a model; repeat for more"
+        )
+        if name != "divergence":
+            part.add_argument("--tokenizer", type=Path, metavar="DIR", help="tokenizer of models that have none")
+        if name in ("perplexity", "forgetting"):
+            part.add_argument("--text", action="append", required=True, metavar="NAME=PATH", help="a set of documents")
+            part.add_argument("--context", type=int, metavar="TOKENS", help="window length; default: the model's own")
+            part.add_argument("--stride", type=int, metavar="TOKENS", help="advance of windows; default: the context")
+            part.add_argument("--max-documents", type=int, metavar="N", help="first N documents of each set only")
+        if name == "perplexity":
+            part.add_argument("--output", type=Path, metavar="FILE", help="write the results as JSON")
+        if name in ("forgetting", "divergence"):
+            part.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for JSON and chart")
+        if name == "generate":
+            part.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="a text to continue")
+            part.add_argument("--tokens", type=int, default=64, metavar="N", help="length of a continuation (64)")
+            part.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): most likely")
+            part.add_argument("--seed", type=int, default=1234, metavar="N", help="of sampling (1234)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    arguments.function(arguments)
+
+
+def _perplexity(arguments: argparse.Namespace) -> None:
+    from megatron_cpt.evaluate.forgetting import perplexity_table
+    from megatron_cpt.files import write_json
+
+    results = _measure(arguments)
+    if arguments.output:
+        write_json(arguments.output, {"format": 1, "results": [result.as_json() for result in results]})
+    sys.stdout.write(perplexity_table(results) + "\n")
+
+
+def _forgetting(arguments: argparse.Namespace) -> None:
+    from megatron_cpt.evaluate.forgetting import as_json, compare_with_first, forgetting_table
+    from megatron_cpt.evaluate.plots import colours, plot_forgetting
+    from megatron_cpt.files import write_json, write_text
+
+    results = _measure(arguments)
+    changes = compare_with_first(results)
+    table = forgetting_table(changes)
+    write_json(arguments.output / "forgetting.json", as_json(results, changes))
+    write_text(arguments.output / "forgetting.md", table + "\n")
+    plot_forgetting(changes, colours(result.model for result in results), arguments.output / "forgetting.png")
+    sys.stdout.write(table + "\n")
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    from megatron_cpt.evaluate.generation import continuations, side_by_side
+    from megatron_cpt.evaluate.models import loaded_model
+
+    texts: dict[str, list[str]] = {}
+    for name, path in named_paths(arguments.model, "--model").items():
+        with loaded_model(name, path, arguments.tokenizer) as model:
+            texts[name] = continuations(
+                model,
+                arguments.prompt,
+                num_tokens=arguments.tokens,
+                temperature=arguments.temperature,
+                seed=arguments.seed,
+            )
+    sys.stdout.write(side_by_side(arguments.prompt, texts))
+
+
+def _divergence(arguments: argparse.Namespace) -> None:
+    from megatron_cpt.evaluate.plots import plot_divergence
+    from megatron_cpt.evaluate.weights import divergence_table, layer_divergence
+    from megatron_cpt.files import write_json
+
+    models = named_paths(arguments.model, "--model")
+    (base, base_path), *others = models.items()
+    if not others:
+        raise ConfigError(f"--model {base}: one model only. A base and at least one other are needed. Add a --model.")
+    divergence = {name: layer_divergence(path, base_path) for name, path in others}
+    write_json(arguments.output / "divergence.json", {"format": 1, "base": base, "divergence": divergence})
+    plot_divergence(divergence, arguments.output / "divergence.png")
+    sys.stdout.write(divergence_table(divergence) + "\n")
+
+
+def _measure(arguments: argparse.Namespace) -> list:
+    # imported here: torch and transformers take seconds to start, --help needs neither
+    from megatron_cpt.evaluate.models import loaded_model
+    from megatron_cpt.evaluate.perplexity import measure_perplexity
+    from megatron_cpt.evaluate.texts import read_text_set
+
+    models = named_paths(arguments.model, "--model")
+    texts = [
+        read_text_set(name, [path], arguments.max_documents)
+        for name, path in named_paths(arguments.text, "--text").items()
+    ]
+    results = []
+    for name, path in models.items():
+        with loaded_model(name, path, arguments.tokenizer) as model:
+            results += [
+                measure_perplexity(model, text, context=arguments.context, stride=arguments.stride) for text in texts
+            ]
+    return results
+
+
+def named_paths(arguments: list[str], option: str) -> dict[str, Path]:
+    """Return name -> path of `NAME=PATH` arguments; a bare PATH is named by its last part.
+
+    Raises: ConfigError when a name comes twice.
+    """
+    named: dict[str, Path] = {}
+    for argument in arguments:
+        name, has_name, path = argument.partition("=")
+        if not has_name:
+            name, path = Path(argument).name, argument
+        if not name or not path or name in named:
+            raise ConfigError(
+                f"{option} {argument}: the name is {'taken' if name in named else 'or path is empty'}. "
+                "Each needs a name of its own: NAME=PATH."
+            )
+        named[name] = Path(path)
+    return named
