@@ -1,0 +1,47 @@
+"""Relations between settings: every layout, batch, schedule and mix that cannot work is refused with its numbers.
+
+A setting that the rest of the configuration would leave without effect is a mistake too. All problems come back at
+once. Types were checked before, in `config/fields.py`.
+"""
+
+from collections.abc import Collection
+
+from megatron_cpt.config.check_model import model_problems
+from megatron_cpt.config.check_parallel import parallel_problems
+from megatron_cpt.config.check_stage import stage_problems
+from megatron_cpt.config.ranges import out_of_range, setting, with_ones
+from megatron_cpt.config.schema import RunConfig
+from megatron_cpt.errors import ConfigError
+
+
+def check_config(config: RunConfig, origins: dict[str, str]) -> None:
+    """Raise one ConfigError that lists every relation that does not hold, each with its file and numbers."""
+    raise_mistakes(mistakes(config, origins))
+
+
+def mistakes(config: RunConfig, origins: dict[str, str], unusable: Collection[str] = ()) -> list[str]:
+    """Return every problem as `<file>: <key> is <found>. <needed>. <do>.`
+
+    Problems that involve an `unusable` key (its value could not be read) are left out.
+    """
+    found: list[tuple[tuple[str, ...], str]] = [
+        ((key,), f"{key} is {setting(config, key)}. {needed} is needed.") for key, needed in out_of_range(config)
+    ]
+    bad = {*unusable, *(keys[0] for keys, _ in found)}
+    sane = with_ones(config, [keys[0] for keys, _ in found])
+    for problems in (model_problems, parallel_problems, stage_problems):
+        found += [(problem.keys, problem.text) for problem in problems(sane) if not bad.intersection(problem.keys)]
+    return [f"{_where(keys, origins)}: {text}" for keys, text in found]
+
+
+def raise_mistakes(found: list[str]) -> None:
+    """Raise a ConfigError with one mistake, or with a numbered heading and one mistake a line; none: return."""
+    if found:
+        raise ConfigError(found[0] if len(found) == 1 else "\n  ".join([f"{len(found)} mistakes", *found]))
+
+
+def _where(keys: tuple[str, ...], origins: dict[str, str]) -> str:
+    """Return the most particular origin of the settings: that is where a change that broke something was made."""
+    named = [origins[key] for key in keys if origins.get(key, "default") != "default"]
+    marks = ("command line", "(variants.", "(sizes.", "")
+    return next((origin for mark in marks for origin in named if mark in origin), "defaults")

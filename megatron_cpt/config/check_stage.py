@@ -1,0 +1,156 @@
+"""Relations of one training stage: its length, learning-rate schedule, data mix, checkpoints and job."""
+
+from collections.abc import Iterator
+from fractions import Fraction
+
+from megatron_cpt.config import derived
+from megatron_cpt.config.fields import nearest
+from megatron_cpt.config.problem import Problem
+from megatron_cpt.config.schema import RunConfig
+
+LENGTHS = ("training.train_tokens", "training.train_samples", "training.train_iters")
+STYLES_THAT_DECAY_TO_THE_END = ("cosine", "linear")
+
+
+def stage_problems(config: RunConfig) -> Iterator[Problem]:
+    """Yield what does not fit together in a stage."""
+    yield from _length_problems(config)
+    if _num_lengths(config) == 1:
+        yield from _schedule_length_problems(config)
+    yield from _learning_rate_problems(config)
+    yield from _data_problems(config)
+    yield from _run_problems(config)
+
+
+def _num_lengths(config: RunConfig) -> int:
+    return sum(getattr(config.training, key.split(".")[1]) is not None for key in LENGTHS)
+
+
+def _length_problems(config: RunConfig) -> Iterator[Problem]:
+    training = config.training
+    count = _num_lengths(config)
+    if count != 1:
+        found = "the stage has no length" if not count else f"the stage has {count} lengths"
+        yield Problem(LENGTHS, f"{found}. Exactly one of train_tokens, train_samples and train_iters is needed.")
+    if training.seq_length > config.model.max_position_embeddings:
+        yield Problem(
+            ("training.seq_length", "model.max_position_embeddings"),
+            f"training.seq_length is {training.seq_length}, longer than model.max_position_embeddings "
+            f"({config.model.max_position_embeddings}). Use a shorter one, or change the model's rotary scaling.",
+        )
+
+
+def _schedule_length_problems(config: RunConfig) -> Iterator[Problem]:
+    schedule, training = config.schedule, config.training
+    total = derived.train_samples(training)
+    warmup = derived.duration_samples(schedule.lr_warmup, training)
+    cooldown = derived.duration_samples(schedule.lr_cooldown, training)
+    if warmup + cooldown > total:
+        yield Problem(
+            ("schedule.lr_warmup", "schedule.lr_cooldown", *LENGTHS),
+            f"schedule.lr_warmup + lr_cooldown is {warmup} + {cooldown} = {warmup + cooldown} samples, longer than the "
+            f"stage ({total} samples). Shorten them.",
+        )
+    if schedule.lr_hold_start is not None:
+        hold_start = derived.duration_samples(schedule.lr_hold_start, training)
+        if not warmup <= hold_start <= total - cooldown:
+            yield Problem(
+                ("schedule.lr_hold_start", "schedule.lr_warmup", "schedule.lr_cooldown", *LENGTHS),
+                f"schedule.lr_hold_start is at sample {hold_start}. It must lie between the warm-up's end ({warmup}) "
+                f"and the cooldown's start ({total - cooldown}). Move it.",
+            )
+
+
+def _learning_rate_problems(config: RunConfig) -> Iterator[Problem]:
+    schedule, optimizer = config.schedule, config.optimizer
+    style, keys = schedule.lr_decay_style, ("schedule.lr_decay_style",)
+    if optimizer.min_lr > optimizer.lr:
+        yield Problem(
+            ("optimizer.min_lr", "optimizer.lr"),
+            f"optimizer.min_lr is {optimizer.min_lr:g}, more than optimizer.lr ({optimizer.lr:g}). Use at most that.",
+        )
+    if schedule.lr_cooldown.amount and style in STYLES_THAT_DECAY_TO_THE_END:
+        yield Problem(
+            ("schedule.lr_cooldown", *keys),
+            f"schedule.lr_cooldown is {schedule.lr_cooldown} with lr_decay_style {style}, which decays over the whole "
+            "stage. Use WSD, constant or an infinite form, or remove it.",
+        )
+    if schedule.lr_warmup_init and not schedule.lr_warmup.amount:
+        yield Problem(
+            ("schedule.lr_warmup_init", "schedule.lr_warmup"),
+            f"schedule.lr_warmup_init is {schedule.lr_warmup_init:g} without a warm-up. Set lr_warmup, or remove it.",
+        )
+    is_infinite = style.startswith("infinite")
+    for name in ("lr_hold", "lr_hold_start"):
+        value = getattr(schedule, name)
+        if is_infinite and value is None:
+            yield Problem(
+                (f"schedule.{name}", *keys), f"schedule.{name} is missing. lr_decay_style {style} needs it. Set it."
+            )
+        if not is_infinite and value is not None:
+            yield Problem(
+                (f"schedule.{name}", *keys),
+                f"schedule.{name} is {value} and has no effect with lr_decay_style {style}. Remove it.",
+            )
+    if is_infinite and schedule.lr_hold is not None and not optimizer.min_lr <= schedule.lr_hold <= optimizer.lr:
+        yield Problem(
+            ("schedule.lr_hold", "optimizer.lr", "optimizer.min_lr"),
+            f"schedule.lr_hold is {schedule.lr_hold:g}. It must lie between optimizer.min_lr ({optimizer.min_lr:g}) and "
+            f"optimizer.lr ({optimizer.lr:g}).",
+        )
+
+
+def _data_problems(config: RunConfig) -> Iterator[Problem]:
+    data = config.data
+    if data.mix and data.train_data_path is not None:
+        yield Problem(
+            ("data.train_data_path", "data.mix"),
+            "data.mix and data.train_data_path are both given. One of them says what is read. Set the other to null.",
+        )
+    if not data.mix and data.train_data_path is None:
+        yield Problem(
+            ("data.mix", "data.train_data_path"),
+            "neither data.mix nor data.train_data_path is given. One of them says what is read. Set data.mix.",
+        )
+    for name, share in data.mix.items():
+        if name not in data.corpora:
+            yield Problem(
+                ("data.mix", "data.corpora"),
+                f"data.mix names {name}, which is no corpus of data.corpora. {nearest(name, list(data.corpora))}",
+            )
+        if not 0 <= share <= 1:
+            yield Problem(("data.mix",), f"data.mix.{name} is {share:g}. A share lies between 0 and 1.")
+    total = sum((Fraction(repr(share)) for share in data.mix.values()), Fraction(0))
+    if data.mix and abs(total - 1) > Fraction(1, 10**9):
+        shares = " + ".join(f"{share:g}" for share in data.mix.values())
+        yield Problem(("data.mix",), f"data.mix sums to {float(total):.10g} ({shares}), not to 1. Change the shares.")
+    if config.evaluation.eval_interval and not any(corpus.validation for corpus in data.corpora.values()):
+        yield Problem(
+            ("evaluation.eval_interval", "data.corpora"),
+            f"evaluation.eval_interval is {config.evaluation.eval_interval} and no corpus has validation: prefixes. "
+            "Name them, or set eval_interval: 0.",
+        )
+
+
+def _run_problems(config: RunConfig) -> Iterator[Problem]:
+    checkpoint, launch = config.checkpoint, config.launch
+    if config.init.load == "full" and config.init.from_path is None:
+        yield Problem(
+            ("init.load", "init.from_path"),
+            "init.load is full without init.from_path. Random weights have no optimizer state. Set init.from_path.",
+        )
+    if config.init.from_path == f"variant:{config.variant}":
+        yield Problem(
+            ("init.from_path",), f"init.from_path is variant:{config.variant}, the run itself. Name another variant."
+        )
+    if checkpoint.keep_every is not None and checkpoint.keep_last is None:
+        yield Problem(
+            ("checkpoint.keep_every", "checkpoint.keep_last"),
+            f"checkpoint.keep_every is {checkpoint.keep_every} without keep_last, so all are kept. Set keep_last.",
+        )
+    if launch.exit_before_walltime >= launch.walltime:
+        yield Problem(
+            ("launch.exit_before_walltime", "launch.walltime"),
+            f"launch.exit_before_walltime is {launch.exit_before_walltime} s, not less than launch.walltime "
+            f"({launch.walltime} s). Use less.",
+        )
