@@ -18,6 +18,7 @@ VERBS = {
     "submit": "start a run on this machine, PBS or Slurm, after checking everything that can be checked beforehand",
     "tokenize": "turn documents into .bin/.idx token files, restartable, with a manifest beside each",
     "data": "validate, repair, audit, trace, merge, deduplicate, sample and decontaminate documents",
+    "convert": "convert models between Hugging Face folders and Megatron checkpoints, on a CPU, and prove it",
     "evaluate": "bits per byte, learned and forgotten, samples, weight divergence of models",
     "analyze": "statistics of every tensor of a model",
     "report": "draw a one-page report of one or several stages",

@@ -24,6 +24,7 @@ from megatron_cpt.checkpoint.hf import SIDE_FILES, HFFolder, OutputGroup, copy_s
 from megatron_cpt.checkpoint.hf_config import (
     POSITION_FIELDS,
     TRAINING_FIELDS,
+    architecture_name,
     differing_fields,
     hf_config_from_model,
     model_config_from_hf,
@@ -67,9 +68,11 @@ def hf_to_mcore(
     source = HFFolder(hf_dir)
     described = model_config_from_hf(source.config, ignore=ignore_config)
     model = _agreed_model(described, model, make_vocab_size_divisible_by, hf_dir)
-    family = family_of((source.config.get("architectures") or [_architecture_of(model)])[0])
+    family = family_of(architecture_name(source.config))
     steps = units(model, family)
-    skipped = check_coverage(steps, _names_to_claim(source, model), str(hf_dir), skip_tensors)
+    skipped = check_coverage(
+        steps, source.names_to_claim(is_tied=not model.untie_embeddings_and_output_weights), str(hf_dir), skip_tensors
+    )
     _check_shapes(source, steps)
     target = mcore.checkpoint_dir(output, "release")
     identity = {"kind": "huggingface", **source.fingerprint(), "dtype": dtype, "skipped": skipped}
@@ -116,7 +119,8 @@ def mcore_to_hf(
     weights: MegatronWeights | None = None,
     model: ModelConfig | None = None,
 ) -> Path:
-    """Convert the checkpoint `iter_NNNNNNN` or `release` to a Hugging Face folder `output`; return `output`.
+    """Convert the checkpoint `iter_NNNNNNN` or `release` (or the newest good one of a folder of them) to a Hugging Face
+    folder `output`; return `output`.
 
     The model and the source's `config.json` come from the manifest. `tokenizer` (a folder, `tokenizer.json` or a
     SentencePiece model) is copied, with chat template and generation configuration where it has them. `weights` and `model`
@@ -124,8 +128,10 @@ def mcore_to_hf(
 
     Raises: CheckpointError when the checkpoint is damaged or incomplete, or `output` holds something else.
     """
-    manifest = mcore.verify_checkpoint(checkpoint, "size") if weights is None else {}
-    model = model or _model_of(manifest, checkpoint)
+    if weights is None:
+        checkpoint = mcore.find_checkpoint(checkpoint)
+    manifest = mcore.read_manifest(checkpoint) if weights is None else {}
+    model = model or mcore.manifest_model(manifest, checkpoint)
     weights = weights or TorchDistWeights(checkpoint)
     options = {"dtype": dtype, "max_shard_bytes": max_shard_bytes, "tokenizer": _tokenizer_hash(tokenizer)}
     identity = {"kind": "megatron", "files": text_hash(json.dumps(manifest.get("files"), sort_keys=True)), **options}
@@ -186,24 +192,6 @@ def _agreed_model(described: ModelConfig, given: ModelConfig | None, divisible_b
     for difference in differing_fields(given, described, TRAINING_FIELDS):
         logger.warning("positions differ on purpose? params != config.json: %s. The params file is used.", difference)
     return given
-
-
-def _architecture_of(model: ModelConfig) -> str:
-    return hf_config_from_model(model)["architectures"][0]
-
-
-def _names_to_claim(source: HFFolder, model: ModelConfig) -> list[str]:
-    """Return the tensors' names, without an output layer that repeats tied embeddings bit for bit."""
-    names = source.names()
-    output, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    if model.untie_embeddings_and_output_weights or output not in names or embedding not in names:
-        return names
-    if not torch.equal(source.read(output), source.read(embedding)):
-        raise CheckpointError(
-            f"{source.path}: tie_word_embeddings is true but {output} differs from {embedding}. One of them is wrong. "
-            "Set tie_word_embeddings to false in config.json if the output layer is meant."
-        )
-    return [name for name in names if name != output]
 
 
 def _check_shapes(source: HFFolder, steps: Sequence[Unit]) -> None:
@@ -329,15 +317,6 @@ def _remove_partial(target: Path) -> None:
     for leftover in target.parent.glob(f".{target.name}.*.partial"):
         logger.warning("%s: left by an interrupted conversion, removed", leftover)
         shutil.rmtree(leftover)
-
-
-def _model_of(manifest: dict[str, Any], checkpoint: Path) -> ModelConfig:
-    try:
-        return ModelConfig(**manifest["model"])
-    except (KeyError, TypeError) as problem:
-        raise CheckpointError(
-            f"{checkpoint}: the manifest's model is not usable ({problem}). Name the params file with --params."
-        ) from None
 
 
 def _tokenizer_hash(tokenizer: Path | None) -> str | None:

@@ -73,6 +73,22 @@ class HFFolder:
         """Return the names of all tensors, in file order."""
         return [*self._entries, *self._pickled]
 
+    def names_to_claim(self, *, is_tied: bool) -> list[str]:
+        """Return the names without an output layer that repeats tied embeddings bit for bit.
+
+        Raises: CheckpointError when it does not repeat them.
+        """
+        names = self.names()
+        output, embedding = "lm_head.weight", "model.embed_tokens.weight"
+        if not is_tied or output not in names or embedding not in names:
+            return names
+        if not torch.equal(self.read(output), self.read(embedding)):
+            raise CheckpointError(
+                f"{self.path}: tie_word_embeddings is true but {output} differs from {embedding}. One of them is wrong. "
+                "Set tie_word_embeddings to false in config.json if the output layer is meant."
+            )
+        return [name for name in names if name != output]
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape."""
         return tuple(self._pickled[name].shape) if name in self._pickled else self._entry(name)[4]

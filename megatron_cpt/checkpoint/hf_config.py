@@ -99,7 +99,7 @@ def model_config_from_hf(config: dict[str, Any], *, ignore: Sequence[str] = ()) 
     Raises: CheckpointError naming the key that is not understood, or whose value Megatron-Core cannot compute.
     """
     reader = _Reader(config, ignore)
-    family = family_of(_architecture(config))
+    family = family_of(architecture_name(config))
     fields: dict[str, Any] = {
         "num_layers": reader.take("num_hidden_layers"),
         "hidden_size": reader.take("hidden_size"),
@@ -166,6 +166,19 @@ def hf_config_from_model(
     return config
 
 
+def architecture_name(config: dict[str, Any]) -> str:
+    """Return the architecture that a configuration names. Raises: CheckpointError when it names none that is known."""
+    names = config.get("architectures") or []
+    if len(names) == 1:
+        return names[0]
+    by_type = [name for name, family in FAMILIES.items() if family.model_type == config.get("model_type")]
+    if not by_type:
+        raise CheckpointError(
+            f"config.json: architectures {names}, model_type {config.get('model_type')!r}. Known: {', '.join(FAMILIES)}."
+        )
+    return by_type[0]
+
+
 def differing_fields(left: ModelConfig, right: ModelConfig, but: set[str] = frozenset()) -> list[str]:  # type: ignore[assignment]
     """Return `field: left != right` for each field that means another model, leaving out `but`."""
     left_values, right_values = _effective(left), _effective(right)
@@ -211,18 +224,6 @@ class _Reader:
                 )
             if value not in _REQUIRED[key]:
                 self.refuse(key, value, " or ".join(repr(choice) for choice in _REQUIRED[key]))
-
-
-def _architecture(config: dict[str, Any]) -> str:
-    names = config.get("architectures") or []
-    if len(names) == 1:
-        return names[0]
-    by_type = [name for name, family in FAMILIES.items() if family.model_type == config.get("model_type")]
-    if not by_type:
-        raise CheckpointError(
-            f"config.json: architectures {names}, model_type {config.get('model_type')!r}. Known: {', '.join(FAMILIES)}."
-        )
-    return by_type[0]
 
 
 def _rope(reader: _Reader) -> dict[str, Any]:

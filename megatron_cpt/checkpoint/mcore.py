@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_cpt.config.schema import ModelConfig
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.files import file_hash, read_json, text_hash, write_json, write_text
 from megatron_cpt.log import format_bytes
@@ -111,6 +112,16 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             f"{path}: format {manifest['format']}. This version reads format {MANIFEST_FORMAT}. Update megatron-cpt."
         )
     return manifest
+
+
+def manifest_model(manifest: Mapping[str, Any], where: Path) -> ModelConfig:
+    """Return the model that a manifest describes. Raises: CheckpointError when it describes none."""
+    try:
+        return ModelConfig(**manifest["model"])
+    except (KeyError, TypeError) as problem:
+        raise CheckpointError(
+            f"{where}: the manifest's model is not usable ({problem}). Use another checkpoint."
+        ) from None
 
 
 def verify_checkpoint(directory: Path, mode: VerifyMode = "full") -> dict[str, Any]:

@@ -3,14 +3,33 @@
 import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 
 from megatron_cpt.checkpoint.hf import HFFolder
-from megatron_cpt.checkpoint.mapping import Unit
-from megatron_cpt.checkpoint.sources import MegatronWeights
+from megatron_cpt.checkpoint.hf_config import TRAINING_FIELDS, architecture_name, differing_fields, model_config_from_hf
+from megatron_cpt.checkpoint.mapping import Unit, check_coverage, family_of, units
+from megatron_cpt.checkpoint.mcore import manifest_model, read_manifest
+from megatron_cpt.checkpoint.sources import MegatronWeights, TorchDistWeights
 from megatron_cpt.config.schema import ModelConfig
 from megatron_cpt.errors import CheckpointError
+
+
+def compare_weights(hf_dir: Path, checkpoint: Path) -> dict[str, str]:
+    """Return tensor name -> hash after comparing a Hugging Face folder with a Megatron checkpoint bit by bit.
+
+    Raises: CheckpointError naming the first tensor that differs, or is on one side only.
+    """
+    folder, weights = HFFolder(hf_dir), TorchDistWeights(checkpoint)
+    model = manifest_model(read_manifest(checkpoint), checkpoint)
+    different = differing_fields(model_config_from_hf(folder.config), model, TRAINING_FIELDS)
+    if different:
+        raise CheckpointError(f"{hf_dir}: another model than {checkpoint}: {'; '.join(different)}.")
+    steps = units(model, family_of(architecture_name(folder.config)))
+    is_tied = not model.untie_embeddings_and_output_weights
+    check_coverage(steps, folder.names_to_claim(is_tied=is_tied), str(hf_dir))
+    return verify_against_hf(folder, weights, steps, model, None)
 
 
 def verify_against_hf(

@@ -1,0 +1,130 @@
+"""Convert models between Hugging Face folders and Megatron checkpoints, on a CPU, and prove it.
+
+Tensor by tensor, without building the model: memory holds a few tensors per worker. Nothing is ever half-written.
+
+Examples:
+  megatron-cpt convert hf-to-mcore models/Qwen3-0.6B converted/qwen3-0.6b --verify
+  megatron-cpt convert mcore-to-hf runs/t/p/50B/main/checkpoints/iter_0001000 out/hf --tokenizer data/tokenizer
+  megatron-cpt convert latest --task tasks/demo --params demo-5m --size 8M --variant base
+  megatron-cpt convert all --task tasks/demo --params demo-5m --size 8M --every 1000
+  megatron-cpt convert verify models/Qwen3-0.6B converted/qwen3-0.6b
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from megatron_cpt.config.fields import nearest, parse_field, section_fields
+from megatron_cpt.config.load import add_run_arguments, load_from_arguments
+from megatron_cpt.config.schema import ModelConfig
+from megatron_cpt.config.sources import find_params, read_yaml
+from megatron_cpt.errors import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    directions = parser.add_subparsers(dest="direction", required=True, metavar="WHAT")
+    to_mcore = directions.add_parser("hf-to-mcore", help="a Hugging Face folder to <output>/release")
+    to_mcore.add_argument("hf_dir", type=Path, help="folder with config.json and *.safetensors")
+    to_mcore.add_argument("output", type=Path, help="checkpoints folder to make")
+    to_mcore.add_argument("--params", help="params file that must describe the same model (a name or a path)")
+    to_mcore.add_argument(
+        "--make-vocab-size-divisible-by", type=int, default=128, metavar="N", help="padding of the embedding (128)"
+    )
+    to_mcore.add_argument(
+        "--skip-tensors", action="append", default=[], metavar="GLOB", help="leave these tensors out on purpose"
+    )
+    to_mcore.add_argument(
+        "--ignore-config", action="append", default=[], metavar="KEY", help="config.json keys that change nothing"
+    )
+    _add_options(to_mcore)
+    to_hf = directions.add_parser("mcore-to-hf", help="a Megatron checkpoint to a Hugging Face folder")
+    to_hf.add_argument("checkpoint", type=Path, help="iter_NNNNNNN, release, or the folder above (newest good one)")
+    to_hf.add_argument("output", type=Path, help="Hugging Face folder to make")
+    to_hf.add_argument("--tokenizer", type=Path, help="tokenizer folder, tokenizer.json or SentencePiece model to copy")
+    to_hf.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file (5GB)")
+    _add_options(to_hf)
+    latest = directions.add_parser("latest", help="a run's newest good checkpoint to <run>/checkpoints_hf")
+    every = directions.add_parser("all", help="every kept checkpoint of a run that is not converted yet")
+    every.add_argument("--every", type=int, default=1, metavar="N", help="only iterations that are multiples of N")
+    for run_parser in (latest, every):
+        add_run_arguments(run_parser)
+        _add_options(run_parser)
+    check = directions.add_parser("verify", help="compare a Hugging Face folder with a Megatron checkpoint")
+    check.add_argument("hf_dir", type=Path, help="Hugging Face folder")
+    check.add_argument("checkpoint", type=Path, help="Megatron checkpoint")
+
+
+def run(arguments: argparse.Namespace) -> int | None:
+    # torch is imported only when something is converted
+    if arguments.direction == "verify":
+        return _verify(arguments)
+    from megatron_cpt.checkpoint.convert import hf_to_mcore, mcore_to_hf
+    from megatron_cpt.checkpoint.run_export import export_all, export_latest
+
+    options = {"dtype": arguments.dtype, "verify": arguments.verify, "num_workers": arguments.num_workers}
+    if arguments.direction == "hf-to-mcore":
+        outputs = [
+            hf_to_mcore(
+                arguments.hf_dir,
+                arguments.output,
+                model=_params_model(arguments.params),
+                make_vocab_size_divisible_by=arguments.make_vocab_size_divisible_by,
+                skip_tensors=arguments.skip_tensors,
+                ignore_config=arguments.ignore_config,
+                **options,
+            )
+        ]
+    elif arguments.direction == "mcore-to-hf":
+        outputs = [
+            mcore_to_hf(
+                arguments.checkpoint,
+                arguments.output,
+                tokenizer=arguments.tokenizer,
+                max_shard_bytes=_parse_size(arguments.max_shard_size),
+                **options,
+            )
+        ]
+    elif arguments.direction == "latest":
+        outputs = [export_latest(load_from_arguments(arguments).config, **options)]
+    else:
+        outputs = export_all(load_from_arguments(arguments).config, every=arguments.every, **options)
+    sys.stdout.write("".join(f"{output}\n" for output in outputs))
+    return 0
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="type of the output's weights (as they are)")
+    parser.add_argument("--verify", action="store_true", help="read the output back and compare it bit by bit")
+    parser.add_argument("--num-workers", type=int, default=2, metavar="N", help="threads (2)")
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from megatron_cpt.checkpoint.mcore import find_checkpoint
+    from megatron_cpt.checkpoint.verify import compare_weights
+
+    checkpoint = find_checkpoint(arguments.checkpoint)
+    tensors = compare_weights(arguments.hf_dir, checkpoint)
+    sys.stdout.write(f"{len(tensors)} tensors are equal bit by bit\n")
+    return 0
+
+
+def _params_model(params: str | None) -> ModelConfig | None:
+    if params is None:
+        return None
+    path = find_params(params, Path())
+    settings = read_yaml(path).get("model") or {}
+    fields = section_fields(ModelConfig)
+    unknown = sorted(set(settings) - set(fields))
+    if unknown:
+        raise ConfigError(f"{path}: model.{unknown[0]} is not a setting. Use {nearest(unknown[0], list(fields))}.")
+    return ModelConfig(**{key: parse_field(fields[key][0], value, f"model.{key}") for key, value in settings.items()})
+
+
+def _parse_size(text: str) -> int:
+    """Return bytes from `5GB`, `200MB` or a plain number."""
+    units = {"GB": 10**9, "MB": 10**6, "KB": 10**3, "": 1}
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GB|MB|KB|)", text.strip().upper())
+    if match is None:
+        raise ConfigError(f"--max-shard-size: {text!r}. A size such as 5GB or 200MB is needed.")
+    return int(float(match[1]) * units[match[2]])
