@@ -60,13 +60,14 @@ def load_config(
     params_path = find_params(params, task_path)
     identity = {"task": task_path.resolve().name, "params": params_path.stem, "size": size, "variant": variant}
     mistakes: list[str] = []
+    unusable: set[str] = set()
     layers = [
         _file_layer(params_path, ("description",)),
-        *_task_layers(task_path / "task.yaml", size, variant, mistakes),
+        *_task_layers(task_path / "task.yaml", size, variant, mistakes, unusable),
         *([] if site is None else [_file_layer(find_site(site), ("description", "site"))]),
         *_override_layers(overrides, mistakes),
     ]
-    return _resolve(layers, identity, mistakes)
+    return _resolve(layers, identity, mistakes, unusable)
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -116,7 +117,7 @@ def read_resolved(path: Path) -> RunConfig:
     if missing:
         raise ConfigError(f"{shown(path)}: no {', '.join(missing)}. This is not a run's config.yaml.")
     identity = {key: values.pop(key) for key in IDENTITY}
-    return _resolve([_Layer(shown(path), values)], identity, [], checked=False).config
+    return _resolve([_Layer(shown(path), values)], identity, [], set(), checked=False).config
 
 
 def plain(value: Any) -> Any:
@@ -140,7 +141,7 @@ def _file_layer(path: Path, extra_keys: tuple[str, ...]) -> _Layer:
     return _Layer(shown(path), settings)
 
 
-def _task_layers(path: Path, size: str, variant: str, mistakes: list[str]) -> list[_Layer]:
+def _task_layers(path: Path, size: str, variant: str, mistakes: list[str], unusable: set[str]) -> list[_Layer]:
     """Return the layers of a task file: itself, its size and its variant."""
     whole = read_yaml(path)
     layers = [_Layer(shown(path), {key: value for key, value in whole.items() if key not in TASK_KEYS})]
@@ -158,8 +159,9 @@ def _task_layers(path: Path, size: str, variant: str, mistakes: list[str]) -> li
         elif name in choices:
             mistakes.append(f"{shown(path)}: {part}.{name}: {settings!r}. Settings are needed, such as training:.")
         elif choices or (part, name) != ("variants", "main"):
-            known = nearest(name, list(choices)) if choices else f"Add it below {part}:."
+            known = f"Known: {', '.join(choices)}." if choices else f"Add it below {part}:."
             mistakes.append(f"{shown(path)}: {part} has no {name!r}. {known}")
+            unusable.update(LENGTHS)  # what it would have said is not known: do not complain that it is missing
     return layers
 
 
@@ -193,10 +195,11 @@ def _is_text(parts: list[str]) -> bool:
     return len(parts) == 2 and hint in (str, str | None)
 
 
-def _resolve(layers: list[_Layer], identity: dict[str, str], mistakes: list[str], checked: bool = True) -> LoadedConfig:
+def _resolve(
+    layers: list[_Layer], identity: dict[str, str], mistakes: list[str], unusable: set[str], checked: bool = True
+) -> LoadedConfig:
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
-    unusable: set[str] = set()
     for layer in layers:
         _apply(layer, values, origins, mistakes, unusable)
     built = {}
