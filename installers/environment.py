@@ -8,9 +8,9 @@ because it runs before the environment exists.
 
 import argparse
 import contextlib
+import csv
 import fcntl
 import hashlib
-import importlib.metadata
 import json
 import os
 import shutil
@@ -147,12 +147,12 @@ def missing_module(name: str) -> bool:
 
 def remove_incomplete_packages(venv: Path) -> None:
     """Forget packages whose recorded files are missing (an installation was killed), so that pip installs them anew."""
-    for distribution in importlib.metadata.distributions(path=[str(site) for site in site_packages(venv)]):
-        files = distribution.files  # None: the installation did not come to writing the list
-        if files is None or not all(file.suffix == ".pyc" or Path(str(file.locate())).exists() for file in files):
-            info = Path(str(distribution._path))  # type: ignore[attr-defined]
+    for info in (info for site in site_packages(venv) for info in site.glob("*.dist-info")):
+        record = info / "RECORD"  # written last
+        files = [row[0] for row in csv.reader(record.open(newline=""))] if record.is_file() else ["RECORD"]
+        if any(not file.endswith(".pyc") and not (info.parent / file).exists() for file in files):
             say(f"{info.name} is incomplete: installing it anew")
-            shutil.rmtree(info, ignore_errors=True)
+            shutil.rmtree(info)
 
 
 def run_pip(command: list[str], venv: Path, what: str) -> None:
