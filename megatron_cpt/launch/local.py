@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import megatron_cpt
 from megatron_cpt.errors import LaunchError
 from megatron_cpt.launch.ledger import append_record
 from megatron_cpt.launch.lock import run_lock
@@ -100,9 +101,12 @@ def local_environment(environment: Mapping[str, str], num_ranks: int) -> dict[st
     """Return the environment of the ranks: threads shared out fairly and loopback for gloo, unless set already."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     defaults = {"OMP_NUM_THREADS": str(max(cores // num_ranks, 1)), "PYTHONUNBUFFERED": "1"}
+    defaults["MEGATRON_CPT_JOB_START"] = f"{time.time():.0f}"
     if sys.platform == "linux":
         defaults["GLOO_SOCKET_IFNAME"] = "lo"
-    return {**defaults, **environment}
+    checkout = str(Path(megatron_cpt.__file__).parents[1])  # ranks find the package wherever the job was started
+    paths = [checkout, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
+    return {**defaults, **environment, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def free_port() -> int:

@@ -1,0 +1,130 @@
+"""How many parameters a model has, per kind of tensor and per pipeline stage and rank; no model is built.
+
+Kinds matter because they are spread differently: matrices over tensor-parallel ranks, experts over expert-parallel
+ranks, norms, routers and MLA's down-projections over nobody.
+"""
+
+from dataclasses import dataclass
+
+from megatron_cpt.config.derived import kv_channels, num_query_groups, padded_vocab_size
+from megatron_cpt.config.schema import ModelConfig, ParallelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameters:
+    """Parameters by how they are spread."""
+
+    sharded: int = 0
+    """Divided by TP."""
+    expert: int = 0
+    """Divided by EP and expert TP."""
+    replicated: int = 0
+    """Whole on every rank."""
+
+    def __add__(self, other: "Parameters") -> "Parameters":
+        return Parameters(
+            sharded=self.sharded + other.sharded,
+            expert=self.expert + other.expert,
+            replicated=self.replicated + other.replicated,
+        )
+
+    @property
+    def total(self) -> int:
+        """All of them, before they are spread."""
+        return self.sharded + self.expert + self.replicated
+
+
+def is_moe_layer(model: ModelConfig, layer: int) -> bool:
+    """Return whether layer `layer` (from 0) is a mixture of experts."""
+    return model.num_moe_experts is not None and layer >= model.moe_num_dense_layers
+
+
+def attention_parameters(model: ModelConfig) -> Parameters:
+    """Return one layer's attention parameters with its input norm."""
+    h, heads = model.hidden_size, model.num_attention_heads
+    if model.multi_latent_attention:
+        query_dim = model.qk_head_dim + model.qk_pos_emb_head_dim
+        key_value_up = model.kv_lora_rank * heads * (model.qk_head_dim + model.v_head_dim)
+        sharded = key_value_up + heads * model.v_head_dim * h
+        replicated = h + h * (model.kv_lora_rank + model.qk_pos_emb_head_dim) + model.kv_lora_rank
+        if model.q_lora_rank is None:
+            return Parameters(sharded=sharded + h * heads * query_dim, replicated=replicated)
+        replicated += h * model.q_lora_rank + model.q_lora_rank
+        return Parameters(sharded=sharded + model.q_lora_rank * heads * query_dim, replicated=replicated)
+    query_size, key_value_size = heads * kv_channels(model), 2 * num_query_groups(model) * kv_channels(model)
+    qkv = (query_size + key_value_size) * (h + (1 if model.add_qkv_bias else 0))
+    norms = h + (2 * kv_channels(model) if model.qk_layernorm else 0)
+    return Parameters(sharded=qkv + query_size * h, replicated=norms)
+
+
+def feed_forward_parameters(model: ModelConfig, layer: int) -> Parameters:
+    """Return one layer's feed-forward parameters (SwiGLU: three matrices) with their norm."""
+    h = model.hidden_size
+    if not is_moe_layer(model, layer):
+        return Parameters(sharded=3 * h * model.ffn_hidden_size, replicated=h)
+    assert model.num_moe_experts is not None
+    return Parameters(
+        expert=model.num_moe_experts * 3 * h * (model.moe_ffn_hidden_size or model.ffn_hidden_size),
+        sharded=3 * h * (model.moe_shared_expert_intermediate_size or 0),
+        replicated=h + h * model.num_moe_experts,
+    )
+
+
+def num_parameters(model: ModelConfig) -> int:
+    """Return the model's parameters, padded vocabulary rows included."""
+    layers = sum(
+        (attention_parameters(model) + feed_forward_parameters(model, layer)).total for layer in range(model.num_layers)
+    )
+    embeddings = 2 if model.untie_embeddings_and_output_weights else 1
+    return layers + embeddings * padded_vocab_size(model) * model.hidden_size + model.hidden_size
+
+
+def num_active_parameters(model: ModelConfig) -> int:
+    """Return the parameters a token passes through: of the experts, the top-k only."""
+    if model.num_moe_experts is None:
+        return num_parameters(model)
+    sparse_layers = model.num_layers - model.moe_num_dense_layers
+    expert = 3 * model.hidden_size * (model.moe_ffn_hidden_size or model.ffn_hidden_size)
+    return num_parameters(model) - sparse_layers * (model.num_moe_experts - model.moe_router_topk) * expert
+
+
+def stage_layers(model: ModelConfig, parallel: ParallelConfig) -> list[list[int]]:
+    """Return the layers of each pipeline stage; under interleaving a stage holds every PP-th group of layers."""
+    stages = parallel.pipeline_model_parallel_size
+    first, last = parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage
+    if first is None and last is None:
+        chunks = stages * (parallel.virtual_pipeline_model_parallel_size or 1)
+        size = -(-model.num_layers // chunks)
+        layers = [list(range(start, min(start + size, model.num_layers))) for start in range(0, chunks * size, size)]
+        return [[layer for chunk in layers[stage::stages] for layer in chunk] for stage in range(stages)]
+    middle = stages - (first is not None) - (last is not None)
+    rest = model.num_layers - (first or 0) - (last or 0)
+    counts = [first] if first is not None else []
+    counts += [rest // middle] * middle if middle else []
+    counts += [last] if last is not None else []
+    starts = [sum(counts[:stage]) for stage in range(stages)]
+    return [list(range(start, start + count)) for start, count in zip(starts, counts, strict=True)]
+
+
+def stage_parameters(model: ModelConfig, parallel: ParallelConfig) -> list[Parameters]:
+    """Return the parameters of each pipeline stage over all its ranks; tied embeddings live on both ends."""
+    h, vocabulary = model.hidden_size, padded_vocab_size(model)
+    stages = []
+    for stage, layers in enumerate(stage_layers(model, parallel)):
+        parts = [attention_parameters(model) + feed_forward_parameters(model, layer) for layer in layers]
+        total = sum(parts, Parameters())
+        is_first, is_last = stage == 0, stage == parallel.pipeline_model_parallel_size - 1
+        if is_first:
+            total += Parameters(sharded=vocabulary * h)
+        if is_last:
+            needs_weight = model.untie_embeddings_and_output_weights or not is_first
+            total += Parameters(sharded=vocabulary * h if needs_weight else 0, replicated=h)
+        stages.append(total)
+    return stages
+
+
+def rank_parameters(stage: Parameters, parallel: ParallelConfig) -> Parameters:
+    """Return the parameters of a stage that one of its ranks holds."""
+    tp = parallel.tensor_model_parallel_size
+    expert_ranks = parallel.expert_model_parallel_size * (parallel.expert_tensor_parallel_size or tp)
+    return Parameters(sharded=stage.sharded // tp, expert=stage.expert // expert_ranks, replicated=stage.replicated)

@@ -1,0 +1,182 @@
+"""Plans: parameters and memory by formula against a real model, checkpoints on disk, time."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+
+from megatron_cpt.config.schema import (
+    CheckpointConfig,
+    LaunchConfig,
+    ModelConfig,
+    ParallelConfig,
+    PathsConfig,
+    RunConfig,
+    TrainingConfig,
+)
+from megatron_cpt.launch.memory import stage_memories
+from megatron_cpt.launch.model_size import num_active_parameters, num_parameters, stage_layers
+from megatron_cpt.launch.plan import GIB, measured_tokens_per_second, num_checkpoints, plan_run, plan_text
+
+LLAMA_3_8B = ModelConfig(
+    num_layers=32,
+    hidden_size=4096,
+    ffn_hidden_size=14336,
+    num_attention_heads=32,
+    num_query_groups=8,
+    vocab_size=128256,
+    max_position_embeddings=8192,
+)
+MIXTRAL_8X7B = dataclasses.replace(
+    LLAMA_3_8B, vocab_size=32000, num_moe_experts=8, moe_ffn_hidden_size=14336, moe_router_topk=2
+)
+TINY = ModelConfig(
+    num_layers=2,
+    hidden_size=64,
+    ffn_hidden_size=176,
+    num_attention_heads=4,
+    num_query_groups=2,
+    vocab_size=500,
+    max_position_embeddings=512,
+)
+
+
+def run_config(model=TINY, parallel=None, launch=None, **training) -> RunConfig:
+    training = {"seq_length": 128, "micro_batch_size": 2, "global_batch_size": 8, "train_iters": 10} | training
+    return RunConfig(
+        task="t",
+        params="p",
+        size="s",
+        model=model,
+        parallel=ParallelConfig(**(parallel or {})),
+        training=TrainingConfig(**training),
+        launch=LaunchConfig(**(launch or {})),
+    )
+
+
+def test_parameters_equal_the_published_counts():
+    assert num_parameters(LLAMA_3_8B) == 8_030_261_248
+    assert num_parameters(MIXTRAL_8X7B) == 46_702_792_704
+    assert num_active_parameters(MIXTRAL_8X7B) == 12_879_925_248
+
+
+MEASURE = """
+import json, sys, torch
+from tests_config import config
+from megatron_cpt.train.parallel import finish_parallel, initialize_parallel
+from megatron_cpt.train.model import build_model_chunks
+initialize_parallel(config)
+(chunk,) = build_model_chunks(config)
+own = {t.untyped_storage().data_ptr() for t in [*chunk.parameters(), *chunk.buffers()]}
+kept = {}
+def pack(tensor):
+    storage = tensor.untyped_storage()
+    if storage.data_ptr() not in own:
+        kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+    return tensor
+training = config.training
+tokens = torch.randint(0, 500, (training.micro_batch_size, training.seq_length))
+positions = torch.arange(training.seq_length).expand_as(tokens)
+with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    loss = chunk(tokens, positions, None, labels=tokens)
+vocabulary_tensors = [size for size, tensor in kept.values() if 512 in tensor.shape]
+print(json.dumps({
+    "parameters": sum(p.numel() for p in chunk.parameters()),
+    "activations": sum(size for size, _ in kept.values()) - sum(vocabulary_tensors),
+}))
+finish_parallel()
+"""
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_estimate_agrees_with_the_memory_of_a_real_model_on_cpu(tmp_path, precision):
+    config = run_config(precision=precision)
+    (tmp_path / "tests_config.py").write_text(f"from megatron_cpt.config.schema import *\nconfig = {config!r}\n")
+    source = "from megatron_cpt.config.values import Duration\n"
+    (tmp_path / "tests_config.py").write_text(source + (tmp_path / "tests_config.py").read_text())
+    (tmp_path / "measure.py").write_text(MEASURE)
+    root = __file__.rsplit("/tests/", 1)[0]
+    measured = subprocess.run(
+        [sys.executable, str(tmp_path / "measure.py")],
+        env={
+            "PYTHONPATH": f"{root}:{tmp_path}",
+            "OMP_NUM_THREADS": "1",
+            "PATH": "/usr/bin:/bin",
+            "HOME": str(tmp_path),
+        },
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert measured.returncode == 0, measured.stderr[-2000:]
+    numbers = json.loads(measured.stdout.strip().splitlines()[-1])
+    (estimate,) = stage_memories(config, is_fused=False)
+    assert estimate.parameters == numbers["parameters"] == num_parameters(TINY)
+    assert estimate.activations == pytest.approx(numbers["activations"], rel=0.1)
+
+
+def test_bf16_costs_6_bytes_a_parameter_and_12_shared_among_data_parallel_ranks():
+    launch = {"nodes": 2, "gpus_per_node": 8}
+    (stage,) = stage_memories(run_config(LLAMA_3_8B, {"tensor_model_parallel_size": 4}, launch, precision="bf16"))
+    assert stage.weights + stage.gradients == 6 * stage.parameters
+    assert stage.optimizer == pytest.approx(12 * stage.parameters / 4, rel=1e-6)
+    assert stage.parameters == pytest.approx(num_parameters(LLAMA_3_8B) / 4, rel=1e-3)
+
+
+def test_recomputing_whole_layers_keeps_little_more_than_their_inputs():
+    options = {"seq_length": 8192, "micro_batch_size": 1, "precision": "bf16"}
+    (plain,) = stage_memories(run_config(LLAMA_3_8B, **options))
+    (full,) = stage_memories(run_config(LLAMA_3_8B, {"recompute_granularity": "full"}, **options))
+    inputs = 32 * 8192 * 4096 * 2
+    assert inputs < full.activations < inputs + plain.activations / 16
+    assert full.weights == plain.weights
+
+
+def test_an_early_pipeline_stage_holds_more_micro_batches():
+    stages = stage_memories(
+        run_config(LLAMA_3_8B, {"pipeline_model_parallel_size": 4}, {"gpus_per_node": 4}, global_batch_size=64)
+    )
+    assert stages[0].activations == pytest.approx(4 * stages[3].activations, rel=0.05)
+    assert stages[0].loss == 0 and stages[3].loss > 0
+
+
+def test_uneven_pipelines_hold_the_layers_that_the_settings_say():
+    parallel = ParallelConfig(pipeline_model_parallel_size=4, num_layers_in_first_pipeline_stage=5,
+                              num_layers_in_last_pipeline_stage=7)  # fmt: skip
+    assert [len(layers) for layers in stage_layers(LLAMA_3_8B, parallel)] == [5, 10, 10, 7]
+    interleaved = ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=4)
+    assert stage_layers(LLAMA_3_8B, interleaved)[0] == [0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27]
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "kept"),
+    [
+        ({"save_interval": 100}, 10),
+        ({"save_interval": 300}, 4),
+        ({"save_interval": 100, "keep_last": 2}, 3),
+        ({"save_interval": 100, "keep_last": 1, "keep_every": 500}, 3),
+    ],
+)
+def test_kept_checkpoints_are_counted_with_the_one_being_written(checkpoint, kept):
+    assert num_checkpoints(CheckpointConfig(**checkpoint), 1000) == kept
+
+
+def test_time_links_and_node_hours_follow_from_a_stated_throughput(tmp_path):
+    launch = {"nodes": 16, "gpus_per_node": 8, "walltime": 36000, "scheduler": "pbs"}
+    config = run_config(LLAMA_3_8B, {"tensor_model_parallel_size": 4}, launch, seq_length=8192, global_batch_size=1024,
+                        train_iters=None, train_tokens=80 * 10**9)  # fmt: skip
+    config = dataclasses.replace(config, paths=PathsConfig(runs_dir=str(tmp_path)))
+    plan = plan_run(config, tokens_per_second=1e6, gpu_memory_bytes=80 * GIB)
+    assert plan.num_links == 3
+    assert plan.node_hours == pytest.approx(16 * 80e9 / 1e6 / 3600, rel=1e-3)
+    text = plan_text(plan)
+    assert "9,537 iterations" in text and "TP4 PP1 CP1 EP1 DP32" in text and "3 of 10h00m on 16 nodes" in text
+
+
+def test_throughput_is_read_from_the_runs_own_metrics(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert measured_tokens_per_second(path) is None
+    path.write_text('{"kind": "train", "tokens_per_second": 100}\n{"kind": "save"}\n' * 3 + '{"kind": "tra')
+    assert measured_tokens_per_second(path) == 100
