@@ -57,6 +57,9 @@ def render_data_list(entries: Sequence[DataEntry], format: str = "yaml") -> str:
     """Return the text of a data list. Raises: DataError when the format cannot carry the entries."""
     if format not in FORMATS:
         raise DataError(f"format {format}: unknown. Use one of {', '.join(FORMATS)}.")
+    buffered = [entry.prefix for entry in entries if entry.first_sample is not None]
+    if buffered and format != "yaml":
+        raise DataError(f"{buffered[0]}: comes from a replay buffer, whose position only the format yaml carries.")
     return FORMATS[format].render(entries)
 
 

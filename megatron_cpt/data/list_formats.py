@@ -33,6 +33,9 @@ class DataEntry:
     """Relative share, where the list states no tokens; None in both: in proportion to the shard's size."""
     corpus: str | None = None
     """Name of the corpus the shard belongs to."""
+    first_sample: int | None = None
+    """Shards of a replay buffer: samples that earlier stages have drawn; drawing goes on after them, without
+    replacement, in an order that no stage's seed changes."""
 
     @property
     def amount(self) -> Fraction | None:
@@ -201,6 +204,8 @@ def render_yaml(entries: Sequence[DataEntry]) -> str:
         fields.append(f"prefix: {json.dumps(entry.prefix, ensure_ascii=False)}")
         if entry.corpus is not None:
             fields.append(f"corpus: {json.dumps(entry.corpus, ensure_ascii=False)}")
+        if entry.first_sample is not None:
+            fields.append(f"first_sample: {entry.first_sample}")
         lines.append(f"- {{{', '.join(fields)}}}\n")
     return "".join(lines)
 
@@ -243,7 +248,16 @@ def _entry(row: dict[str, Any], where: str) -> DataEntry:
         tokens=None if tokens is None else int(tokens),
         weight=_number(row["weight"], where) if tokens is None and row.get("weight") else None,
         corpus=row.get("corpus") or None,
+        first_sample=_number_or_none(row.get("first_sample"), where),
     )
+
+
+def _number_or_none(text: str | None, where: str) -> int | None:
+    if not text:
+        return None
+    if not text.isdecimal():
+        raise DataError(f"{where}: first_sample is {text}. A whole number is needed.")
+    return int(text)
 
 
 def _amount(entry: DataEntry) -> str:

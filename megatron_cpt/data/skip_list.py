@@ -1,0 +1,56 @@
+"""Documents that a run leaves out: lines `<prefix> <first document> <last document>`, both counted from 0 and included.
+
+Lines that are blank or start with # are passed over. `megatron-cpt data trace` says which documents a bad batch held.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megatron_cpt.data.list_formats import content_lines
+from megatron_cpt.errors import DataError
+
+SkipList = Mapping[str, Sequence[tuple[int, int]]]
+"""Per prefix the spans (first, last) of documents to leave out, sorted and apart from each other."""
+
+
+def read_skip_list(path: Path) -> dict[str, list[tuple[int, int]]]:
+    """Return the spans of a skip-list file per prefix; overlapping ones are joined.
+
+    Raises: DataError with file and line.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file. A skip list is needed.") from None
+    spans: dict[str, list[tuple[int, int]]] = {}
+    for number, line in content_lines(text):
+        words = line.split()
+        if len(words) != 3 or not (words[1].isdecimal() and words[2].isdecimal()) or int(words[1]) > int(words[2]):
+            raise DataError(f"{path}:{number}: '{line}'. `<prefix> <first document> <last document>` is needed.")
+        spans.setdefault(words[0], []).append((int(words[1]), int(words[2])))
+    return {prefix: _join(found) for prefix, found in spans.items()}
+
+
+def kept_documents(num_documents: int, spans: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Return the numbers of the documents that stay, int32 [kept].
+
+    Raises: DataError when a span lies outside of the shard.
+    """
+    keep = np.ones(num_documents, dtype=bool)
+    for first, last in spans:
+        if last >= num_documents:
+            raise DataError(f"skip list: documents {first} to {last} of a shard that has {num_documents}.")
+        keep[first : last + 1] = False
+    return np.flatnonzero(keep).astype(np.int32)
+
+
+def _join(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    joined: list[tuple[int, int]] = []
+    for first, last in sorted(spans):
+        if joined and first <= joined[-1][1] + 1:
+            joined[-1] = (joined[-1][0], max(last, joined[-1][1]))
+        else:
+            joined.append((first, last))
+    return joined

@@ -1,0 +1,184 @@
+"""A stage's samples from megatron-core's GPT datasets: exact per shard, without replacement, from a race-free cache.
+
+- Each entry of the data list gives exactly its planned samples (`spread_samples`), in the order of `blend_order`.
+- A shard is read epoch by epoch, each in an order of its own; no document comes again before the epoch is exhausted.
+  `DataEntry.first_sample` continues where earlier stages stopped in the same shard.
+- An index is built once per shard, epoch, seed and sequence length, in a folder named after their hash and the shard's
+  content; it appears whole under its name, so that two builders at once, or one killed midway, do no harm.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.utils import Split
+
+from megatron_cpt.data.blend_order import blend_order
+from megatron_cpt.data.budget import spread_samples
+from megatron_cpt.data.indexed import bin_path, idx_path, manifest_path
+from megatron_cpt.data.list_formats import DataEntry
+from megatron_cpt.data.skip_list import SkipList, kept_documents
+from megatron_cpt.errors import CptError
+from megatron_cpt.files import text_hash, whole_dir, write_json
+from megatron_cpt.log import Progress
+
+logger = logging.getLogger(__name__)
+
+_COMPLETE = "complete.json"
+
+
+class BlendedSamples(torch.utils.data.Dataset):
+    """The samples of a stage in training order; `dataset_id` is the index of the entry each came from."""
+
+    def __init__(self, shards: Sequence["ShardSamples | None"], dataset_index: np.ndarray, sample_index: np.ndarray):
+        self.shards = shards
+        self.dataset_index = dataset_index
+        """Entry of each sample, int32 [samples]."""
+        self.sample_index = sample_index
+        """Which of its entry's samples each is, int64 [samples]."""
+
+    def __len__(self) -> int:
+        return len(self.dataset_index)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        dataset_id = int(self.dataset_index[index])
+        shard = self.shards[dataset_id]
+        assert shard is not None, f"entry {dataset_id} gives no sample"
+        return {"dataset_id": dataset_id, **shard[int(self.sample_index[index])]}
+
+
+class ShardSamples:
+    """Samples `first_sample, first_sample + 1, ...` of one shard, epoch after epoch."""
+
+    def __init__(self, epochs: Sequence[GPTDataset], samples_per_epoch: int, first_sample: int):
+        self.epochs = epochs
+        self.samples_per_epoch = samples_per_epoch
+        self.first_epoch = first_sample // samples_per_epoch
+        self.first_sample = first_sample
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        epoch, sample = divmod(self.first_sample + index, self.samples_per_epoch)
+        return self.epochs[epoch - self.first_epoch][sample]
+
+
+def build_blended_samples(
+    entries: Sequence[DataEntry],
+    num_samples: int,
+    dataset_config: GPTDatasetConfig,
+    cache: Path,
+    skip: SkipList | None = None,
+) -> BlendedSamples:
+    """Return the `num_samples` samples of a stage; index caches are written by rank 0 and read by the others.
+
+    `dataset_config` states sequence length, seed and masks; its blend is not used.
+    """
+    samples = spread_samples([entry.tokens or 0 for entry in entries], num_samples)
+    is_distributed = torch.distributed.is_initialized()
+    if is_distributed and torch.distributed.get_rank() > 0:
+        torch.distributed.barrier()
+    progress = Progress("indexes", len(entries), "shards")
+    shards = []
+    for entry, count in zip(entries, samples, strict=True):
+        shards.append(_shard_samples(entry, count, dataset_config, cache, skip or {}) if count else None)
+        progress.add(1)
+    order = _cached_order(entries, samples, dataset_config, cache)
+    if is_distributed and torch.distributed.get_rank() == 0:
+        torch.distributed.barrier()
+    return BlendedSamples(shards, *order)
+
+
+def _shard_samples(
+    entry: DataEntry, num_samples: int, config: GPTDatasetConfig, cache: Path, skip: SkipList
+) -> ShardSamples:
+    indexed = GPTDataset.build_low_level_dataset(entry.prefix, config)
+    documents = kept_documents(len(indexed.sequence_lengths), skip.get(entry.prefix, ()))
+    num_tokens = int(indexed.sequence_lengths[documents].sum(dtype=np.int64))
+    per_epoch = (num_tokens - 1) // config.sequence_length
+    first_sample = entry.first_sample or 0
+    last_sample = first_sample + num_samples
+    # A shard smaller than one sequence is left to megatron-core, which joins its epochs.
+    epochs = range(first_sample // per_epoch, -(-last_sample // per_epoch)) if per_epoch else range(1)
+    key = {
+        "shard": _content(Path(entry.prefix)),
+        "skip": [list(span) for span in skip.get(entry.prefix, ())],
+        "sequence_length": config.sequence_length,
+        "num_samples": None if per_epoch else last_sample,
+        "megatron": importlib.metadata.version("megatron-core"),
+    }
+    datasets = []
+    for epoch in epochs:
+        # A buffer's order is its own, so that stages with other seeds go on in it without replacement.
+        seed = _epoch_seed(config.random_seed if entry.first_sample is None else 0, entry.prefix, epoch)
+        folder = cache / _hash({**key, "seed": seed})
+        blend = ([entry.prefix], None)
+        epoch_config = dataclasses.replace(
+            config, random_seed=seed, path_to_cache=os.fspath(folder), blend=blend, blend_per_split=None, split="1,0,0"
+        )
+
+        def build(to: Path, config: GPTDatasetConfig = epoch_config) -> GPTDataset:
+            built = dataclasses.replace(config, path_to_cache=os.fspath(to))
+            return GPTDataset(indexed, entry.prefix, documents, key["num_samples"], Split.train, built)
+
+        _build_once(folder, build, key)
+        datasets.append(build(folder))
+    return ShardSamples(datasets, per_epoch or last_sample, first_sample)
+
+
+def _cached_order(
+    entries: Sequence[DataEntry], samples: Sequence[int], config: GPTDatasetConfig, cache: Path
+) -> tuple[np.ndarray, np.ndarray]:
+    corpora = [entry.corpus or entry.prefix for entry in entries]
+    key = {"samples": list(samples), "corpora": corpora}
+    folder = cache / _hash(key)
+
+    def build(to: Path) -> None:
+        dataset_index, sample_index = blend_order(samples, corpora)
+        np.save(to / "dataset_index.npy", dataset_index)
+        np.save(to / "sample_index.npy", sample_index)
+
+    _build_once(folder, build, {"samples": int(sum(samples)), "entries": len(entries)})
+    return np.load(folder / "dataset_index.npy", mmap_mode="r"), np.load(folder / "sample_index.npy", mmap_mode="r")
+
+
+def _build_once(folder: Path, build: Any, description: dict[str, Any]) -> None:
+    """Fill `folder` unless it is complete. Of two builders the first to finish wins; the other's work is dropped."""
+    if (folder / _COMPLETE).exists():
+        return
+    try:
+        with whole_dir(folder) as temporary:
+            build(temporary)
+            write_json(temporary / _COMPLETE, description)
+    except (OSError, CptError):
+        if not (folder / _COMPLETE).exists():
+            raise
+        logger.info("%s: another process built it at the same time", folder)
+
+
+def _content(prefix: Path) -> dict[str, Any]:
+    """Return what tells that a shard is unchanged, without reading its tokens."""
+    manifest = manifest_path(prefix)
+    return {
+        "prefix": os.fspath(prefix),
+        "bin_bytes": bin_path(prefix).stat().st_size,
+        "idx_bytes": idx_path(prefix).stat().st_size,
+        "manifest": text_hash(manifest.read_text(encoding="utf-8")) if manifest.exists() else None,
+    }
+
+
+def _epoch_seed(seed: int, prefix: str, epoch: int) -> int:
+    """Return a seed below 2^32 of its own for each shard and epoch."""
+    digest = hashlib.blake2b(f"{seed} {Path(prefix).name} {epoch}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _hash(key: dict[str, Any]) -> str:
+    return text_hash(json.dumps(key, sort_keys=True))
