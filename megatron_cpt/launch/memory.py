@@ -6,7 +6,7 @@ arXiv:1910.02054): in bf16 a parameter costs 2 bytes, its fp32 gradient 4, and f
 
 Activations (after arXiv:2205.05198, section 4, counted anew for RMSNorm, SwiGLU, grouped queries and an attention
 kernel that keeps no `[s, s]` matrix): the tensors that the backward pass needs, per layer and token. Without fused
-kernels (CPU) a norm keeps its normalised input besides and SwiGLU two more tensors. A pipeline stage p
+kernels (CPU) a norm keeps fp32 copies and SwiGLU two more tensors. A pipeline stage p
 of P holds up to P - p micro-batches at once (1F1B), more by 1 + (P - 1) / (P v) when interleaved (same, section 4.2.3).
 
 What is not counted: the CUDA context, NCCL's buffers and fragmentation (about 3 to 6 GiB on a GPU), temporary buffers
@@ -127,8 +127,9 @@ def _boundary_bytes(config: RunConfig) -> int:
 
 
 def _norm_bytes(config: RunConfig, is_fused: bool) -> int:
-    """Return what a norm keeps: its input and output, and unfused the normalised input."""
-    return (2 if is_fused else 3) * _boundary_bytes(config)
+    """Return what a norm keeps: its input and output; unfused its output, and in fp32 its input and the quotient."""
+    element = _element_bytes(config)
+    return _boundary_bytes(config) * (2 * element if is_fused else 8 + element) // element
 
 
 def _attention_activations(config: RunConfig) -> int:
