@@ -104,7 +104,39 @@ def load_checkpoint(directory: Path, model: list[Any], optimizer: MegatronOptimi
     for index, chunk in enumerate(model):
         unwrap(chunk).load_state_dict(loaded["model" if len(model) == 1 else f"model{index}"], strict=False)
     if optimizer is not None:
-        optimizer.load_state_dict(loaded["optimizer"])
+        optimizer.load_state_dict(_optimizer_state(loaded["optimizer"], optimizer))
+
+
+def _optimizer_state(loaded: dict[Any, Any], optimizer: MegatronOptimizer) -> dict[Any, Any]:
+    """Return loaded optimizer state in the form this layout's optimizer expects.
+
+    Experts have an optimizer of their own when EP > 1, and share one otherwise, so what is stored beside the moments
+    differs. All of it follows from the settings except the number of updates, which is carried over.
+    """
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    step = _find_step(loaded)
+    states: dict[Any, Any] = {}
+    for index, part in enumerate(parts):
+        source = loaded if len(parts) == 1 else loaded[index]
+        state = part.state_dict()
+        for group in state["optimizer"]["param_groups"]:
+            if step is not None:
+                group["step"] = step
+        states[index] = state | {
+            "param_state": source["param_state"],
+            "param_state_sharding_type": "fully_reshardable",
+        }
+    return states[0] if len(parts) == 1 else states
+
+
+def _find_step(value: Any) -> int | None:
+    if isinstance(value, dict):
+        if "param_groups" in value:
+            return next((int(group["step"]) for group in value["param_groups"] if group.get("step") is not None), None)
+        value = [part for name, part in value.items() if name != "param_state"]
+    if isinstance(value, list):
+        return next((step for part in value if (step := _find_step(part)) is not None), None)
+    return None
 
 
 def check_model_fits(directory: Path, model: ModelConfig) -> None:

@@ -80,7 +80,7 @@ class _NullStream:
     def __init__(self, *arguments: Any, **options: Any) -> None: ...
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        return lambda *arguments, **options: None
+        return lambda *arguments, **options: self  # an event of a stream, the elapsed time of nothing
 
     def __enter__(self) -> "_NullStream":
         return self
@@ -91,22 +91,20 @@ class _NullStream:
 def _substitute_torch_cuda() -> None:
     cuda = torch.cuda
 
-    def nothing(*arguments: Any, **options: Any) -> None:
-        return None
-
-    def zero(*arguments: Any, **options: Any) -> int:
-        return 0
+    # torch._dynamo keeps one rule per function object, so every name gets a function of its own
+    def constant(value: Any) -> Callable[..., Any]:
+        return lambda *arguments, **options: value
 
     replacements: dict[str, Any] = {
-        "current_device": lambda: _CPU,  # param_and_grad_buffer, rotary, p2p, layers, mappings, router, utils
-        "device_count": lambda: 1,  # the async checkpoint worker takes rank % device_count
-        "set_device": nothing,
-        "synchronize": nothing,
-        "empty_cache": nothing,
-        "memory_allocated": zero,
-        "max_memory_allocated": zero,
-        "memory_reserved": zero,
-        "reset_peak_memory_stats": nothing,
+        "current_device": constant(_CPU),  # param_and_grad_buffer, rotary, p2p, layers, mappings, router, utils
+        "device_count": constant(1),  # the async checkpoint worker takes rank % device_count
+        "set_device": constant(None),
+        "synchronize": constant(None),
+        "empty_cache": constant(None),
+        "memory_allocated": constant(0),
+        "max_memory_allocated": constant(0),
+        "memory_reserved": constant(0),
+        "reset_peak_memory_stats": constant(None),
         "Stream": _NullStream,
         "Event": _NullStream,
         "current_stream": lambda *arguments, **options: _NullStream(),
@@ -119,7 +117,7 @@ def _substitute_torch_cuda() -> None:
     }
     for name, replacement in replacements.items():
         setattr(cuda, name, replacement)
-    cuda.nvtx.range_push = cuda.nvtx.range_pop = nothing  # type: ignore[assignment]
+    cuda.nvtx.range_push, cuda.nvtx.range_pop = constant(None), constant(None)
     from megatron.core.tensor_parallel import random  # after the names above stand, since it imports some of them
 
     random._get_cuda_rng_state = lambda *arguments, **options: torch.get_rng_state()
