@@ -4,6 +4,7 @@ A stage or model has one colour in all charts of a report. Lines and bars carry 
 counts what the weights have seen since the first stage.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,10 @@ def plot_training(stages: Sequence[Stage], colour: dict[str, str], path: Path) -
         rate.set_title("Learning rate")
         rate.set_xlabel("tokens seen since the first stage began")
         rate.set_ylim(bottom=0)
+        rate.yaxis.set_major_locator(MaxNLocator(4))
+        rate.yaxis.set_major_formatter(
+            FuncFormatter(lambda value, _: f"{value:.1e}".replace("e-0", "e-") if value else "0")
+        )
         _token_axis(rate)
         _save(figure, path)
 
@@ -186,7 +191,7 @@ def plot_forgetting(changes: Sequence[Change], colour: dict[str, str], path: Pat
                 panel.errorbar(found.change, row, xerr=errors, color="#333333", linewidth=1, capsize=2.5)
                 outward = found.change_high if found.change >= 0 else found.change_low
                 panel.annotate(
-                    f"{found.change:+.3f}",
+                    f"{found.change:+.3f}".replace("-", "−"),
                     (outward, row),
                     xytext=(5 if found.change >= 0 else -5, 0),
                     textcoords="offset points",
@@ -255,25 +260,26 @@ def _mark_interruptions(axis: Axes, stage: Stage, colour: str) -> None:
 
 
 def _label_ends(axis: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Write names at the right of line ends (x, y, name, colour), moved apart where they would overlap."""
+    """Write names at line ends (x, y, name, colour): at the right, moved apart where they would overlap; above the end
+    of a line that others continue."""
     axis.figure.canvas.draw()
-    height = axis.get_window_extent().height
-    points = 13 * axis.figure.dpi / 72
+    height = axis.get_window_extent().height * 72 / axis.figure.dpi
     low, high = axis.get_ylim()
-    placed: list[tuple[float, float]] = []
+    rightmost = max((x for x, *_ in ends), default=0)
+    highest = -height
     for x, y, name, colour in sorted(ends, key=lambda end: end[1]):
+        is_last = x > 0.9 * rightmost
         at = (y - low) / (high - low) * height
-        for other_x, other in placed:
-            if abs(x - other_x) < 0.25 * (axis.get_xlim()[1] - axis.get_xlim()[0]) and at - other < points:
-                at = other + points
-        placed.append((x, at))
-        shift = (at - (y - low) / (high - low) * height) * 72 / axis.figure.dpi
+        shift = max(highest + 13 - at, 0.0) if is_last else 9.0
+        if is_last:
+            highest = at + shift
         axis.annotate(
             name,
             (x, y),
-            xytext=(6, shift),
+            xytext=(6 if is_last else 0, shift),
             textcoords="offset points",
             color=colour,
+            ha="left" if is_last else "right",
             va="center",
             fontsize=9,
             fontweight="bold",
@@ -281,12 +287,19 @@ def _label_ends(axis: Axes, ends: Sequence[tuple[float, float, str, str]]) -> No
         )
 
 
+def short_layouts(before: str, after: str) -> tuple[str, str]:
+    """Return two layouts such as `TP2 PP1 CP1 DP1` without the parts that are 1 in both."""
+    pairs = list(zip(before.split(), after.split(), strict=False))
+    pairs = [pair for pair in pairs if {re.sub(r"[A-Z]+", "", part) for part in pair} != {"1"}]
+    return " ".join(one for one, _ in pairs), " ".join(other for _, other in pairs)
+
+
 def _limit_to_bulk(axis: Axes, values: Sequence[float]) -> None:
     """Leave out the steep beginning of a model trained from scratch, which would flatten everything else."""
     ordered = sorted(values)
     if len(ordered) > 4:
         low, most, top = ordered[0], ordered[int(0.95 * (len(ordered) - 1))], ordered[-1]
-        if top - low > 1.5 * (most - low) > 0:
+        if top - low > 2 * (most - low) > 0:
             axis.set_ylim(low - 0.08 * (most - low), most + 0.25 * (most - low))
 
 

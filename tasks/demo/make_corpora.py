@@ -30,9 +30,9 @@ from megatron_cpt.files import text_hash, whole_dir, whole_file
 
 VOCAB_SIZE = 8192
 EOD_TOKEN = "<|endoftext|>"
-# Shares of documents held out: some 250 kB of text each, enough for bits per byte to two digits.
-HELD_OUT_FRACTION = {"D0": 0.08, "D1": 0.05}
-MAX_HELD_OUT_BYTES = 60_000
+# Shares of documents held out: some 150 kB of text each, read in seconds.
+HELD_OUT_FRACTION = {"D0": 0.04, "D1": 0.04}
+MAX_HELD_OUT_BYTES = 30_000
 
 PROSE_SUFFIXES = {".md", ".rst", ".txt"}
 PROSE_NAMES = {"METADATA", "LICENSE", "LICENCE", "NOTICE", "COPYING", "README", "AUTHORS"}
