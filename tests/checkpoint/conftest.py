@@ -87,8 +87,8 @@ def build_hf_model(name, seed=0, **changes):
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**settings, **changes}))
     with torch.no_grad():
-        for value in [*model.parameters(), *model.buffers()]:
-            if value.ndim == 1 and value.is_floating_point() and value.shape[0] > 2:
+        for name, value in model.state_dict().items():
+            if value.ndim == 1 and "inv_freq" not in name:
                 value.add_(torch.randn_like(value) * 0.1)
     return model
 
