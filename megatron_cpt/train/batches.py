@@ -119,28 +119,40 @@ def microbatches(
 
 
 def _batch(samples: list[dict[str, Any]], is_real: list[bool], config: RunConfig, eod_id: int) -> Batch:
-    stacked = {
-        name: torch.stack([sample[name] for sample in samples])
-        for name in ("tokens", "labels", "loss_mask", "position_ids")
+    ids = torch.stack([torch.cat([sample["tokens"], sample["labels"][-1:]]) for sample in samples])
+    loss_mask = torch.stack([sample["loss_mask"] for sample in samples])
+    loss_mask = loss_mask * torch.tensor(is_real, dtype=torch.float32).unsqueeze(1)
+    sources = torch.tensor([int(sample.get("dataset_id", 0)) for sample in samples])
+    return build_batch(ids, config, eod_id, loss_mask, sources)
+
+
+def build_batch(
+    ids: Tensor, config: RunConfig, eod_id: int, loss_mask: Tensor | None = None, dataset_ids: Tensor | None = None
+) -> Batch:
+    """Return a micro-batch of this rank, on the training device, from token ids `[b, s + 1]`."""
+    tokens, labels = ids[:, :-1], ids[:, 1:]
+    parts = {
+        "tokens": tokens,
+        "labels": labels,
+        "loss_mask": torch.ones(tokens.shape) if loss_mask is None else loss_mask,
+        "position_ids": torch.arange(tokens.shape[1]).expand(tokens.shape),
     }
-    stacked["loss_mask"] = stacked["loss_mask"] * torch.tensor(is_real, dtype=torch.float32).unsqueeze(1)
-    positions = context_parallel_positions(stacked["tokens"].shape[1])
+    positions = context_parallel_positions(tokens.shape[1])
     mask = attention_mask(
-        stacked["tokens"],
+        tokens,
         eod_id=eod_id if config.data.reset_attention_mask else None,
         window_size=config.model.window_size,
         positions=positions,
     )
     if positions is not None:
-        stacked = {name: tensor[:, positions].contiguous() for name, tensor in stacked.items()}
-    ids = torch.tensor([int(sample.get("dataset_id", 0)) for sample in samples])
-    batch = Batch(**stacked, attention_mask=mask, dataset_ids=ids)
+        parts = {name: tensor[:, positions] for name, tensor in parts.items()}
+    parts = {name: tensor.contiguous() for name, tensor in parts.items()}
     if not cpu.is_cpu():
-        for field in dataclasses.fields(batch):
-            tensor = getattr(batch, field.name)
-            if tensor is not None and field.name != "dataset_ids":
-                setattr(batch, field.name, tensor.pin_memory().cuda(non_blocking=True))
-    return batch
+        parts = {name: tensor.pin_memory().cuda(non_blocking=True) for name, tensor in parts.items()}
+        mask = None if mask is None else mask.contiguous().pin_memory().cuda(non_blocking=True)
+    if dataset_ids is None:
+        dataset_ids = torch.zeros(tokens.shape[0], dtype=torch.int64)
+    return Batch(**parts, attention_mask=mask, dataset_ids=dataset_ids)
 
 
 def context_parallel_positions(seq_length: int) -> Tensor | None:

@@ -22,11 +22,13 @@ import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 
+from megatron_cpt.config.derived import train_samples
+from megatron_cpt.config.schema import RunConfig
 from megatron_cpt.data.blend_order import blend_order
 from megatron_cpt.data.budget import spread_samples
 from megatron_cpt.data.indexed import bin_path, idx_path, manifest_path
 from megatron_cpt.data.list_formats import DataEntry
-from megatron_cpt.data.skip_list import SkipList, kept_documents
+from megatron_cpt.data.skip_list import SkipList, kept_documents, stage_skip_list
 from megatron_cpt.errors import CptError
 from megatron_cpt.files import text_hash, whole_dir, write_json
 from megatron_cpt.log import Progress
@@ -68,6 +70,14 @@ class ShardSamples:
     def __getitem__(self, index: int) -> dict[str, Any]:
         epoch, sample = divmod(self.first_sample + index, self.samples_per_epoch)
         return self.epochs[epoch - self.first_epoch][sample]
+
+
+def build_train_samples(
+    config: RunConfig, entries: Sequence[DataEntry], dataset_config: GPTDatasetConfig, cache: Path
+) -> BlendedSamples:
+    """Return the stage's samples in training order, without the documents of `data.skip_list`."""
+    num_samples = train_samples(config.training)
+    return build_blended_samples(entries, num_samples, dataset_config, cache, stage_skip_list(config))
 
 
 def build_blended_samples(
