@@ -248,6 +248,11 @@ class DataConfig:
     """A ready data list (any format of `megatron-cpt blend formats`) instead of mix, relative to paths.data_dir."""
     max_epochs: float = 4.0
     """A corpus repeated more often than this is refused."""
+    buffer: str | None = None
+    """Replay buffer, a YAML file relative to paths.data_dir. The corpus `buffer` of mix draws from what earlier stages
+    appended, without replacement until exhausted; a stage that finishes appends its own corpora."""
+    skip_list: str | None = None
+    """Documents to leave out, relative to paths.data_dir: lines `<prefix> <first document> <last document>`."""
     reset_attention_mask: bool = True
     """Documents in a packed sample do not see each other."""
     eod_mask_loss: bool = False

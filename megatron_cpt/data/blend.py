@@ -5,21 +5,20 @@ a corpus's tokens over its shards in proportion to their size; or a ready data l
 arithmetic is in whole numbers and fractions: sums are exact. Token counts come from the shards' indexes only.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 from megatron_cpt.config import derived
 from megatron_cpt.config.schema import RunConfig
+from megatron_cpt.data.blend_sources import Parts, buffer_path, parts_from_list, parts_from_mix, stage_name
 from megatron_cpt.data.budget import apportion, exact, spread_samples
 from megatron_cpt.data.datalist import DataEntry, read_data_list
-from megatron_cpt.data.indexed import bin_path, idx_path
-from megatron_cpt.data.shards import Shard, find_shards, read_shards, tokenizer_problems
+from megatron_cpt.data.replay import append_stage
+from megatron_cpt.data.shards import tokenizer_problems
 from megatron_cpt.errors import DataError
 from megatron_cpt.log import format_count
-
-_SUM_TOLERANCE = Fraction(1, 10**9)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,39 +85,44 @@ class BlendPlan:
         return "\n".join(lines + [f"note: {note}" for note in self.notes]) + "\n"
 
 
-def plan_blend(config: RunConfig) -> BlendPlan:
+def plan_blend(config: RunConfig, begun: Path | None = None) -> BlendPlan:
     """Return the exact blend of a stage from `data.mix` and the corpora, or from `data.train_data_path`.
+
+    `begun` is the data list of a run that has begun, if there is one: its positions in the replay buffer stay.
 
     Raises: DataError with every reason at once: shares that do not sum to 1, missing or incomplete shards by name,
     shards of another tokenizer, a corpus smaller than one sequence or repeated more than `data.max_epochs` times.
     """
     problems: list[str] = []
-    data_dir = Path(config.paths.data_dir)
     if config.data.train_data_path is not None:
-        weighted, corpus_shares = _from_list(data_dir / config.data.train_data_path, data_dir, problems)
+        parts, shares = parts_from_list(config, problems)
     else:
-        weighted, corpus_shares = _from_mix(config, problems)
-    shards = [shard for group in weighted.values() for shard, _ in group]
+        positions = {}
+        if begun is not None and begun.exists():
+            positions = {entry.prefix: entry.first_sample for entry in read_data_list(begun)}
+        parts, shares = parts_from_mix(config, positions, problems)
+    shards = [part.shard for group in parts.values() for part in group]
     problems += tokenizer_problems(shards, _tokenizer_identity(config)) if shards else []
     _refuse(config, problems)
 
-    total = derived.train_tokens(config.training)
-    taken = apportion(total, list(corpus_shares.values()))
+    total, num_samples = derived.train_tokens(config.training), derived.train_samples(config.training)
+    taken = dict(zip(parts, apportion(total, [shares[corpus] for corpus in parts]), strict=True))
     entries: list[DataEntry] = []
     notes: list[str] = []
-    for (corpus, group), corpus_tokens in zip(weighted.items(), taken, strict=True):
-        available = sum(shard.tokens for shard, _ in group)
-        problems += _size_problems(config, corpus, available, corpus_tokens)
-        tokens = apportion(corpus_tokens, [weight for _, weight in group])
-        rows = list(zip(group, tokens, strict=True))
+    for corpus, group in parts.items():
+        problems += _size_problems(config, corpus, sum(part.available for part in group), taken[corpus])
+        amounts = apportion(taken[corpus], [part.weight for part in group])
         entries += [
-            DataEntry(prefix=shard.prefix, tokens=amount, corpus=corpus) for (shard, _), amount in rows if amount
+            DataEntry(prefix=part.shard.prefix, tokens=amount, corpus=corpus, first_sample=part.first_sample)
+            for part, amount in zip(group, amounts, strict=True)
+            if amount
         ]
-        notes += _note([shard.prefix for (shard, _), amount in rows if not amount], corpus, "a whole token")
+        nothing = [part.shard.prefix for part, amount in zip(group, amounts, strict=True) if not amount]
+        notes += _note(nothing, corpus, "a whole token")
     _refuse(config, problems)
 
-    samples = spread_samples([entry.tokens or 0 for entry in entries], derived.train_samples(config.training))
-    for corpus in weighted:
+    samples = spread_samples([entry.tokens or 0 for entry in entries], num_samples)
+    for corpus in parts:
         empty = [e.prefix for e, n in zip(entries, samples, strict=True) if e.corpus == corpus and n == 0]
         notes += _note(empty, corpus, "a whole sample")
     return BlendPlan(
@@ -127,20 +131,29 @@ def plan_blend(config: RunConfig) -> BlendPlan:
         corpora=[
             CorpusPlan(
                 corpus=corpus,
-                available=sum(shard.tokens for shard, _ in group),
-                requested=total * corpus_shares[corpus],
-                taken=corpus_tokens,
+                available=sum(part.available for part in group),
+                requested=total * shares[corpus],
+                taken=taken[corpus],
                 num_samples=sum(n for e, n in zip(entries, samples, strict=True) if e.corpus == corpus),
-                share=Fraction(corpus_tokens, total),
+                share=Fraction(taken[corpus], total),
             )
-            for (corpus, group), corpus_tokens in zip(weighted.items(), taken, strict=True)
+            for corpus, group in parts.items()
         ],
         train_tokens=total,
-        train_samples=derived.train_samples(config.training),
+        train_samples=num_samples,
         train_iters=derived.train_iters(config.training),
         target=_target(config),
-        notes=notes,
+        notes=notes + _replayed(entries, config.training.seq_length, parts),
     )
+
+
+def finish_stage(config: RunConfig, entries: Sequence[DataEntry]) -> bool:
+    """Append a finished stage to its replay buffer, if it has one; return whether the buffer changed."""
+    path = buffer_path(config)
+    if path is None:
+        return False
+    samples = spread_samples([entry.tokens or 0 for entry in entries], derived.train_samples(config.training))
+    return append_stage(path, stage_name(config), entries, samples, config.training.seq_length)
 
 
 def align(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -151,73 +164,6 @@ def align(rows: Sequence[Sequence[str]]) -> list[str]:
             [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
         )
         for row in rows
-    ]
-
-
-_Weighted = dict[str, list[tuple[Shard, Fraction]]]
-
-
-def _from_mix(config: RunConfig, problems: list[str]) -> tuple[_Weighted, dict[str, Fraction]]:
-    """Return the shards of each corpus with their weight within it, and each corpus's exact share."""
-    mix = {corpus: exact(share) for corpus, share in config.data.mix.items()}
-    if not mix:
-        problems.append("data.mix is empty and data.train_data_path is not set. State one of them.")
-    problems += [
-        f"data.mix.{corpus} is {share}. A share is not negative." for corpus, share in mix.items() if share < 0
-    ]
-    if mix and abs(sum(mix.values(), Fraction(0)) - 1) > _SUM_TOLERANCE:
-        parts = " + ".join(f"{float(share):g}" for share in mix.values())
-        problems.append(f"data.mix sums to {float(sum(mix.values(), Fraction(0))):g} ({parts}). Shares must sum to 1.")
-    weighted: _Weighted = {}
-    for corpus in [name for name, share in mix.items() if share > 0]:
-        if corpus not in config.data.corpora:
-            problems.append(f"data.mix.{corpus}: no such corpus. data.corpora has {', '.join(config.data.corpora)}.")
-            continue
-        prefixes, missing = find_shards(config.data.corpora[corpus].tokens, Path(config.paths.data_dir))
-        shards, incomplete = read_shards(prefixes)
-        problems += [f"corpus {corpus}: {problem}" for problem in missing + incomplete]
-        if not config.data.corpora[corpus].tokens:
-            problems.append(f"corpus {corpus}: data.corpora.{corpus}.tokens is empty. State its token files.")
-        elif not problems and not any(shard.tokens for shard in shards):
-            problems.append(f"corpus {corpus}: its shards hold no token.")
-        weighted[corpus] = [(shard, Fraction(shard.tokens)) for shard in shards if shard.tokens]
-    problems += _shared_shards(weighted)
-    return weighted, {corpus: share / sum(mix.values(), Fraction(0)) for corpus, share in mix.items() if share > 0}
-
-
-def _from_list(path: Path, data_dir: Path, problems: list[str]) -> tuple[_Weighted, dict[str, Fraction]]:
-    """Return the same from a data list, whose tokens or weights state the proportions."""
-    entries = read_data_list(path)
-    weighted: _Weighted = {}
-    for entry in entries:
-        shards, incomplete = read_shards([_resolve(entry.prefix, data_dir)])
-        problems += [f"{path}: {problem}" for problem in incomplete]
-        for shard in shards:
-            weight = Fraction(shard.tokens) if entry.amount is None else entry.amount
-            weighted.setdefault(entry.corpus or shard.prefix, []).append((shard, weight))
-    if len({entry.amount is None for entry in entries}) > 1:
-        problems.append(f"{path}: some entries have tokens or a weight and some have none. All or none are needed.")
-    total = sum((weight for group in weighted.values() for _, weight in group), Fraction(0))
-    shares = {corpus: sum((weight for _, weight in group), Fraction(0)) / total for corpus, group in weighted.items()}
-    return weighted, shares
-
-
-def _resolve(prefix: str, data_dir: Path) -> str:
-    """Return a list's prefix below data_dir, or as it stands where only that exists."""
-    below = data_dir / prefix
-    is_below = any(part.exists() for part in (bin_path(below), idx_path(below)))
-    return str(below) if is_below or not idx_path(Path(prefix)).exists() else prefix
-
-
-def _shared_shards(weighted: Mapping[str, Sequence[tuple[Shard, Fraction]]]) -> list[str]:
-    owners: dict[str, list[str]] = {}
-    for corpus, group in weighted.items():
-        for shard, _ in group:
-            owners.setdefault(shard.prefix, []).append(corpus)
-    return [
-        f"{prefix} belongs to the corpora {' and '.join(names)}. A shard belongs to one corpus."
-        for prefix, names in owners.items()
-        if len(names) > 1
     ]
 
 
@@ -251,6 +197,16 @@ def _note(prefixes: list[str], corpus: str, what: str) -> list[str]:
         return []
     shown = ", ".join(prefixes[:3]) + (", ..." if len(prefixes) > 3 else "")
     return [f"{len(prefixes)} shards of {corpus} are too small to give {what}: {shown}"]
+
+
+def _replayed(entries: Sequence[DataEntry], seq_length: int, parts: Parts) -> list[str]:
+    available = {part.shard.prefix: part.available for group in parts.values() for part in group}
+    return [
+        f"{entry.corpus}: {entry.prefix} goes on after {entry.first_sample:,} samples "
+        f"({entry.first_sample * seq_length / available[entry.prefix]:.4g} epochs) of earlier stages"
+        for entry in entries
+        if entry.first_sample
+    ]
 
 
 def _target(config: RunConfig) -> str:

@@ -33,11 +33,13 @@ class Rule:
     """A corpus's name, a glob over prefixes, or a part of the prefix."""
     kind: Literal["ratio", "epochs", "share", "weight"]
     value: Fraction
+    is_corpus: bool = False
+    """The pattern is a corpus's name only, never a part of a path."""
 
     def names(self, entry: DataEntry) -> bool:
         """Return whether the rule is about this shard."""
-        if self.pattern == entry.corpus:
-            return True
+        if self.pattern == entry.corpus or self.is_corpus:
+            return self.pattern == entry.corpus
         is_glob = glob.has_magic(self.pattern)
         return fnmatch.fnmatchcase(entry.prefix, self.pattern if is_glob else f"*{glob.escape(self.pattern)}*")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_cpt.config.schema import RunConfig
 from megatron_cpt.data.list_formats import content_lines
 from megatron_cpt.errors import DataError
 
@@ -31,6 +32,15 @@ def read_skip_list(path: Path) -> dict[str, list[tuple[int, int]]]:
             raise DataError(f"{path}:{number}: '{line}'. `<prefix> <first document> <last document>` is needed.")
         spans.setdefault(words[0], []).append((int(words[1]), int(words[2])))
     return {prefix: _join(found) for prefix, found in spans.items()}
+
+
+def stage_skip_list(config: RunConfig) -> dict[str, list[tuple[int, int]]]:
+    """Return the skip list of `data.skip_list` with prefixes as a blend names them; empty where there is none."""
+    if config.data.skip_list is None:
+        return {}
+    data_dir = Path(config.paths.data_dir)
+    spans = read_skip_list(data_dir / config.data.skip_list)
+    return {**spans, **{str(data_dir / prefix): found for prefix, found in spans.items()}}
 
 
 def kept_documents(num_documents: int, spans: Sequence[tuple[int, int]]) -> np.ndarray:

@@ -14,6 +14,8 @@ SUB_VERBS = {
     "convert": "write a data list in another format",
     "rescale": "turn available tokens and a budget into the list a run draws, by rules",
     "mix": "mix data lists by global weights, as AuroraGPT's mix_datasets.py, exactly",
+    "replay": "show a replay buffer, plan a stage from it, or append a finished stage",
+    "build-index": "build the index cache of a stage ahead of training",
     "formats": "show the formats of data lists",
 }
 

@@ -1,0 +1,45 @@
+"""Build the index cache of a stage ahead of training, in a CPU job of one process.
+
+The cache is content-addressed (shard, seed, sequence length, epoch) and appears whole: training, or a second builder, that
+starts meanwhile does no harm. What is there already is not built again.
+
+Example: megatron-cpt blend build-index --task tasks/demo --params demo-5m --size 8M
+"""
+
+import argparse
+import logging
+import sys
+import time
+from pathlib import Path
+
+from megatron_cpt.config.load import add_run_arguments, load_from_arguments
+from megatron_cpt.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_run_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    # heavy: torch and megatron
+    from megatron_cpt.data.blend import plan_blend
+    from megatron_cpt.data.tokenizer import load_tokenizer
+    from megatron_cpt.launch.run_dir import run_dir
+    from megatron_cpt.train.batches import DatasetTokenizer, build_train_dataset
+    from megatron_cpt.train.evaluation import build_validation_sets
+
+    config = load_from_arguments(arguments).config
+    if config.data.tokenizer is None:
+        raise DataError("data.tokenizer: not set. Its end-of-document id is needed. Name the tokenizer's folder.")
+    run = run_dir(config)
+    data_dir = Path(config.paths.data_dir)
+    plan = plan_blend(config, run.data_list_path)
+    found = load_tokenizer(data_dir / config.data.tokenizer)
+    tokenizer = DatasetTokenizer(found.eod_id, found.vocab_size, found.identity)
+    started = time.monotonic()
+    dataset = build_train_dataset(config, plan.entries, tokenizer, run.cache)
+    build_validation_sets(config, tokenizer, run.cache, data_dir)
+    seconds = time.monotonic() - started
+    sys.stdout.write(f"{run.cache}: {len(dataset):,} samples of {len(plan.entries):,} shards in {seconds:.1f} s\n")

@@ -1,0 +1,135 @@
+"""`megatron-cpt blend ...` does from the command line what the library does."""
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+from tokenizers import Tokenizer, models
+
+from megatron_cpt import cli
+from megatron_cpt.data.datalist import read_data_list
+from megatron_cpt.data.indexed import bin_path, idx_path, manifest_path, write_index
+from megatron_cpt.data.tokenizer import load_tokenizer
+from megatron_cpt.files import write_json
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A task with two tokenized corpora below the working folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    vocabulary = {"<|endoftext|>": 0} | {f"w{index}": index for index in range(1, 100)}
+    Tokenizer(models.WordLevel(vocabulary, unk_token="w1")).save("data/tokenizer.json")
+    identity = load_tokenizer(tmp_path / "data" / "tokenizer.json").identity
+    for name, tokens in (("D0", 32 * 300), ("D1", 32 * 200)):
+        prefix = tmp_path / "data" / "tok" / name / "a_text_document"
+        prefix.parent.mkdir(parents=True)
+        lengths = np.full(tokens // 25, 25)
+        np.arange(lengths.sum(), dtype=np.uint16).tofile(bin_path(prefix))
+        write_index(idx_path(prefix), np.dtype(np.uint16), lengths)
+        manifest = {"documents": len(lengths), "tokens": int(lengths.sum()), "bytes": 1, "tokenizer": identity}
+        write_json(manifest_path(prefix), manifest)
+    model = {
+        "num_layers": 2,
+        "hidden_size": 16,
+        "ffn_hidden_size": 32,
+        "num_attention_heads": 2,
+        "vocab_size": 100,
+        "max_position_embeddings": 32,
+    }
+    training = {"seq_length": 32, "micro_batch_size": 1, "global_batch_size": 4}
+    corpora = {name: {"tokens": [f"tok/{name}"]} for name in ("D0", "D1")}
+    data = {"tokenizer": "tokenizer.json", "corpora": corpora, "mix": {"D0": 0.95, "D1": 0.05}, "buffer": "buffer.yaml"}
+    (tmp_path / "task" / "params").mkdir(parents=True)
+    (tmp_path / "task" / "params" / "tiny.yaml").write_text(yaml.safe_dump({"model": model, "training": training}))
+    (tmp_path / "task" / "task.yaml").write_text(
+        yaml.safe_dump({"description": "t", "data": data, "sizes": {"6K": {"training": {"train_tokens": 6400}}}})
+    )
+    return tmp_path
+
+
+def run(capsys, *words):
+    with pytest.raises(SystemExit) as left:
+        cli.main(["blend", *words])
+    captured = capsys.readouterr()
+    return left.value.code, captured.out, captured.err
+
+
+STAGE = ("--task", "task", "--params", "tiny", "--size", "6K")
+
+
+def test_plan_prints_the_table_and_writes_the_list_of_the_run(project, capsys):
+    code, out, _ = run(capsys, "plan", *STAGE, "--write")
+    assert code == 0
+    assert "50 iterations, 200 samples, 6,400 tokens" in out
+    entries = read_data_list(project / "runs/task/tiny/6K/main/train_data.yaml")
+    assert [(entry.corpus, entry.tokens) for entry in entries] == [("D0", 6080), ("D1", 320)]
+
+
+def test_plan_refuses_with_the_reasons_and_exit_code_2(project, capsys):
+    manifest_path(project / "data/tok/D1/a_text_document").unlink()
+    code, _, err = run(capsys, "plan", *STAGE, "data.mix={D0: 0.2, D1: 0.8}")
+    assert code == 2
+    assert "incomplete shard data/tok/D1/a_text_document" in err
+    code, _, err = run(capsys, "plan", *STAGE, "data.mix={D0: 0.5, D1: 0.4}")
+    assert code == 2 and "sums to 0.9" in err
+
+
+def test_list_convert_and_rescale_follow_each_other(project, capsys):
+    assert run(capsys, "list", "data/tok", "--format", "llm-jp", "--output", "all.sh")[0] == 0
+    assert "9600 data/tok/D0/a_text_document" in (project / "all.sh").read_text()
+    code, out, _ = run(capsys, "convert", "all.sh", "--to", "json")
+    assert json.loads(out)["train"] == ["9600", "data/tok/D0/a_text_document", "6400", "data/tok/D1/a_text_document"]
+    code, out, err = run(
+        capsys, "rescale", "all.sh", "10K", "--share", "D0=0.9", "--share", "D1=0.1", "--output", "10K.sh"
+    )
+    assert code == 0, err
+    assert [entry.tokens for entry in read_data_list(project / "10K.sh")] == [9000, 1000]
+    code, _, err = run(capsys, "rescale", "all.sh", "100K")
+    assert code == 2 and "more than 4 times" in err
+
+
+def test_an_incomplete_shard_stops_the_listing_by_name(project, capsys):
+    idx_path(project / "data/tok/D0/a_text_document").unlink()
+    code, _, err = run(capsys, "list", "data/tok", "--output", "all.sh")
+    assert code == 2 and "incomplete shard data/tok/D0/a_text_document" in err
+    assert not (project / "all.sh").exists()
+
+
+def test_build_index_builds_once(project, capsys):
+    code, out, err = run(capsys, "build-index", *STAGE)
+    assert code == 0, err
+    assert "200 samples of 2 shards" in out
+    cache = project / "runs/task/tiny/6K/main/cache"
+    before = {path: path.stat().st_mtime_ns for path in cache.rglob("*")}
+    assert before
+    assert run(capsys, "build-index", *STAGE)[0] == 0
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*")} == before
+
+
+def test_replay_plans_from_lists_and_buffer_and_appends(project, capsys):
+    run(capsys, "list", "data/tok/D0", "--output", "D0.yaml")
+    run(capsys, "list", "data/tok/D1", "--output", "D1.yaml")
+    for name in ("D0", "D1"):
+        path = project / f"{name}.yaml"
+        path.write_text(path.read_text().replace('corpus: "a"', f"corpus: {name}"))
+    options = ("--seq-length", "32")
+    assert run(capsys, "replay", "append", "b.yaml", "--stage", "one", "--list", "D0.yaml", *options)[0] == 0
+    plan = ("--mix", "D1=0.9", "buffer=0.1", "--lists", "D1.yaml", "--tokens", "6400", "--output", "two.yaml", *options)
+    code, out, err = run(capsys, "replay", "plan", "b.yaml", *plan)
+    assert code == 0, err
+    assert [(e.corpus, e.tokens, e.first_sample) for e in read_data_list(project / "two.yaml")] == [
+        ("D1", 5760, None),
+        ("buffer", 640, 0),
+    ]
+    run(capsys, "replay", "append", "b.yaml", "--stage", "two", "--list", "two.yaml", *options)
+    code, out, _ = run(capsys, "replay", "show", "b.yaml")
+    assert "640" in out and "stages: one, two" in out
+    run(capsys, "replay", "plan", "b.yaml", *plan)
+    assert read_data_list(project / "two.yaml")[-1].first_sample == 20
+
+
+def test_formats_shows_every_format(project, capsys):
+    _, out, _ = run(capsys, "formats")
+    assert "llm-jp" in out and "export TRAIN_DATA_PATH=(" in out
