@@ -1,0 +1,365 @@
+"""Engines that turn texts into ids: the reference tokenizer, or an accelerated one that a referee has found equal.
+
+An accelerated engine (gigatoken, fastokens) is never trusted by name. It must give the reference's ids on a fixed
+adversarial set when it is loaded, and on a sample of every piece while it works; a refusal or a difference falls back
+to the next engine, with a warning. Long documents are encoded in parts, cut where encoding both sides alone gives the
+same ids as encoding them together (checked at each cut), so that memory stays bounded.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from megatron_cpt.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
+
+logger = logging.getLogger(__name__)
+
+ENGINES = ("fastokens", "gigatoken", "reference")
+"""In the order in which `auto` tries them: fastest first (benchmarks/tokenize.py)."""
+
+EncodeFlat = Callable[[list[str]], tuple[np.ndarray, np.ndarray]]
+"""Texts to (ids of all texts one after the other, number of ids of each text)."""
+
+LONG_DOCUMENT_CHARACTERS = 1 << 20
+_SHORT_TEXT_CHARACTERS = 1000
+"""Below this mean length gigatoken's batch call pays for itself; it imports awkward, a quarter of a second."""
+_REFERENCE_BATCH_CHARACTERS = 1 << 19
+_CUT_CONTEXT_CHARACTERS = 512
+_SAMPLE_CHARACTERS = 8192
+_SAMPLE_MARGIN_TOKENS = 64
+_CUT = re.compile(r"(?<=\w)(?=[ \n]\w)|(?<=[。、！？\n])(?=\w)|(?<=\w)(?=\W)")
+
+
+class EngineRefusal(Exception):
+    """An accelerated engine cannot be used for a tokenizer; the message says why."""
+
+
+class Engine:
+    """Encodes batches with one engine and holds it against the reference."""
+
+    def __init__(self, name: str, tokenizer: Tokenizer):
+        self.name = name
+        self.tokenizer = tokenizer
+        self._reference = _reference_encoder(tokenizer)
+        self._encode = _ENCODERS[name](tokenizer)
+
+    def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids of all texts one after the other, and the number of ids of each."""
+        if all(len(text) <= LONG_DOCUMENT_CHARACTERS for text in texts):
+            return self._encode(texts) if texts else (np.empty(0, np.uint32), np.empty(0, np.int64))
+        parts: list[str] = []
+        counts = []
+        for text in texts:
+            cut = self._parts(text) if len(text) > LONG_DOCUMENT_CHARACTERS else [text]
+            parts += cut
+            counts.append(len(cut))
+        ids, lengths = self._encode_in_batches(parts)
+        starts = np.cumsum([0, *counts[:-1]])
+        return ids, np.add.reduceat(lengths, starts)
+
+    def check_sample(self, texts: Sequence[str], ids: np.ndarray, lengths: np.ndarray, seed: int) -> str | None:
+        """Compare one text of an encoded batch with the reference; return what differs, or None.
+
+        Of a long text its first 8,192 characters are compared, and the whole where those differ.
+        """
+        if self.name == "reference" or not texts:
+            return None
+        chosen = seed * 2654435761 % len(texts)
+        start = int(lengths[:chosen].sum())
+        found = ids[start : start + int(lengths[chosen])]
+        text = texts[chosen]
+        if len(text) > _SAMPLE_CHARACTERS:
+            expected, _ = self._reference([text[:_SAMPLE_CHARACTERS]])
+            kept = max(len(expected) - _SAMPLE_MARGIN_TOKENS, 0)
+            if np.array_equal(expected[:kept], found[:kept]):
+                return None
+        expected, _ = self._reference([text])
+        return None if np.array_equal(expected, found) else _difference(text, expected, found)
+
+    def check_adversarial(self, part: int = 0, parts: int = 1) -> str | None:
+        """Compare every `parts`-th text of the adversarial set with the reference; return what differs, or None."""
+        if self.name == "reference":
+            return None
+        texts = adversarial_texts(self.tokenizer)[part::parts]
+        expected_ids, expected_lengths = self._reference(texts)
+        ids, lengths = self._encode(texts)
+        if np.array_equal(ids, expected_ids) and np.array_equal(lengths, expected_lengths):
+            return None
+        expected_ends, ends = np.cumsum(expected_lengths), np.cumsum(lengths)
+        for i, text in enumerate(texts):
+            expected = expected_ids[expected_ends[i] - expected_lengths[i] : expected_ends[i]]
+            found = ids[ends[i] - lengths[i] : ends[i]]
+            if not np.array_equal(expected, found):
+                return _difference(text, expected, found)
+        return "the number of ids differs"
+
+    def _encode_in_batches(self, parts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        encoded = [self._encode(batch) for batch in _batches(parts, LONG_DOCUMENT_CHARACTERS)]
+        return np.concatenate([ids for ids, _ in encoded]), np.concatenate([lengths for _, lengths in encoded])
+
+    def _parts(self, text: str) -> list[str]:
+        """Cut a long text where it makes no difference; the parts are at least half a `LONG_DOCUMENT_CHARACTERS`."""
+        parts = []
+        start, step = 0, LONG_DOCUMENT_CHARACTERS // 2
+        look_at = step
+        while len(text) - start > LONG_DOCUMENT_CHARACTERS and look_at < len(text) - step // 4:
+            cut = self._cut_near(text, look_at, start)
+            if cut is None:
+                look_at += step // 4
+                continue
+            parts.append(text[start : cut[0]])
+            start = cut[1]
+            look_at = start + step
+        parts.append(text[start:])
+        return parts
+
+    def _cut_near(self, text: str, near: int, start: int) -> tuple[int, int] | None:
+        """Return where the text can be cut after `near` (end, next start), if one of the next 16 candidates is harmless.
+
+        SentencePiece puts a space before every text: there the part after a cut starts behind the space.
+        """
+        for _, match in zip(range(16), _CUT.finditer(text, near, near + 65536)):
+            cut = match.start()
+            left = text[max(cut - _CUT_CONTEXT_CHARACTERS, start) : cut]
+            right = text[cut : cut + _CUT_CONTEXT_CHARACTERS]
+            whole, _ = self._reference([left + right])
+            for dropped in (0, 1) if right[0] == " " else (0,):
+                halves, _ = self._reference([left, right[dropped:]])
+                if np.array_equal(whole, halves):
+                    return cut, cut + dropped
+        return None
+
+
+def load_engine(tokenizer: Tokenizer, name: str) -> Engine:
+    """Return the engine `name` for a tokenizer.
+
+    Raises: EngineRefusal when it is not installed or cannot read the tokenizer.
+    """
+    try:
+        return Engine(name, tokenizer)
+    except EngineRefusal:
+        raise
+    except Exception as problem:
+        if name == "reference":
+            raise
+        raise EngineRefusal(f"{name} refuses the tokenizer ({type(problem).__name__}: {problem})") from None
+
+
+def adversarial_texts(tokenizer: Tokenizer) -> list[str]:
+    """Return the fixed set of texts that tells engines apart: scripts, spaces, normal forms, special tokens, contractions.
+
+    About 3,000 short texts, the same on every call.
+    """
+    atoms = list(_ATOMS)
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        atoms += [token.content for token in tokenizer.backend.get_added_tokens_decoder().values()][:64]
+    elif isinstance(tokenizer, SentencePieceTokenizer):
+        backend = tokenizer.backend
+        atoms += [backend.id_to_piece(id) for id in range(min(300, tokenizer.vocab_size)) if not backend.is_byte(id)][
+            :64
+        ]
+    state = 12345
+    texts = list(atoms)
+    for _ in range(2400):
+        text = ""
+        state = (state * 6364136223846793005 + 1442695040888963407) % (1 << 64)
+        for _ in range(1 + (state >> 60)):
+            state = (state * 6364136223846793005 + 1442695040888963407) % (1 << 64)
+            text += atoms[(state >> 33) % len(atoms)]
+        texts.append(text)
+    for start in range(0x20, 0x30000, 0x100):
+        block = "".join(chr(code) for code in range(start, start + 0x100, 7) if not 0xD800 <= code < 0xE000)
+        texts += [block, f"a{block[:4]} b{block[4:8]}"]
+    return texts
+
+
+_ATOMS = (
+    *(" ", "  ", "   ", "\n", "\n\n", "\r\n", "\t", "\t\t", "\u00a0", "\u3000", "\u2028", "\u200b", "\u200d", "\ufeff"),
+    *("a", "A", "the", " the", "Hello", " World", "don't", "I'LL", "we've", "'s", "’s", "naïve", "re\u0301sume\u0301"),
+    *(
+        "é",
+        "e\u0301",
+        "Å",
+        "\u212b",
+        "ﬁ",
+        "ß",
+        "İ",
+        "ı",
+        "ſ",
+        "Ω",
+        "ǆ",
+        "한국어",
+        "\u1112\u1161\u11ab",
+        "日本語",
+        "漢字",
+        "ひらがな",
+    ),
+    *(
+        "カタカナ",
+        "ｶﾞ",
+        "ガ",
+        "カ\u3099",
+        "。",
+        "、",
+        "中文文本",
+        "العربية",
+        "עברית",
+        "हिन्दी",
+        "ไทย",
+        "русский",
+        "ελληνικά",
+    ),
+    *(
+        "0",
+        "1",
+        "42",
+        "2026",
+        "3.14",
+        "1,000,000",
+        "١٢٣",
+        "½",
+        "²",
+        "Ⅳ",
+        "!",
+        "?!",
+        "...",
+        "--",
+        "==",
+        "(",
+        ")",
+        "{}",
+        "[0]",
+    ),
+    *(
+        "_",
+        "__init__",
+        "camelCase",
+        "snake_case",
+        "x=1;",
+        "//",
+        "#",
+        "<",
+        ">",
+        "</",
+        "|",
+        "<|",
+        "|>",
+        "&amp;",
+        "http://a.b/c",
+    ),
+    *(
+        "😀",
+        "👩\u200d👩\u200d👧",
+        "🇯🇵",
+        "e\u0301\u0323",
+        "\u0323",
+        "\u0301",
+        "\x00",
+        "\x01",
+        "\x7f",
+        "\x85",
+        "\ufffd",
+        "\U0010ffff",
+    ),
+    *(
+        "▁",
+        "▁▁",
+        "Ġ",
+        "Ċ",
+        "<0x0A>",
+        "<s>",
+        "</s>",
+        "<unk>",
+        "<pad>",
+        "[MASK]",
+        "<|endoftext|>",
+        "aaaaaaaa",
+        "zq",
+        "ACDC",
+    ),
+)
+
+
+def _reference_encoder(tokenizer: Tokenizer) -> EncodeFlat:
+    def encode(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        ids, lengths = [np.empty(0, np.uint32)], []
+        for batch in _batches(texts, _REFERENCE_BATCH_CHARACTERS):
+            for found in tokenizer.encode_batch(batch):
+                ids.append(np.array(found, dtype=np.uint32))
+                lengths.append(len(found))
+        return np.concatenate(ids), np.array(lengths, dtype=np.int64)
+
+    return encode
+
+
+def _gigatoken_encoder(tokenizer: Tokenizer) -> EncodeFlat:
+    try:
+        import gigatoken  # optional, compiled
+        from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
+    except ImportError:
+        raise EngineRefusal("gigatoken is not installed") from None
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        converted = json.loads(sentencepiece_to_tokenizer_json(tokenizer.model_path.read_bytes()))
+        # SentencePiece never finds control symbols (</s>) in a text; as special added tokens they would be found.
+        converted["added_tokens"] = [token for token in converted["added_tokens"] if not token["special"]]
+        loaded = gigatoken.Tokenizer.from_json(json.dumps(converted))
+    elif isinstance(tokenizer, HuggingFaceTokenizer):
+        loaded = gigatoken.Tokenizer.from_json(tokenizer.json_path.read_bytes())
+    else:
+        raise EngineRefusal(f"gigatoken does not read {type(tokenizer).__name__}")
+    backend = loaded.backend
+
+    def encode(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        if sum(map(len, texts)) > _SHORT_TEXT_CHARACTERS * len(texts):
+            found = [backend.encode(text) for text in texts]
+            return np.concatenate(found), np.array([len(ids) for ids in found], dtype=np.int64)
+        layout = backend.encode_batch(texts, parallel=False).layout
+        offsets = np.asarray(layout.offsets)
+        ids = np.asarray(layout.content.data)
+        return ids[offsets[0] : offsets[-1]], np.diff(offsets).astype(np.int64)
+
+    return encode
+
+
+def _fastokens_encoder(tokenizer: Tokenizer) -> EncodeFlat:
+    try:
+        from fastokens import _native  # optional, compiled; the package's own wrapper lacks encode_batch_flat
+    except ImportError:
+        raise EngineRefusal("fastokens is not installed") from None
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        raise EngineRefusal("fastokens reads Hugging Face tokenizers only")
+    backend = _native.Tokenizer.from_file(str(tokenizer.json_path))
+    backend.no_truncation()
+    backend.no_padding()
+
+    def encode(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        ids, offsets = backend.encode_batch_flat(texts)
+        return np.frombuffer(ids, np.uint32), np.diff(np.frombuffer(offsets, np.uint64).astype(np.int64))
+
+    return encode
+
+
+_ENCODERS: dict[str, Callable[[Tokenizer], EncodeFlat]] = {
+    "gigatoken": _gigatoken_encoder,
+    "fastokens": _fastokens_encoder,
+    "reference": _reference_encoder,
+}
+
+
+def _batches(texts: list[str], characters: int) -> list[list[str]]:
+    batches: list[list[str]] = []
+    size = characters
+    for text in texts:
+        if size + len(text) > characters:
+            batches.append([])
+            size = 0
+        batches[-1].append(text)
+        size += len(text)
+    return batches
+
+
+def _difference(text: str, expected: np.ndarray, found: np.ndarray) -> str:
+    return f"{text[:60]!r} is {found[:12].tolist()}, by the reference {expected[:12].tolist()}"
