@@ -31,7 +31,7 @@ def mistakes(config: RunConfig, origins: dict[str, str], unusable: Collection[st
     sane = with_ones(config, [keys[0] for keys, _ in found])
     for problems in (model_problems, parallel_problems, stage_problems):
         found += [(problem.keys, problem.text) for problem in problems(sane) if not bad.intersection(problem.keys)]
-    return [f"{_where(keys, origins)}: {text}" for keys, text in found]
+    return [f"{_where(keys, origins) or f'task {config.task}'}: {text}" for keys, text in found]
 
 
 def raise_mistakes(found: list[str]) -> None:
@@ -41,7 +41,7 @@ def raise_mistakes(found: list[str]) -> None:
 
 
 def _where(keys: tuple[str, ...], origins: dict[str, str]) -> str:
-    """Return the most particular origin of the settings: that is where a change that broke something was made."""
+    """Return the most particular origin of the settings, where a change that broke something was made; "": defaults."""
     named = [origins[key] for key in keys if origins.get(key, "default") != "default"]
     marks = ("command line", "(variants.", "(sizes.", "")
-    return next((origin for mark in marks for origin in named if mark in origin), "defaults")
+    return next((origin for mark in marks for origin in named if mark in origin), "")

@@ -152,6 +152,12 @@ def _latent_attention_problems(model: ModelConfig) -> Iterator[Problem]:
         for name in ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"):
             yield from _without_effect(model, name, "without multi_latent_attention")
         return
+    if not model.qk_layernorm:
+        yield Problem(
+            ("model.qk_layernorm", "model.multi_latent_attention"),
+            "model.qk_layernorm is false with multi_latent_attention. DeepSeek's latent attention normalises the latent "
+            "vectors. Set model.qk_layernorm: true.",
+        )
     yield from _without_effect(model, "add_qkv_bias", "with multi_latent_attention")
     yield from _without_effect(model, "window_size", "with multi_latent_attention")
     if derived.num_query_groups(model) != model.num_attention_heads:

@@ -42,6 +42,8 @@ class _Layer:
 
     origin: str
     settings: dict[str, Any]
+    is_single_share: bool = False
+    """Whether `data.mix` holds the one share to change, from `data.mix.NAME=SHARE`, not the whole mix."""
 
 
 def load_config(
@@ -184,7 +186,7 @@ def _override_layers(overrides: Sequence[str], mistakes: list[str]) -> list[_Lay
         settings: dict[str, Any] = {parts[-1]: value}
         for part in reversed(parts[:-1]):
             settings = {part: settings}
-        layers.append(_Layer("command line", settings))
+        layers.append(_Layer("command line", settings, is_single_share=len(parts) > 2))
     return layers
 
 
@@ -260,7 +262,7 @@ def _merged(layer: _Layer, key: str, value: Any, values: dict[str, Any]) -> Any:
             is_partial = isinstance(corpus, dict) and str(name) in merged
             merged[str(name)] = plain(merged[str(name)]) | corpus if is_partial else corpus
         return {name: corpus for name, corpus in merged.items() if corpus is not None}
-    if layer.origin == "command line" and key == "data.mix" and len(value) == 1:
+    if layer.is_single_share and key == "data.mix":
         return {name: share for name, share in (earlier | value).items() if share is not None}
     return value
 
