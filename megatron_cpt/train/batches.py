@@ -18,13 +18,12 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from torch import Tensor
 
-from megatron_cpt.config.derived import train_samples
 from megatron_cpt.config.megatron import megatron_arguments
 from megatron_cpt.config.schema import RunConfig
 from megatron_cpt.data.datalist import DataEntry
-from megatron_cpt.errors import DataError
 from megatron_cpt.train import cpu
 from megatron_cpt.train.attention import context_parallel_chunks
+from megatron_cpt.train.samples import BlendedSamples, build_train_samples
 
 
 @dataclass
@@ -56,18 +55,13 @@ class DatasetTokenizer:
 
 def build_train_dataset(
     config: RunConfig, entries: Sequence[DataEntry], tokenizer: DatasetTokenizer, cache: Path
-) -> torch.utils.data.Dataset:
-    """Return the stage's samples in training order: the entries blended in proportion to their tokens.
+) -> BlendedSamples:
+    """Return the stage's samples in training order; each entry of the data list gives exactly its planned samples.
 
     Index caches are written by rank 0 into `cache` and read by the others.
     """
-    weights = [float(entry.tokens) for entry in entries]  # type: ignore[arg-type]
-    dataset_config = _dataset_config(config, tokenizer, cache, blend=([entry.prefix for entry in entries], weights))
-    (dataset, *_) = _build(dataset_config, [train_samples(config.training), 0, 0])
-    if dataset is None or len(dataset) < train_samples(config.training):
-        found = 0 if dataset is None else len(dataset)
-        raise DataError(f"data: the blend gives {found} samples, {train_samples(config.training)} are needed.")
-    return dataset
+    blend = ([entry.prefix for entry in entries], None)
+    return build_train_samples(config, entries, dataset_config(config, tokenizer, blend=blend), cache)
 
 
 def build_validation_dataset(
@@ -75,28 +69,22 @@ def build_validation_dataset(
 ) -> torch.utils.data.Dataset:
     """Return one epoch of a corpus's held-out samples, in a fixed order that no training setting moves."""
     fixed = dataclasses.replace(config, training=dataclasses.replace(config.training, seed=0))
-    dataset_config = _dataset_config(fixed, tokenizer, cache, blend_per_split=[None, (list(prefixes), None), None])
-    (_, dataset, _) = _build(dataset_config, [0, None, 0])
+    settings = dataset_config(fixed, tokenizer, blend_per_split=[None, (list(prefixes), None), None])
+    settings.path_to_cache = os.fspath(cache)
+    (_, dataset, _) = BlendedMegatronDatasetBuilder(GPTDataset, [0, None, 0], lambda: True, settings).build()
     return dataset
 
 
-def _dataset_config(config: RunConfig, tokenizer: DatasetTokenizer, cache: Path, **blend: Any) -> GPTDatasetConfig:
+def dataset_config(config: RunConfig, tokenizer: DatasetTokenizer, **blend: Any) -> GPTDatasetConfig:
+    """Return megatron's configuration of a run's datasets."""
     arguments = megatron_arguments(config, "GPTDatasetConfig") | {
         # masks come from attention_mask() below, once per micro-batch instead of [s, s] per sample
-        "reset_position_ids": False,
         "reset_attention_mask": False,
         "create_attention_mask": False,
         "split": None if "blend_per_split" in blend else "1,0,0",
-        "path_to_cache": os.fspath(cache),
-        "mid_level_dataset_surplus": 0.005,
         "tokenizer": tokenizer,
     }
     return GPTDatasetConfig(**arguments, **blend)
-
-
-def _build(dataset_config: GPTDatasetConfig, sizes: list[int | None]) -> list[Any]:
-    builder = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, dataset_config)
-    return builder.build()
 
 
 def microbatches(

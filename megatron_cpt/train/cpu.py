@@ -148,7 +148,7 @@ class CPUFusedAdam(torch.optim.Optimizer):
         )
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
             group["step"] = int(group.get("step", 0)) + 1

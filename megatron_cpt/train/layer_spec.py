@@ -49,7 +49,7 @@ class LocalRMSNorm(torch.nn.RMSNorm):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         if torch.cuda.is_available():
             self.to(torch.cuda.current_device())
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.weight.sequence_parallel = config.sequence_parallel
 
 
 class DuplicatedLinear(torch.nn.Module):
@@ -66,7 +66,7 @@ class DuplicatedLinear(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype, device=device))
         if config.perform_initialization:
             init_method(self.weight)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, inputs: torch.Tensor) -> tuple[torch.Tensor, None]:
         """Return the projection `[s, b, out]` and no bias."""

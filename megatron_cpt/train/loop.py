@@ -19,7 +19,7 @@ from megatron_cpt.checkpoint.retention import prune
 from megatron_cpt.config.derived import train_iters, train_tokens
 from megatron_cpt.config.load import LoadedConfig, write_resolved
 from megatron_cpt.config.schema import RunConfig
-from megatron_cpt.data.blend import plan_blend
+from megatron_cpt.data.blend import finish_stage, plan_blend
 from megatron_cpt.data.datalist import DataEntry, read_data_list, write_data_list
 from megatron_cpt.data.tokenizer import load_tokenizer
 from megatron_cpt.errors import DataError
@@ -38,6 +38,7 @@ from megatron_cpt.train.metrics import MetricsWriter, flops_per_token, peak_flop
 from megatron_cpt.train.model import build_training_model
 from megatron_cpt.train.parallel import finish_parallel, initialize_parallel
 from megatron_cpt.train.revision import code_revision
+from megatron_cpt.train.samples import BlendedSamples
 from megatron_cpt.train.schedule import schedule
 from megatron_cpt.train.step import layout_text, train_step
 
@@ -86,7 +87,8 @@ def _train(loaded: LoadedConfig, config: RunConfig, run: RunDir) -> str:
     validation_sets = build_validation_sets(config, dataset_tokenizer, run.cache, data_dir)
 
     model, optimizer = build_training_model(config)
-    _load(config, run, resume, model, optimizer)
+    origin = _load(config, run, resume, model, optimizer)
+    hf_config = read_manifest(origin).get("hf") if origin else None
     curve = schedule(config)
     flops = flops_per_token(config.model, training.seq_length)
     peak = peak_flops()
@@ -125,7 +127,7 @@ def _train(loaded: LoadedConfig, config: RunConfig, run: RunDir) -> str:
 
     def save() -> None:
         started = time.monotonic()
-        state = _manifest(config, entries, dataset, iteration, tokenizer.identity)
+        state = _manifest(config, entries, dataset, iteration) | {"tokenizer": tokenizer.identity, "hf": hf_config}
         directory = save_checkpoint(run.checkpoints, iteration, model, optimizer, state)
         seconds = time.monotonic() - started
         writer.write("save", iteration=iteration, seconds=round(seconds, 3))
@@ -196,14 +198,17 @@ def _train(loaded: LoadedConfig, config: RunConfig, run: RunDir) -> str:
         if request is not None and request != "save_now" and iteration < iterations:
             reason = request
             break
+    if reason == "finished" and rank == 0:
+        finish_stage(config, entries)
     writer.write("end", iteration=iteration, reason=reason)
     writer.close()
     logger.info("%s: ended at iteration %d of %d: %s", run.path, iteration, iterations, reason)
     return reason
 
 
-def _load(config: RunConfig, run: RunDir, resume: Path | None, model: list[Any], optimizer: Any) -> None:
-    """Load the run's own checkpoint, else what the stage starts from, else leave the random weights."""
+def _load(config: RunConfig, run: RunDir, resume: Path | None, model: list[Any], optimizer: Any) -> Path | None:
+    """Load the run's own checkpoint, else what the stage starts from; return it, None for random weights."""
+    source = None
     if resume is not None:
         check_model_fits(resume, config.model)
         load_checkpoint(resume, model, optimizer)
@@ -211,7 +216,7 @@ def _load(config: RunConfig, run: RunDir, resume: Path | None, model: list[Any],
         source = _on_rank_0(lambda: initial_checkpoint(config, run))
         if source is None:
             logger.warning("init.from_path is not set: training starts from random weights")
-            return
+            return None
         check_model_fits(source, config.model)
         is_full = config.init.load == "full"
         load_checkpoint(source, model, optimizer if is_full else None)
@@ -221,6 +226,7 @@ def _load(config: RunConfig, run: RunDir, resume: Path | None, model: list[Any],
     for group in optimizer.param_groups:  # a checkpoint's groups carry the hyperparameters it was saved with
         group["betas"] = (config.optimizer.adam_beta1, config.optimizer.adam_beta2)
         group["eps"] = config.optimizer.adam_eps
+    return resume or source
 
 
 def _prepare_run_dir(loaded: LoadedConfig, run: RunDir, *, may_change_list: bool) -> list[DataEntry]:
@@ -228,7 +234,7 @@ def _prepare_run_dir(loaded: LoadedConfig, run: RunDir, *, may_change_list: bool
 
     Raises: DataError when the data of a run that has begun would change.
     """
-    plan = plan_blend(loaded.config)
+    plan = plan_blend(loaded.config, begun=run.data_list_path)
     run.path.mkdir(parents=True, exist_ok=True)
     if run.data_list_path.exists() and not may_change_list:
         if list(read_data_list(run.data_list_path)) != list(plan.entries):
@@ -237,15 +243,13 @@ def _prepare_run_dir(loaded: LoadedConfig, run: RunDir, *, may_change_list: bool
                 "Restore the token files or the mix, or start a new variant."
             )
     else:
-        write_data_list(run.data_list_path, plan.entries, "yaml")
+        write_data_list(run.data_list_path, plan.entries)
     write_resolved(loaded, run.config_path)
     run.revision_path.write_text(code_revision() + "\n", encoding="utf-8")
     return list(plan.entries)
 
 
-def _manifest(
-    config: RunConfig, entries: list[DataEntry], dataset: Any, iteration: int, tokenizer: dict[str, Any]
-) -> dict[str, Any]:
+def _manifest(config: RunConfig, entries: list[DataEntry], dataset: BlendedSamples, iteration: int) -> dict[str, Any]:
     consumed = iteration * config.training.global_batch_size
     return {
         "iteration": iteration,
@@ -254,21 +258,17 @@ def _manifest(
         "tokens_per_corpus": tokens_per_corpus(entries, dataset, consumed, config.training.seq_length),
         "train_tokens": train_tokens(config.training),
         "layout": {"text": layout_text(), **dataclasses.asdict(config.parallel)},
-        "tokenizer": tokenizer,
         "model": dataclasses.asdict(config.model),
         "config": dataclasses.asdict(config),
         "content": "full",
-        "hf": None,
     }
 
 
-def tokens_per_corpus(entries: list[DataEntry], dataset: Any, consumed: int, seq_length: int) -> dict[str, int]:
+def tokens_per_corpus(
+    entries: list[DataEntry], dataset: BlendedSamples, consumed: int, seq_length: int
+) -> dict[str, int]:
     """Return the tokens of each corpus in the first `consumed` samples, counted from the blend's own index."""
-    index = getattr(dataset, "dataset_index", None)
-    if index is None:
-        counts = numpy.array([consumed])
-    else:
-        counts = numpy.bincount(numpy.asarray(index[:consumed]), minlength=len(entries))
+    counts = numpy.bincount(dataset.dataset_index[:consumed], minlength=len(entries))
     totals: dict[str, int] = {}
     for entry, count in zip(entries, counts, strict=True):
         name = entry.corpus or entry.prefix

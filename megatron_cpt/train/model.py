@@ -151,7 +151,7 @@ def build_training_model(config: RunConfig) -> tuple[list[DistributedDataParalle
 def unwrap(chunk: torch.nn.Module) -> CptGPTModel:
     """Return the GPTModel inside DDP and precision wrappers."""
     while not isinstance(chunk, CptGPTModel):
-        chunk = chunk.module  # type: ignore[assignment]
+        chunk = chunk.module
     return chunk
 
 
