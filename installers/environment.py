@@ -11,35 +11,34 @@ import contextlib
 import csv
 import fcntl
 import hashlib
-import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from profiles import REQUIREMENTS, InstallError, Profile, load_profile
+
 REPOSITORY = Path(__file__).resolve().parent.parent
-REQUIREMENTS = REPOSITORY / "installers" / "requirements"
 STAMP = "megatron-cpt.stamp"
 LOG = "install.log"
 
 
-class InstallError(Exception):
-    """An installation step failed; the message says what to do."""
-
-
 def main() -> int:
-    """Build the environment that the arguments describe."""
+    """Build the development environment, for `make venv`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--venv", type=Path, required=True, help="the environment's folder")
-    parser.add_argument("--profile", default="cpu", help="cpu, dev (cpu and what tests need), cuda13")
-    parser.add_argument("--editable", action="store_true", help="install the package so that it follows this checkout")
-    parser.add_argument("--bundle", type=Path, help="folder of wheels to install from, without any index")
+    parser.add_argument("--profile", default="dev", help="an entry of requirements/profiles.json (dev)")
     arguments = parser.parse_args()
+    return exit_code(lambda: build(arguments.venv, load_profile(arguments.profile)))
+
+
+def exit_code(step: Callable[[], None]) -> int:
+    """Run an installation and return its exit code, with failures on one line."""
     try:
-        build(arguments.venv, arguments.profile, editable=arguments.editable, bundle=arguments.bundle)
+        step()
     except InstallError as error:
         sys.stderr.write(f"{error}\n")
         return 2
@@ -49,52 +48,71 @@ def main() -> int:
     return 0
 
 
-def build(venv: Path, profile: str, *, editable: bool, bundle: Path | None = None) -> None:
-    """Bring `venv` to the state that the profile's lock files describe.
+def build(venv: Path, profile: Profile, bundle: Path | None = None) -> None:
+    """Bring `venv` to the state that the profile's lock files describe, with this checkout in editable mode.
+
+    `bundle` is a folder of wheels to install from, without any index.
 
     Raises: InstallError with the reason and the remedy.
     """
-    files = requirement_files(profile)
     venv.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(venv.parent):
-        key = stamp_key(files, editable)
+        key = stamp_key(profile)
         if (venv / STAMP).is_file() and (venv / STAMP).read_text() == key and python_works(venv):
             return
         started = time.monotonic()
-        create_venv(venv)
+        create_venv(venv, system_packages=profile.system_torch)
         (venv / STAMP).unlink(missing_ok=True)
         remove_incomplete_packages(venv)
-        source = ["--no-index", "--find-links", str(bundle)] if bundle else []
-        pip = [*pip_command(venv), "install", "--disable-pip-version-check", "--no-input", *source]
-        locked = [argument for file in files for argument in ("-r", str(file))]
-        total = sum(text.count("==") for text in (file.read_text() for file in files))
-        run_pip([*pip, "--require-hashes", "--no-deps", *locked], venv, f"{total} packages")
-        package = ["-e", str(REPOSITORY)] if editable else [str(REPOSITORY)]
-        run_pip([*pip, "--no-deps", "--no-build-isolation", "--force-reinstall", *package], venv, "megatron-cpt")
+        install_wheels(venv, profile, bundle)
+        if profile.source:
+            install_source(venv, profile, bundle)
+        pip = [*pip_command(venv), "install", "--no-deps", "--no-build-isolation", "--no-index", "--force-reinstall"]
+        run_pip([*pip, "-e", str(REPOSITORY)], venv, "megatron-cpt")
         (venv / STAMP).write_text(key)
         say(f"{venv} is ready ({time.monotonic() - started:.0f} s)")
 
 
-def requirement_files(profile: str) -> list[Path]:
-    """Return the lock files of a profile.
-
-    Raises: InstallError for an unknown profile.
-    """
-    profiles = json.loads((REQUIREMENTS / "profiles.json").read_text())
-    if profile not in profiles:
-        raise InstallError(f"--profile: {profile!r} is not known. Use one of {', '.join(profiles)}.")
-    return [REQUIREMENTS / name for name in profiles[profile]["requirements"]]
-
-
-def stamp_key(files: list[Path], editable: bool) -> str:
+def stamp_key(profile: Profile) -> str:
     """Return a hash of what an environment is built from."""
-    digest = hashlib.sha256(f"{sys.version} {REPOSITORY if editable else ''}".encode())
-    for file in [*files, REPOSITORY / "pyproject.toml"]:
+    digest = hashlib.sha256(f"{sys.version} {REPOSITORY} {profile.exclude}".encode())
+    for file in [*profile.files(), REPOSITORY / "pyproject.toml"]:
         digest.update(file.read_bytes())
     return digest.hexdigest() + "\n"
 
 
-def create_venv(venv: Path) -> None:
+def install_wheels(venv: Path, profile: Profile, bundle: Path | None) -> None:
+    """Install the profile's locked wheels."""
+    requirements = venv / "requirements.txt"
+    requirements.write_text(profile.wheels_text())
+    pip = [*pip_command(venv), "install", "--require-hashes", "--no-deps", *only_from(bundle)]
+    num_packages = profile.wheels_text().count("==")
+    run_pip([*pip, "-r", str(requirements)], venv, f"{num_packages} packages")
+
+
+def install_source(venv: Path, profile: Profile, bundle: Path | None) -> None:
+    """Build and install the profile's source archives with the target's compiler.
+
+    Raises: InstallError when there is no CUDA compiler.
+    """
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if not shutil.which("nvcc") and not (home and (Path(home) / "bin" / "nvcc").is_file()):
+        raise InstallError(
+            "nvcc: no CUDA compiler was found. Transformer Engine's torch part is built with it. "
+            f"{profile.nvcc_hint} and run again, or use --profile cpu, which trains without Transformer Engine."
+        )
+    pip = [*pip_command(venv), "install", "--require-hashes", "--no-deps", "--no-build-isolation", *only_from(bundle)]
+    locked = [argument for name in profile.source for argument in ("-r", str(REQUIREMENTS / name))]
+    # by itself its setup looks for a wheel on a code host first
+    run_pip([*pip, *locked], venv, "Transformer Engine from source", {"NVTE_PYTORCH_FORCE_BUILD": "TRUE"})
+
+
+def only_from(bundle: Path | None) -> list[str]:
+    """Return pip's options that take wheels from a folder instead of an index."""
+    return ["--no-index", "--find-links", str(bundle)] if bundle else []
+
+
+def create_venv(venv: Path, *, system_packages: bool = False) -> None:
     """Create `venv` with this Python, anew where an existing one does not run or has another Python version.
 
     Raises: InstallError naming the Debian package when Python has neither ensurepip nor pip.
@@ -104,8 +122,9 @@ def create_venv(venv: Path) -> None:
         shutil.rmtree(venv)
     if not venv.exists():
         say(f"creating {venv} with {sys.executable}")
-        without_pip = ["--without-pip"] if missing_module("ensurepip") else []
-        subprocess.run([sys.executable, "-m", "venv", *without_pip, str(venv)], check=True)
+        options = ["--without-pip"] if missing_module("ensurepip") else []
+        options += ["--system-site-packages"] if system_packages else []
+        subprocess.run([sys.executable, "-m", "venv", *options, str(venv)], check=True)
     if without_own_pip(venv) and missing_module("pip"):
         shutil.rmtree(venv)
         raise InstallError(
@@ -155,7 +174,7 @@ def remove_incomplete_packages(venv: Path) -> None:
             shutil.rmtree(info)
 
 
-def run_pip(command: list[str], venv: Path, what: str) -> None:
+def run_pip(command: list[str], venv: Path, what: str, variables: dict[str, str] | None = None) -> None:
     """Run pip with its output in the environment's log, and a line of progress every 10 seconds.
 
     Raises: InstallError with the last lines of the log.
@@ -164,7 +183,14 @@ def run_pip(command: list[str], venv: Path, what: str) -> None:
     started = said = time.monotonic()
     say(f"installing {what} (log: {log})")
     with log.open("a") as output:
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PIP_PROGRESS_BAR": "off"}
+        environment = {
+            **os.environ,
+            "PYTHONUNBUFFERED": "1",
+            "PIP_PROGRESS_BAR": "off",
+            "PIP_NO_INPUT": "1",
+            "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+            **(variables or {}),
+        }
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
         try:
             while process.poll() is None:

@@ -2,9 +2,9 @@
 
     .venv/bin/python installers/lock.py
 
-Reads `requirements/cpu.in` and `dev.in`, asks pip (dry run, wheels for Linux x86_64) what they resolve to on each
-supported Python, and writes `cpu.txt` and, with what development adds, `dev.txt`. A package's hashes are those of its
-wheel for each Python. Nothing is installed, and no index address is written. Standard library only.
+Reads `requirements/*.in`, asks pip (dry run, wheels for Linux x86_64) what they resolve to on each supported Python,
+and writes `cpu.txt` (what everybody needs) and one file per addition with what it adds. A package's hashes are those
+of its wheel for each Python. Nothing is installed, and no index address is written. Standard library only.
 """
 
 import json
@@ -15,23 +15,29 @@ from pathlib import Path
 
 PYTHON_VERSIONS = ("3.12", "3.13")
 REQUIREMENTS = Path(__file__).parent / "requirements"
-HEADER = "# Written by installers/lock.py from {sources} for Python {pythons} on Linux x86_64. Do not edit.\n"
+ADDITIONS = ("dev", "cuda13")
 
 Locked = dict[str, tuple[str, set[str]]]
 
 
 def main() -> None:
-    """Resolve and write both lock files."""
+    """Resolve and write the lock files."""
     runtime = resolve(["cpu.in"])
-    everything = resolve(["cpu.in", "dev.in"])
-    moved = [name for name, (version, _) in runtime.items() if everything[name][0] != version]
-    if moved:
-        sys.exit(f"lock.py: dev.in changes the version of {', '.join(moved)}. Pin them in cpu.in.")
-    development = {name: pin for name, pin in everything.items() if name not in runtime}
-    for file, locked, sources in (("cpu.txt", runtime, "cpu.in"), ("dev.txt", development, "cpu.in and dev.in")):
-        header = HEADER.format(sources=sources, pythons=" and ".join(PYTHON_VERSIONS))
-        (REQUIREMENTS / file).write_text(header + lock_text(locked), encoding="utf-8")
-        sys.stderr.write(f"{REQUIREMENTS / file}: {len(locked)} packages\n")
+    write("cpu", runtime)
+    for addition in ADDITIONS:
+        everything = resolve(["cpu.in", f"{addition}.in"])
+        moved = [name for name, (version, _) in runtime.items() if everything[name][0] != version]
+        if moved:
+            sys.exit(f"lock.py: {addition}.in changes the version of {', '.join(moved)}. Pin them in cpu.in.")
+        write(addition, {name: pin for name, pin in everything.items() if name not in runtime})
+
+
+def write(name: str, locked: Locked) -> None:
+    """Write one lock file."""
+    pythons = " and ".join(PYTHON_VERSIONS)
+    header = f"# Written by installers/lock.py for Python {pythons} on Linux x86_64. Edit {name}.in instead.\n"
+    (REQUIREMENTS / f"{name}.txt").write_text(header + lock_text(locked), encoding="utf-8")
+    sys.stderr.write(f"{name}.txt: {len(locked)} packages\n")
 
 
 def resolve(sources: list[str]) -> Locked:

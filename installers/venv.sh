@@ -3,4 +3,4 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=$(installers/find_python.sh)
-exec "$python" installers/environment.py --venv .venv --profile dev --editable "$@"
+exec "$python" installers/environment.py --venv .venv --profile dev
