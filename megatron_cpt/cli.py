@@ -15,6 +15,7 @@ from megatron_cpt.errors import CptError
 from megatron_cpt.log import configure_logging
 
 VERBS = {
+    "doctor": "say what is missing or incompatible on this machine",
     "train": "train one stage; what each rank of a job runs (see submit)",
     "plan": "say what a run needs before it is queued: tokens, iterations, memory per rank, disk, time, node hours",
     "submit": "start a run on this machine, PBS or Slurm, after checking everything that can be checked beforehand",
