@@ -8,6 +8,7 @@ Every mistake of all layers, and every relation that does not hold (`config/chec
 """
 
 import argparse
+import json
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, is_dataclass
 from pathlib import Path
@@ -135,7 +136,8 @@ def plain(value: Any) -> Any:
 
 def _inline(value: Any) -> str:
     text: str = yaml.safe_dump(plain(value), default_flow_style=True, width=float("inf"), sort_keys=False)
-    return text.removesuffix("\n").removesuffix("\n...").replace("\n", " ")
+    text = text.removesuffix("\n").removesuffix("\n...")
+    return json.dumps(plain(value)) if "\n" in text else text  # JSON is YAML, and one line whatever a text holds
 
 
 def _file_layer(path: Path, extra_keys: tuple[str, ...]) -> _Layer:
@@ -163,8 +165,21 @@ def _task_layers(path: Path, size: str, variant: str, mistakes: list[str], unusa
         elif choices or (part, name) != ("variants", "main"):
             known = f"Known: {', '.join(choices)}." if choices else f"Add it below {part}:."
             mistakes.append(f"{shown(path)}: {part} has no {name!r}. {known}")
-            unusable.update(LENGTHS)  # what it would have said is not known: do not complain that it is missing
+            unusable.update(_stated_keys(choices))  # what it would have said is not known: no complaints about that
     return layers
+
+
+def _stated_keys(choices: dict[str, Any]) -> set[str]:
+    """Return the dotted keys that any of a task's sizes or variants states; for a length, all lengths."""
+    parts = [part for part in choices.values() if isinstance(part, dict)]
+    keys = {
+        f"{section}.{name}"
+        for part in parts
+        for section, settings in part.items()
+        if isinstance(settings, dict)
+        for name in settings
+    }
+    return keys | set(LENGTHS if keys.intersection(LENGTHS) or not choices else ())
 
 
 def _override_layers(overrides: Sequence[str], mistakes: list[str]) -> list[_Layer]:

@@ -71,6 +71,10 @@ def _is_yarn(config: RunConfig) -> bool:
     return config.model.rope_scaling_type == "yarn"
 
 
+def _is_mla_with_yarn(config: RunConfig) -> bool:
+    return _is_mla(config) and _is_yarn(config)
+
+
 @dataclass(frozen=True)
 class Row:
     """How one setting reaches Megatron-Core and Megatron-LM."""
@@ -220,13 +224,14 @@ _MODEL = (
     _mla(
         "rope_original_max_position_embeddings",
         argument="original_max_position_embeddings",
-        when=lambda config: _is_mla(config) and _is_yarn(config),
+        flag=None,
+        when=_is_mla_with_yarn,
         value=lambda config: derived.rope_original_max_position_embeddings(config.model),
     ),
-    _mla("rope_beta_fast", argument="beta_fast", when=lambda config: _is_mla(config) and _is_yarn(config)),
-    _mla("rope_beta_slow", argument="beta_slow", when=lambda config: _is_mla(config) and _is_yarn(config)),
-    _mla("rope_mscale", argument="mscale", when=lambda config: _is_mla(config) and _is_yarn(config)),
-    _mla("rope_mscale_all_dim", argument="mscale_all_dim", when=lambda config: _is_mla(config) and _is_yarn(config)),
+    _mla("rope_beta_fast", argument="beta_fast", flag=None, when=_is_mla_with_yarn),
+    _mla("rope_beta_slow", argument="beta_slow", flag=None, when=_is_mla_with_yarn),
+    _mla("rope_mscale", argument="mscale", when=_is_mla_with_yarn),
+    _mla("rope_mscale_all_dim", argument="mscale_all_dim", when=_is_mla_with_yarn),
     Row("model.layernorm_epsilon", ("TransformerConfig.layernorm_epsilon",), "--norm-epsilon"),
     Row(
         "model.untie_embeddings_and_output_weights",
@@ -510,6 +515,8 @@ def settings_without_flag(config: RunConfig) -> list[str]:
         for key in ("training.z_loss_coeff", "schedule.lr_hold", "schedule.lr_hold_start", "data.mix")
         if setting_value(config, key)
     ]
+    if _is_yarn(config):
+        found += [row.setting for row in ROWS if row.when == _is_mla_with_yarn and row.flag is None]
     if config.schedule.lr_decay_style.startswith("infinite"):
         found.append("schedule.lr_decay_style")
     return sorted(found)

@@ -2,9 +2,12 @@
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from megatron_cpt.config import sources
 from megatron_cpt.config.load import (
@@ -171,8 +174,12 @@ def test_a_value_that_cannot_be_read_causes_no_second_complaint(refused: Refused
     )
 
 
-def test_unknown_sizes_and_variants_name_the_known_ones(refused: Refused) -> None:
+def test_unknown_sizes_and_variants_name_the_known_ones_and_cause_no_second_complaint(tree, refused: Refused) -> None:
     assert refused(size="2M") == "tasks/ja/task.yaml: sizes has no '2M'. Known: 1M, short."
+    text = (tree.root / "tasks/ja/task.yaml").read_text()
+    mix = "  mix: {D0: 0.25, D1: 0.75}\n"
+    assert mix in text
+    tree.write("tasks/ja/task.yaml", text.replace(mix, ""))
     assert refused(variant="none") == "tasks/ja/task.yaml: variants has no 'none'. Known: main, replay."
 
 
@@ -243,6 +250,20 @@ def test_the_resolved_configuration_reads_back_equal(tree) -> None:
     write_resolved(loaded, path)
     assert read_resolved(path) == loaded.config
     assert "  lr: 0.1  # command line\n" in path.read_text()
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50, deadline=None)
+@given(text=st.text(min_size=1).filter(str.strip), rate=st.floats(1e-30, 1e30))
+def test_any_text_and_any_number_read_back_equal(tree, text: str, rate: float) -> None:
+    loaded = tree.load()
+    config = replace(
+        loaded.config,
+        data=replace(loaded.config.data, tokenizer=text),
+        optimizer=replace(loaded.config.optimizer, lr=rate),
+    )
+    path = tree.root / "config.yaml"
+    write_resolved(replace(loaded, config=config), path)
+    assert read_resolved(path) == config
 
 
 def test_the_resolved_text_names_every_setting_and_its_origin(tree) -> None:

@@ -173,3 +173,5 @@ def test_what_megatron_lm_cannot_express_is_named() -> None:
     found = settings_without_flag(run_config(schedule=schedule))
     assert found == ["schedule.lr_decay_style", "schedule.lr_hold", "schedule.lr_hold_start"]
     assert settings_without_flag(run_config()) == []
+    assert "model.rope_beta_fast" in settings_without_flag(run_config(YARN))
+    assert flag_values(run_config(YARN))["--rotary-scaling-factor"] == "40"
