@@ -16,6 +16,10 @@ SUB_VERBS = {
     "audit": "prove that token files hold exactly their source documents",
     "trace": "say which file and line a tokenized document came from",
     "merge": "join token shards into one",
+    "dedup": "remove exact and near-duplicate documents",
+    "decontaminate": "remove documents that hold passages of evaluation sets",
+    "sample": "take a random subset, by field value or score",
+    "split": "hold out a fixed validation set by document hash",
 }
 
 

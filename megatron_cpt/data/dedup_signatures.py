@@ -1,0 +1,105 @@
+"""Signatures of documents for deduplication: an exact hash, a MinHash and a length each, one file per source.
+
+A source's signatures are written whole, so a run that was killed goes on with the sources that are missing.
+"""
+
+import hashlib
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_cpt.data.documents import Source
+from megatron_cpt.data.record_files import Reading, prompt_of, read_records, text_of
+from megatron_cpt.data.shingles import shingle_hashes
+from megatron_cpt.files import whole_file
+from megatron_cpt.log import Progress
+
+_BATCH = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class MinHashOptions:
+    """What makes two documents near-duplicates."""
+
+    ngram: int = 5
+    """Words per shingle."""
+    num_perm: int = 64
+    """Hash functions of a signature."""
+    threshold: float = 0.85
+    """Estimated Jaccard similarity of the shingle sets from which documents count as duplicates."""
+    seed: int = 42
+    is_exact_only: bool = False
+    """Only documents with the same text, white space at the ends aside."""
+    is_prompt: bool = False
+    """Compare what comes before a chat's first answer, exactly."""
+
+
+def signature_dtype(num_perm: int) -> np.dtype:
+    """Return the layout of one document's signature."""
+    return np.dtype([("exact", "<u8", 2), ("minhash", "<u4", num_perm), ("length", "<u4"), ("has_words", "?")])
+
+
+def write_signatures(
+    sources: list[Source], reading: Reading, options: MinHashOptions, folder: Path, workers: int
+) -> list[Path]:
+    """Write the signatures of every source that has none yet; return all files in the order of the sources.
+
+    Raises: DataError for a bad line; the failure of a worker ends the call.
+    """
+    paths = [folder / f"signatures_{number:06d}.npy" for number in range(len(sources))]
+    missing = [(source, path) for source, path in zip(sources, paths, strict=True) if not path.exists()]
+    progress = Progress("signatures", sum(source.size for source, _ in missing) / 1e6, "MB")
+    if workers <= 1 or len(missing) <= 1:
+        for source, path in missing:
+            _write_source(source, reading, options, path)
+            progress.add(source.size / 1e6)
+        return paths
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        jobs = [pool.submit(_write_source, source, reading, options, path) for source, path in missing]
+        for job, (source, _) in zip(jobs, missing, strict=True):
+            job.result()
+            progress.add(source.size / 1e6)
+    return paths
+
+
+def document_text(value: dict[str, Any], reading: Reading, options: MinHashOptions) -> str:
+    """Return the part of a document that is compared."""
+    found = value["text"] if reading.key not in value else value[reading.key]
+    return prompt_of(found) if options.is_prompt else text_of(found)
+
+
+def _write_source(source: Source, reading: Reading, options: MinHashOptions, path: Path) -> None:
+    blocks, texts = [], []
+    for record in read_records(source, reading):
+        texts.append(document_text(record.value, reading, options))
+        if len(texts) == _BATCH:
+            blocks.append(_signatures(texts, options))
+            texts = []
+    blocks.append(_signatures(texts, options))
+    with whole_file(path, "wb") as file:
+        np.save(file, np.concatenate(blocks))
+
+
+def _signatures(texts: list[str], options: MinHashOptions) -> np.ndarray:
+    from rensa import RMinHash  # compiled; only the workers need it
+
+    rows = np.zeros(len(texts), dtype=signature_dtype(options.num_perm))
+    for index, text in enumerate(texts):
+        stripped = text.strip().encode()
+        digest = hashlib.blake2b(stripped, digest_size=16).digest()
+        rows["exact"][index] = np.frombuffer(digest, dtype="<u8")
+        rows["length"][index] = min(len(stripped), 2**32 - 1)
+    if options.is_exact_only or options.is_prompt or not texts:
+        return rows
+    shingles = [np.unique(shingle_hashes(text, options.ngram)) for text in texts]
+    offsets = np.cumsum([0, *map(len, shingles)], dtype=np.uint64)
+    rows["has_words"] = np.diff(offsets) > 0
+    matrix = RMinHash.digest_matrix_from_flat_token_hashes(
+        np.concatenate(shingles), offsets, options.num_perm, options.seed
+    )
+    rows["minhash"] = np.array(matrix.to_rows(), dtype=np.uint32)
+    return rows

@@ -1,0 +1,191 @@
+"""Deduplication finds what is alike, keeps the same document every time, and survives being killed."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+
+from megatron_cpt import cli
+from megatron_cpt.data import dedup as dedup_module
+from megatron_cpt.data.corpus_inputs import named_corpora
+from megatron_cpt.data.dedup import DedupOptions, deduplicate
+from megatron_cpt.data.dedup_clusters import _union, bands_and_rows
+from megatron_cpt.data.dedup_signatures import MinHashOptions
+from megatron_cpt.data.record_files import Reading
+from megatron_cpt.data.shingles import shingle_hashes, words_of
+from megatron_cpt.errors import DataError
+
+
+def words(rng, count):
+    return [f"w{rng.randrange(5000)}" for _ in range(count)]
+
+
+def write(path, documents):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": text, "id": index}) + "\n" for index, text in enumerate(documents)))
+
+
+def texts(path):
+    return [json.loads(line)["text"] for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def corpora(tmp_path):
+    """Sixty unlike documents; b repeats ten of a exactly and ten with one word in 400 changed."""
+    rng = random.Random(0)
+    base = [words(rng, 400) for _ in range(60)]
+    near = [[*document[:200], "changed", *document[201:]] for document in base[10:20]]
+    write(tmp_path / "in" / "a.jsonl", [" ".join(document) for document in base])
+    write(tmp_path / "in" / "b.jsonl", [" ".join(document) for document in base[:10] + near])
+    return tmp_path
+
+
+def run(folder, output, options=None, reading=None, **more):
+    sources = named_corpora([f"a={folder}/in/a.jsonl", f"b={folder}/in/b.jsonl"])
+    return deduplicate(sources, folder / output, reading or Reading(), options or DedupOptions(), **more)
+
+
+def test_exact_and_near_duplicates_go_and_the_first_of_a_cluster_stays(corpora):
+    report = run(corpora, "out")
+    assert report["corpora"]["a"] == {"documents": 60, "exact": 0, "near": 0, "kept": 60, "removed_share": 0.0}
+    assert report["corpora"]["b"] == {"documents": 20, "exact": 10, "near": 10, "kept": 0, "removed_share": 1.0}
+    assert report["clusters"] == 20 and report["largest_cluster"] == 2
+    assert texts(corpora / "out/a/a.jsonl") == texts(corpora / "in/a.jsonl")
+    assert (corpora / "out/b/b.jsonl").read_text() == ""
+    assert json.loads((corpora / "out/report.json").read_text()) == json.loads(json.dumps(report))
+    example = report["examples"][0]
+    assert example["kept"]["line"] == 11 and example["removed"]["line"] == 11
+    assert not (corpora / ".out.work").exists()
+
+
+def test_within_each_corpus_nothing_is_a_duplicate_here(corpora):
+    report = run(corpora, "out", DedupOptions(scope="corpus"))
+    assert report["kept"] == 80 and report["clusters"] == 0
+
+
+def test_exact_only_leaves_near_duplicates(corpora):
+    report = run(corpora, "out", DedupOptions(minhash=MinHashOptions(is_exact_only=True)))
+    assert report["corpora"]["b"]["exact"] == 10 and report["corpora"]["b"]["kept"] == 10
+
+
+def test_the_longest_document_of_a_cluster_can_stay(corpora):
+    rng = random.Random(1)
+    document = words(rng, 400)
+    longer = [*document, "tail"]
+    write(corpora / "in" / "a.jsonl", [" ".join(document)])
+    write(corpora / "in" / "b.jsonl", [" ".join(longer)])
+    report = run(corpora, "out", DedupOptions(keep="longest"))
+    assert report["corpora"]["a"]["kept"] == 0
+    assert texts(corpora / "out/b/b.jsonl") == [" ".join(longer)]
+
+
+def test_workers_and_partitions_change_nothing(corpora):
+    run(corpora, "one")
+    run(corpora, "two", workers=2, memory_bytes=1 << 10)
+    for name in ("a/a.jsonl", "b/b.jsonl"):
+        assert (corpora / "one" / name).read_bytes() == (corpora / "two" / name).read_bytes()
+
+
+def test_documents_below_the_threshold_stay(corpora):
+    rng = random.Random(2)
+    document = words(rng, 400)
+    half = [*document[:250], *words(rng, 150)]
+    write(corpora / "in" / "a.jsonl", [" ".join(document)])
+    write(corpora / "in" / "b.jsonl", [" ".join(half)])
+    assert run(corpora, "out")["kept"] == 2
+    assert run(corpora, "low", DedupOptions(minhash=MinHashOptions(threshold=0.3)))["kept"] == 1
+
+
+def test_recall_and_precision_hold_around_the_threshold(tmp_path):
+    rng = random.Random(3)
+    left, right = [], []
+    for index in range(300):  # half of the pairs far above the threshold, half far below
+        document = words(rng, 300)
+        changes = 1 if index % 2 else 20
+        other = list(document)
+        for place in rng.sample(range(300), changes):
+            other[place] = f"x{rng.randrange(10**6)}"
+        left.append(" ".join(document))
+        right.append(" ".join(other))
+    write(tmp_path / "in" / "a.jsonl", left)
+    write(tmp_path / "in" / "b.jsonl", right)
+    report = run(tmp_path, "out")
+    assert report["corpora"]["b"]["near"] == 150
+
+
+def test_a_killed_run_goes_on_and_gives_the_same(corpora, monkeypatch):
+    run(corpora, "whole")
+    real = dedup_module._write_kept
+    calls = []
+
+    def fail_second(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        real(*arguments)
+
+    monkeypatch.setattr(dedup_module, "_write_kept", fail_second)
+    with pytest.raises(KeyboardInterrupt):
+        run(corpora, "out")
+    with pytest.raises(DataError, match="other inputs or with other options"):
+        run(corpora, "out", DedupOptions(keep="longest"))
+    run(corpora, "out")
+    assert len(calls) == 3
+    for name in ("a/a.jsonl", "b/b.jsonl", "report.json"):
+        assert (corpora / "out" / name).read_bytes() == (corpora / "whole" / name).read_bytes()
+
+
+def test_chats_with_the_same_prompt_count_once(tmp_path):
+    def chat(prompt, answer):
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        return json.dumps({"conversations": turns}) + "\n"
+
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_text(chat("Hi  there", "A") + chat("Hi there", "B") + chat("Bye", "A"))
+    (tmp_path / "in" / "b.jsonl").write_text(chat("Bye", "C"))
+    options = DedupOptions(minhash=MinHashOptions(is_prompt=True))
+    report = run(tmp_path, "out", options, Reading(key="conversations"))
+    assert report["corpora"]["a"]["kept"] == 2 and report["corpora"]["b"]["kept"] == 0
+
+
+def test_a_bad_line_stops_the_work_with_its_place_or_is_left_out(corpora):
+    path = corpora / "in" / "b.jsonl"
+    path.write_text(path.read_text() + '{"text": nothing}\n')
+    with pytest.raises(DataError, match=r"b.jsonl:21: invalid JSON"):
+        run(corpora, "out")
+    assert run(corpora, "other", reading=Reading(skip_bad_lines=True))["documents"] == 80
+
+
+def test_ideographs_are_words_so_that_scripts_without_spaces_have_shingles():
+    assert words_of("Hello, 東京タワー2 x") == ["hello", "東", "京", "タ", "ワ", "ー", "2", "x"]
+    assert len(shingle_hashes("東京は日本の首都です", 5)) == 6
+    assert len(shingle_hashes("two words", 5)) == 1
+    assert len(shingle_hashes(" ,. ", 5)) == 0
+
+
+def test_bands_find_nine_of_ten_pairs_at_the_threshold():
+    for threshold in (0.5, 0.7, 0.85, 0.95):
+        bands, rows = bands_and_rows(64, threshold)
+        assert bands * rows <= 64
+        assert 1 - (1 - threshold**rows) ** bands >= 0.9
+
+
+def test_union_joins_chains_to_their_first_document():
+    rng = np.random.default_rng(0)
+    chain = np.stack([np.arange(999), np.arange(1, 1000)], axis=1)
+    assert set(_union(1000, [rng.permutation(chain)]).tolist()) == {0}
+    assert _union(4, [np.array([[2, 3]])]).tolist() == [0, 1, 2, 2]
+
+
+def test_the_verb_prints_the_report_and_never_reuses_an_older_output(corpora, monkeypatch, capsys):
+    monkeypatch.chdir(corpora)
+    command = ["data", "dedup", "in/a.jsonl", "in/b.jsonl", "--output", "out"]
+    with pytest.raises(SystemExit) as left:
+        cli.main(command)
+    assert left.value.code == 0
+    assert "20 clusters, the largest with 2 documents" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as left:
+        cli.main([*command, "--exact"])
+    assert left.value.code == 2
+    assert "exists already" in capsys.readouterr().err
