@@ -17,7 +17,7 @@ from megatron_cpt.data.tokenizer import HuggingFaceTokenizer, SentencePieceToken
 
 logger = logging.getLogger(__name__)
 
-ENGINES = ("fastokens", "gigatoken", "reference")
+ENGINES = ("gigatoken", "fastokens", "reference")
 """In the order in which `auto` tries them: fastest first (benchmarks/tokenize.py)."""
 
 EncodeFlat = Callable[[list[str]], tuple[np.ndarray, np.ndarray]]
