@@ -1,0 +1,375 @@
+"""The whole graph of a run: tokenize -> build-index -> convert in -> train -> convert out -> soup -> evaluate -> report.
+
+A stage is missing when its results are not on disk and no job of it is queued or running; only missing stages are
+submitted, so the same command repairs a pipeline whose job was lost, cancelled or failed. A stage waits (afterok) for the
+stages it needs, so a failure cancels what follows on Slurm and deletes it on PBS, and nothing waits for ever.
+"""
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_cpt.config.derived import train_iters, world_size
+from megatron_cpt.config.schema import CorpusConfig, RunConfig
+from megatron_cpt.errors import ConfigError, LaunchError
+from megatron_cpt.launch import scheduler as queue
+from megatron_cpt.launch.job import Dependency, Job, parse_dependency
+from megatron_cpt.launch.ledger import read_jobs
+from megatron_cpt.launch.local import run_local
+from megatron_cpt.launch.lock import run_lock
+from megatron_cpt.launch.processes import process_environment
+from megatron_cpt.launch.progress import last_checkpoint
+from megatron_cpt.launch.render import render_job
+from megatron_cpt.launch.run_dir import RunDir, run_dir
+from megatron_cpt.launch.submit import (
+    Submission,
+    live_jobs,
+    show_dry_run,
+    stage_job,
+    submit_chain_links,
+    submit_stage,
+    training_job,
+)
+from megatron_cpt.launch.validate import check_site, check_training
+
+logger = logging.getLogger(__name__)
+
+TOKENS_SUFFIX = "_text_document"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One node of the graph."""
+
+    name: str
+    """Unique in the graph: `tokenize-D0`, `train` ..."""
+    stage: str
+    """Kind, as in the site file's `stages`."""
+    arguments: tuple[str, ...]
+    """Of `megatron-cpt`."""
+    needs: tuple[str, ...] = ()
+    is_done: bool = False
+    num_array_tasks: int | None = None
+
+
+def pipeline_stages(submission: Submission, *, num_array_tasks: int = 1, soup_last: int = 0) -> list[Stage]:
+    """Return the graph in an order in which every stage comes after those it needs.
+
+    Raises: ConfigError when a corpus has documents but says not where its tokens go.
+    """
+    config, run, options = submission.loaded.config, submission.run, submission.run_arguments
+    iterations = train_iters(config.training)
+    stages = _tokenize_stages(config, num_array_tasks, run)
+    tokenized = tuple(stage.name for stage in stages)
+    is_trained = last_checkpoint(run) >= iterations
+    stages.append(
+        Stage(
+            name="build-index",
+            stage="build-index",
+            arguments=("blend", "build-index", *options),
+            needs=tokenized,
+            is_done=is_trained or _has_finished(run, "build-index"),
+        )
+    )
+    before_training = ["build-index"]
+    source = Path(config.init.from_path or "")
+    if config.init.from_path and (source / "config.json").is_file():
+        multiple = str(config.model.make_vocab_size_divisible_by)
+        stages.append(
+            Stage(
+                name="convert-in",
+                stage="convert",
+                arguments=("convert", "hf-to-mcore", str(source), str(run.path / "init"),
+                           "--make-vocab-size-divisible-by", multiple),
+                is_done=is_trained or (run.path / "init" / "release" / "manifest.json").is_file(),
+            )
+        )  # fmt: skip
+        before_training.append("convert-in")
+    stages.append(
+        Stage(
+            name="train", stage="train", arguments=("train", *options), needs=tuple(before_training), is_done=is_trained
+        )
+    )
+    last_export = run.checkpoints_hf / f"iter_{iterations:07d}"
+    stages.append(
+        Stage(
+            name="convert-out",
+            stage="convert",
+            arguments=("convert", "all", *options),
+            needs=("train",),
+            is_done=(last_export / "config.json").is_file(),
+        )
+    )
+    after_training = [("cpt", last_export)]
+    if soup_last:
+        soup = run.path / "soup" / f"last_{soup_last}"
+        stages.append(_soup_stage(config, run, soup, soup_last, iterations))
+        after_training.append(("soup", soup))
+    evaluation = _evaluation_stage(config, run, after_training, "soup" if soup_last else "convert-out")
+    if evaluation is not None:
+        stages.append(evaluation)
+    stages.append(
+        Stage(
+            name="report",
+            stage="report",
+            arguments=("report", str(run.path), "--output", str(run.report)),
+            needs=(stages[-1].name,),
+            is_done=(run.report / "report.md").is_file() and is_trained,
+        )
+    )
+    return stages
+
+
+def submit_pipeline(
+    submission: Submission, *, num_links: int = 1, max_failures: int = 2, num_array_tasks: int = 1, soup_last: int = 0
+) -> list[str]:
+    """Submit what is missing of the graph; return the ids of the jobs submitted (none in a dry run).
+
+    Raises: LaunchError, ConfigError, DataError before anything is queued.
+    """
+    scheduler, run = submission.scheduler, submission.run
+    stages = pipeline_stages(submission, num_array_tasks=num_array_tasks, soup_last=soup_last)
+    _check(submission, stages)
+    first = parse_dependency(submission.depend, scheduler) if submission.depend else ()
+    if submission.dry_run:
+        _show(submission, stages, first, num_links, max_failures)
+        return []
+    queue.check_commands(scheduler)
+    queue.check_dependencies(scheduler, first)
+    submitted: list[str] = []
+    last_ids: dict[str, str] = {}
+    with run_lock(run.jobs / "submit.lock", "another submission"):
+        for stage in stages:
+            if stage.is_done:
+                logger.info("%-14s done", stage.name)
+                continue
+            alive = live_jobs(submission, stage.stage, None if stage.name == "train" else stage.name)
+            if alive and stage.name != "train":
+                logger.info("%-14s job %s is queued or running", stage.name, alive[-1])
+                last_ids[stage.name] = alive[-1]
+                continue
+            parents = tuple(last_ids[name] for name in stage.needs if name in last_ids)
+            waits = (Dependency("afterok", parents),) if parents else first
+            if stage.name == "train":
+                ids = submit_chain_links(
+                    submission, alive, waits, num_links=max(num_links, len(alive)), max_failures=max_failures
+                )
+                submitted += ids[len(alive) :]
+            else:
+                ids = [
+                    submit_stage(
+                        submission,
+                        stage.stage,
+                        stage.arguments,
+                        dependencies=waits,
+                        num_array_tasks=stage.num_array_tasks,
+                        name=stage.name,
+                    )
+                ]
+                submitted += ids
+            last_ids[stage.name] = ids[-1]
+    return submitted
+
+
+def run_pipeline(submission: Submission, *, soup_last: int = 0) -> int:
+    """Run what is missing of the graph on this machine, stage after stage; return the first exit code that is not 0."""
+    stages = pipeline_stages(submission, soup_last=soup_last)
+    _check(submission, stages, needs_site=False)
+    config = submission.loaded.config
+    for stage in stages:
+        if stage.is_done:
+            logger.info("%-14s done", stage.name)
+            continue
+        command = [sys.executable, "-m", "megatron_cpt", *stage.arguments]
+        if submission.dry_run:
+            sys.stdout.write(f"$ megatron-cpt {' '.join(stage.arguments)}\n")
+            continue
+        logger.info("%-14s megatron-cpt %s", stage.name, " ".join(stage.arguments))
+        if stage.name == "train":
+            code = run_local(
+                run_dir(config),
+                submission.run_arguments,
+                num_ranks=world_size(config),
+                max_restarts=config.launch.max_restarts,
+            )
+        else:
+            environment = {**process_environment(os.environ, 1), **os.environ}
+            environment["PYTHONPATH"] = process_environment(os.environ, 1)["PYTHONPATH"]
+            code = subprocess.run(command, env=environment, check=False).returncode
+        if code:
+            logger.error("%s ended with exit code %d; what needs it was not started.", stage.name, code)
+            return code if code > 0 else 128 - code
+    return 0
+
+
+def _check(submission: Submission, stages: Sequence[Stage], needs_site: bool = True) -> None:
+    config = submission.loaded.config
+    if needs_site:
+        check_site(config, submission.site)
+    makes_tokens = any(stage.stage == "tokenize" and not stage.is_done for stage in stages)
+    check_training(submission.loaded, submission.run, data_will_exist=makes_tokens)
+    if makes_tokens:
+        _check_documents(config)
+
+
+def _check_documents(config: RunConfig) -> None:
+    data_dir = Path(config.paths.data_dir)
+    mistakes = []
+    if config.data.tokenizer is None or not (data_dir / config.data.tokenizer).exists():
+        mistakes.append(f"data.tokenizer: {config.data.tokenizer} is not in {data_dir}. A tokenizer is needed.")
+    for name, corpus in config.data.corpora.items():
+        for pattern in (*corpus.documents, *corpus.validation_documents):
+            if not any(True for _ in data_dir.glob(pattern)) and not Path(pattern).exists():
+                mistakes.append(f"data.corpora.{name}: {pattern} matches nothing in {data_dir}. Correct the name.")
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+
+
+def _tokenize_stages(config: RunConfig, num_array_tasks: int, run: RunDir) -> list[Stage]:
+    stages = []
+    for name, corpus in config.data.corpora.items():
+        parts: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = []
+        if name in config.data.mix:
+            parts.append((f"tokenize-{name}", corpus.documents, corpus.tokens))
+        parts.append((f"tokenize-{name}-validation", corpus.validation_documents, corpus.validation))
+        for label, documents, tokens in parts:
+            if documents and tokens:
+                stages.append(_tokenize_stage(config, label, documents, tokens[0], num_array_tasks, run))
+            elif documents and not tokens and not label.endswith("validation"):
+                raise ConfigError(_no_tokens(name, corpus))
+    return stages
+
+
+def _no_tokens(name: str, corpus: CorpusConfig) -> str:
+    return (
+        f"data.corpora.{name}: documents {', '.join(corpus.documents)} but no tokens. The place of the token files is "
+        f"needed. Set tokens: [tokens/{name}{TOKENS_SUFFIX}]."
+    )
+
+
+def _tokenize_stage(
+    config: RunConfig, label: str, documents: tuple[str, ...], tokens: str, num_array_tasks: int, run: RunDir
+) -> Stage:
+    data_dir = Path(config.paths.data_dir)
+    arguments = ["tokenize", "--input", *(str(data_dir / pattern) for pattern in documents)]
+    arguments += ["--tokenizer", str(data_dir / (config.data.tokenizer or ""))]
+    target = data_dir / tokens
+    if tokens.endswith(TOKENS_SUFFIX):
+        arguments += ["--output-prefix", str(target).removesuffix(TOKENS_SUFFIX)]
+        files = [target.with_name(target.name + suffix) for suffix in (".bin", ".idx", ".json")]
+        return Stage(
+            name=label, stage="tokenize", arguments=tuple(arguments), is_done=all(path.is_file() for path in files)
+        )
+    arguments += ["--output-dir", str(target).split("*", 1)[0].rstrip("/")]
+    if num_array_tasks > 1:
+        arguments += ["--shard", "{array_index}/{num_array_tasks}"]
+    return Stage(
+        name=label,
+        stage="tokenize",
+        arguments=tuple(arguments),
+        is_done=_has_finished(run, label),
+        num_array_tasks=num_array_tasks if num_array_tasks > 1 else None,
+    )
+
+
+def _soup_stage(config: RunConfig, run: RunDir, output: Path, soup_last: int, iterations: int) -> Stage:
+    interval = config.checkpoint.save_interval
+    saved = [*range(interval, iterations, interval), iterations]
+    if len(saved) < soup_last:
+        raise LaunchError(f"--soup-last {soup_last}: the run saves {len(saved)} checkpoints. Give a smaller number.")
+    if config.checkpoint.keep_last is not None and config.checkpoint.keep_last < soup_last:
+        raise LaunchError(
+            f"--soup-last {soup_last}: checkpoint.keep_last keeps {config.checkpoint.keep_last}. Raise it to {soup_last}."
+        )
+    models = [str(run.checkpoints_hf / f"iter_{iteration:07d}") for iteration in saved[-soup_last:]]
+    return Stage(
+        name="soup",
+        stage="soup",
+        arguments=("soup", *models, "--output", str(output)),
+        needs=("convert-out",),
+        is_done=(output / "config.json").is_file(),
+    )
+
+
+def _evaluation_stage(config: RunConfig, run: RunDir, models: Sequence[tuple[str, Path]], needs: str) -> Stage | None:
+    """Return bits per byte of the stage's start and end on every held-out text; None where there is no such text."""
+    data_dir = Path(config.paths.data_dir)
+    arguments = ["evaluate", "perplexity"]
+    source = config.init.from_path
+    if source is not None:
+        arguments = ["evaluate", "forgetting", "--model", f"base={_base_model(config, source)}"]
+    for name, path in models:
+        arguments += ["--model", f"{name}={path}"]
+    texts = [
+        f"{name}={data_dir / path}"
+        for name, corpus in config.data.corpora.items()
+        for path in corpus.validation_documents
+    ]
+    for text in texts:
+        arguments += ["--text", text]
+    if not texts:
+        return None
+    if config.data.tokenizer:
+        arguments += ["--tokenizer", str(data_dir / config.data.tokenizer)]
+    output = run.report / "evaluation"
+    arguments += ["--output", str(output)]
+    is_done = any(output.glob("*.json"))
+    return Stage(name="evaluate", stage="evaluate", arguments=tuple(arguments), needs=(needs,), is_done=is_done)
+
+
+def _base_model(config: RunConfig, source: str) -> str:
+    if not source.startswith("variant:"):
+        return source
+    import dataclasses
+
+    name, _, iteration = source.removeprefix("variant:").partition("@")
+    checkpoints = run_dir(dataclasses.replace(config, variant=name)).checkpoints
+    return str(checkpoints / f"iter_{int(iteration):07d}" if iteration else checkpoints)
+
+
+def _has_finished(run: RunDir, name: str) -> bool:
+    """Return whether the ledger knows a finished job of this name; all tasks of an array must have finished."""
+    jobs = read_jobs(run.jobs)
+    for job, record in jobs.items():
+        if record.get("name") != name or "/" in job:
+            continue
+        tasks = [other for identifier, other in jobs.items() if identifier.startswith(f"{job}/")]
+        expected = record.get("num_array_tasks") or 0
+        states = [task.get("state") for task in tasks] if expected else [record.get("state")]
+        if states and all(state == "finished" for state in states) and len(states) >= expected:
+            return True
+    return False
+
+
+def _show(
+    submission: Submission, stages: Sequence[Stage], first: Sequence[Dependency], num_links: int, max_failures: int
+) -> None:
+    shown: set[str] = set()
+    for stage in stages:
+        if stage.is_done:
+            sys.stdout.write(f"# {stage.name}: done\n\n")
+            continue
+        jobs: list[Job]
+        if stage.name == "train":
+            jobs = [
+                training_job(submission, link, must_finish=link == num_links, max_failures=max_failures)
+                for link in range(1, num_links + 1)
+            ]
+        else:
+            jobs = [
+                stage_job(
+                    submission, stage.stage, stage.arguments, num_array_tasks=stage.num_array_tasks, name=stage.name
+                )
+            ]
+        parents = tuple(f"<{name}>" for name in stage.needs if name in shown)
+        for index, job in enumerate(jobs):
+            waits = (Dependency("afterok", parents),) if parents else first
+            waits = waits if index == 0 else (Dependency("afterany", (f"<{stage.name} {index}>",)),)
+            script = submission.run.jobs / f"{job.log_dir.name}.sh"
+            command = queue.submit_command(submission.scheduler, script, waits)
+            show_dry_run(script, render_job(job, submission.scheduler), command)
+        shown.add(stage.name)

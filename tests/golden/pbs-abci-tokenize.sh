@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+#PBS -N ja-tokenize
+#PBS -P my-project
+#PBS -q rt_HF
+#PBS -l select=1
+#PBS -l walltime=12:00:00
+#PBS -J 0-7
+#PBS -W umask=027
+#PBS -j oe
+#PBS -k oed
+#PBS -o /home/me/cpt/runs/ja/8b/50B/main/logs/tokenize-D1-20260102T030405/job.out
+#PBS -m n
+#PBS -v RTYPE=rt_HF
+set -euo pipefail
+cd /home/me/cpt
+umask 027
+set +u
+source /etc/profile.d/modules.sh
+module load cuda
+module load cudnn
+module load hpcx
+module load nccl
+set -u
+export NCCL_IB_TIMEOUT=22
+export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
+exec /home/me/cpt/env/bin/python -m megatron_cpt.launch.batch \
+    --run /home/me/cpt/runs/ja/8b/50B/main \
+    --stage tokenize \
+    --log-dir /home/me/cpt/runs/ja/8b/50B/main/logs/tokenize-D1-20260102T030405 \
+    --num-array-tasks 8 \
+    -- \
+    /home/me/cpt/env/bin/python -m megatron_cpt tokenize \
+    --input data/D1 \
+    --shard '{array_index}/{num_array_tasks}'

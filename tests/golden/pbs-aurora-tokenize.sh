@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+#PBS -N ja-tokenize
+#PBS -P my-project
+#PBS -q prod
+#PBS -l select=1
+#PBS -l walltime=24:00:00
+#PBS -J 0-7
+#PBS -W umask=027
+#PBS -j oe
+#PBS -k oed
+#PBS -o /home/me/cpt/runs/ja/8b/50B/main/logs/tokenize-D1-20260102T030405/job.out
+#PBS -m n
+#PBS -l filesystems=home:flare
+#PBS -l place=scatter
+set -euo pipefail
+cd /home/me/cpt
+umask 027
+set +u
+module load frameworks
+set -u
+export FI_CXI_DEFAULT_CQ_SIZE=1048576
+export FI_MR_CACHE_MONITOR=userfaultfd
+export CCL_ATL_TRANSPORT=mpi
+exec /home/me/cpt/env/bin/python -m megatron_cpt.launch.batch \
+    --run /home/me/cpt/runs/ja/8b/50B/main \
+    --stage tokenize \
+    --log-dir /home/me/cpt/runs/ja/8b/50B/main/logs/tokenize-D1-20260102T030405 \
+    --num-array-tasks 8 \
+    -- \
+    /home/me/cpt/env/bin/python -m megatron_cpt tokenize \
+    --input data/D1 \
+    --shard '{array_index}/{num_array_tasks}'
