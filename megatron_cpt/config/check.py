@@ -9,7 +9,8 @@ from collections.abc import Collection
 from megatron_cpt.config.check_model import model_problems
 from megatron_cpt.config.check_parallel import parallel_problems
 from megatron_cpt.config.check_stage import stage_problems
-from megatron_cpt.config.ranges import out_of_range, setting, with_ones
+from megatron_cpt.config.fields import setting_value
+from megatron_cpt.config.ranges import out_of_range, with_ones
 from megatron_cpt.config.schema import RunConfig
 from megatron_cpt.errors import ConfigError
 
@@ -25,7 +26,7 @@ def mistakes(config: RunConfig, origins: dict[str, str], unusable: Collection[st
     Problems that involve an `unusable` key (its value could not be read) are left out.
     """
     found: list[tuple[tuple[str, ...], str]] = [
-        ((key,), f"{key} is {setting(config, key)}. {needed} is needed.") for key, needed in out_of_range(config)
+        ((key,), f"{key} is {setting_value(config, key)}. {needed} is needed.") for key, needed in out_of_range(config)
     ]
     bad = {*unusable, *(keys[0] for keys, _ in found)}
     sane = with_ones(config, [keys[0] for keys, _ in found])

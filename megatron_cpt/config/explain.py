@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_cpt.config import schema
-from megatron_cpt.config.fields import nearest
-from megatron_cpt.config.load import LoadedConfig, plain
-from megatron_cpt.config.megatron import ROWS, setting_keys, setting_value
+from megatron_cpt.config.fields import nearest, plain, setting_keys, setting_value
+from megatron_cpt.config.load import LoadedConfig
+from megatron_cpt.config.megatron_rows import ROWS
 from megatron_cpt.errors import ConfigError
 
 
@@ -18,7 +18,7 @@ def explain(loaded: LoadedConfig, name: str = "") -> str:
 
     Raises: ConfigError naming the nearest setting.
     """
-    keys = list(setting_keys())
+    keys = setting_keys()
     chosen = [key for key in keys if not name or name in (key, key.partition(".")[0], key.rpartition(".")[2])]
     if not chosen:
         raise ConfigError(f"--explain {name}: no such setting. {nearest(name, known_names(keys))}")

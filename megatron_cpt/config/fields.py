@@ -6,9 +6,9 @@ Every parser raises a ValueError that reads `<found>. <what is needed>`; `config
 import math
 import types
 import typing
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, fields, is_dataclass
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, reduce
 from typing import Any, Literal, Union
 
 from megatron_cpt.config.schema import CorpusConfig, RunConfig
@@ -29,6 +29,19 @@ def section_fields(section: type) -> dict[str, tuple[Any, Field[Any]]]:
 def sections() -> dict[str, type]:
     """Return the sections of RunConfig by name."""
     return {name: kind for name, (kind, _) in section_fields(RunConfig).items() if name not in IDENTITY}
+
+
+def setting_keys() -> list[str]:
+    """Return the dotted key of every setting, in the order of the schema."""
+    keys = list(IDENTITY)
+    for section, kind in sections().items():
+        keys += [f"{section}.{name}" for name in section_fields(kind)]
+    return keys
+
+
+def setting_value(config: RunConfig, key: str) -> Any:
+    """Return the value of a dotted key."""
+    return reduce(getattr, key.split("."), config)
 
 
 def default_value(field: Field[Any]) -> Any:
@@ -53,6 +66,17 @@ def parse_field(kind: Any, value: Any, key: str = "") -> Any:
     if key == "launch.walltime":
         return parse_walltime(value)
     return _PARSERS[kind](value)
+
+
+def plain(value: Any) -> Any:
+    """Return a setting's value in the types of YAML and JSON."""
+    if isinstance(value, Duration):
+        return str(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return {key: plain(getattr(value, key)) for key in section_fields(type(value))}
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
 
 
 def nearest(name: str, known: list[str] | tuple[str, ...]) -> str:

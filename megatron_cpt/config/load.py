@@ -10,7 +10,7 @@ Every mistake of all layers, and every relation that does not hold (`config/chec
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ import yaml
 from megatron_cpt.config.check import mistakes as relation_mistakes
 from megatron_cpt.config.check import raise_mistakes
 from megatron_cpt.config.check_stage import LENGTHS
-from megatron_cpt.config.fields import IDENTITY, default_value, nearest, parse_field, section_fields, sections
+from megatron_cpt.config.fields import IDENTITY, plain, section_fields, sections
+from megatron_cpt.config.layers import Layer, MergedLayers
 from megatron_cpt.config.schema import RunConfig
 from megatron_cpt.config.sources import find_params, find_site, find_task, parse_inline, read_yaml, shown
 from megatron_cpt.errors import ConfigError
@@ -37,16 +38,6 @@ class LoadedConfig:
     """Dotted key -> `params/demo-5m.yaml`, `tasks/demo/task.yaml (variants.replay)`, `command line`, `default` ..."""
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """Settings of one origin, as YAML gives them: section -> key -> value."""
-
-    origin: str
-    settings: dict[str, Any]
-    is_single_share: bool = False
-    """Whether `data.mix` holds the one share to change, from `data.mix.NAME=SHARE`, not the whole mix."""
-
-
 def load_config(
     task_dir: Path,
     params: str,
@@ -62,15 +53,21 @@ def load_config(
     task_path = find_task(task_dir)
     params_path = find_params(params, task_path)
     identity = {"task": task_path.resolve().name, "params": params_path.stem, "size": size, "variant": variant}
-    mistakes: list[str] = []
-    unusable: set[str] = set()
+    merged = MergedLayers()
     layers = [
         _file_layer(params_path, ("description",)),
-        *_task_layers(task_path / "task.yaml", size, variant, mistakes, unusable),
+        *_task_layers(task_path / "task.yaml", size, variant, merged),
         *([] if site is None else [_file_layer(find_site(site), ("description", "site"))]),
-        *_override_layers(overrides, mistakes),
+        *_override_layers(overrides, merged.mistakes),
     ]
-    return _resolve(layers, identity, mistakes, unusable)
+    for layer in layers:
+        merged.apply(layer)
+    config = merged.build(identity)
+    if config:
+        merged.mistakes += relation_mistakes(config, merged.origins, merged.unusable)
+    raise_mistakes(merged.mistakes)
+    assert config is not None  # a missing setting is a mistake
+    return LoadedConfig(config, merged.origins | dict.fromkeys(IDENTITY, "command line"))
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -120,18 +117,12 @@ def read_resolved(path: Path) -> RunConfig:
     if missing:
         raise ConfigError(f"{shown(path)}: no {', '.join(missing)}. This is not a run's config.yaml.")
     identity = {key: values.pop(key) for key in IDENTITY}
-    return _resolve([_Layer(shown(path), values)], identity, [], set(), checked=False).config
-
-
-def plain(value: Any) -> Any:
-    """Return a setting's value in the types of YAML and JSON."""
-    if is_dataclass(value) and not isinstance(value, type):
-        if hasattr(value, "unit"):
-            return str(value)
-        return {key: plain(getattr(value, key)) for key in section_fields(type(value))}
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    return list(value) if isinstance(value, tuple) else value
+    merged = MergedLayers()
+    merged.apply(Layer(shown(path), values))
+    config = merged.build(identity)
+    raise_mistakes(merged.mistakes)
+    assert config is not None
+    return config
 
 
 def _inline(value: Any) -> str:
@@ -140,32 +131,36 @@ def _inline(value: Any) -> str:
     return json.dumps(plain(value)) if "\n" in text else text  # JSON is YAML, and one line whatever a text holds
 
 
-def _file_layer(path: Path, extra_keys: tuple[str, ...]) -> _Layer:
+def _file_layer(path: Path, extra_keys: tuple[str, ...]) -> Layer:
     settings = {key: value for key, value in read_yaml(path).items() if key not in extra_keys}
-    return _Layer(shown(path), settings)
+    return Layer(shown(path), settings)
 
 
-def _task_layers(path: Path, size: str, variant: str, mistakes: list[str], unusable: set[str]) -> list[_Layer]:
+def _task_layers(path: Path, size: str, variant: str, merged: MergedLayers) -> list[Layer]:
     """Return the layers of a task file: itself, its size and its variant."""
     whole = read_yaml(path)
-    layers = [_Layer(shown(path), {key: value for key, value in whole.items() if key not in TASK_KEYS})]
+    layers = [Layer(shown(path), {key: value for key, value in whole.items() if key not in TASK_KEYS})]
     for part, name in (("sizes", size), ("variants", variant)):
         choices = whole.get(part) or {}
         if not isinstance(choices, dict):
-            mistakes.append(
+            merged.mistakes.append(
                 f"{shown(path)}: {part}: a {type(choices).__name__}. A mapping of names to settings is needed."
             )
             continue
         choices = {str(key): value for key, value in choices.items()}
         settings = choices.get(name)
         if name in choices and isinstance(settings, dict | None):
-            layers.append(_Layer(f"{shown(path)} ({part}.{name})", settings or {}))
+            layers.append(Layer(f"{shown(path)} ({part}.{name})", settings or {}))
         elif name in choices:
-            mistakes.append(f"{shown(path)}: {part}.{name}: {settings!r}. Settings are needed, such as training:.")
+            merged.mistakes.append(
+                f"{shown(path)}: {part}.{name}: {settings!r}. Settings are needed, such as training:."
+            )
         elif choices or (part, name) != ("variants", "main"):
             known = f"Known: {', '.join(choices)}." if choices else f"Add it below {part}:."
-            mistakes.append(f"{shown(path)}: {part} has no {name!r}. {known}")
-            unusable.update(_stated_keys(choices))  # what it would have said is not known: no complaints about that
+            merged.mistakes.append(f"{shown(path)}: {part} has no {name!r}. {known}")
+            merged.unusable.update(
+                _stated_keys(choices)
+            )  # what it would have said is not known: no complaints about that
     return layers
 
 
@@ -182,7 +177,7 @@ def _stated_keys(choices: dict[str, Any]) -> set[str]:
     return keys | set(LENGTHS if keys.intersection(LENGTHS) or not choices else ())
 
 
-def _override_layers(overrides: Sequence[str], mistakes: list[str]) -> list[_Layer]:
+def _override_layers(overrides: Sequence[str], mistakes: list[str]) -> list[Layer]:
     """Return a layer for each `key=value`, so that the last one of two wins."""
     layers = []
     for override in overrides:
@@ -201,7 +196,7 @@ def _override_layers(overrides: Sequence[str], mistakes: list[str]) -> list[_Lay
         settings: dict[str, Any] = {parts[-1]: value}
         for part in reversed(parts[:-1]):
             settings = {part: settings}
-        layers.append(_Layer("command line", settings, is_single_share=len(parts) > 2))
+        layers.append(Layer("command line", settings, is_single_share=len(parts) > 2))
     return layers
 
 
@@ -210,119 +205,3 @@ def _is_text(parts: list[str]) -> bool:
     kind = sections().get(parts[0])
     hint = section_fields(kind).get(parts[1], (None, None))[0] if kind else None
     return len(parts) == 2 and hint in (str, str | None)
-
-
-def _resolve(
-    layers: list[_Layer], identity: dict[str, str], mistakes: list[str], unusable: set[str], checked: bool = True
-) -> LoadedConfig:
-    values: dict[str, Any] = {}
-    origins: dict[str, str] = {}
-    for layer in layers:
-        _apply(layer, values, origins, mistakes, unusable)
-    built = {}
-    for section, kind in sections().items():
-        built[section] = _build_section(section, kind, values, origins, unusable, mistakes)
-    config = None if None in built.values() else RunConfig(**identity, **built)  # type: ignore[arg-type]
-    if config and checked:
-        mistakes += relation_mistakes(config, origins, unusable)
-    raise_mistakes(mistakes)
-    assert config is not None  # a missing setting is a mistake
-    return LoadedConfig(config, origins | dict.fromkeys(IDENTITY, "command line"))
-
-
-def _apply(
-    layer: _Layer, values: dict[str, Any], origins: dict[str, str], mistakes: list[str], unusable: set[str]
-) -> None:
-    """Parse a layer's settings into `values` and note their origin; collect what is wrong with them."""
-    stated_lengths = []
-    for section, settings in layer.settings.items():
-        kind = sections().get(section)
-        if kind is None:
-            mistakes.append(f"{layer.origin}: {section}: {_unknown_section(section)}")
-            continue
-        if settings is None:
-            continue
-        if not isinstance(settings, dict):
-            mistakes.append(f"{layer.origin}: {section}: {settings!r} is no section. Write its settings below it.")
-            continue
-        known = section_fields(kind)
-        for name, value in settings.items():
-            key = f"{section}.{name}"
-            if name not in known:
-                mistakes.append(f"{layer.origin}: {key}: no such setting. {nearest(str(name), list(known))}")
-                continue
-            if value is None:
-                values.pop(key, None)
-                origins.pop(key, None)
-                unusable.discard(key)
-                continue
-            try:
-                values[key] = parse_field(known[name][0], _merged(layer, key, value, values), key)
-            except ValueError as problem:
-                mistakes.append(f"{layer.origin}: {key}: {str(problem).removesuffix('.')}.")
-                unusable.add(key)
-            origins[key] = layer.origin
-            stated_lengths += [key] if key in LENGTHS else []
-    _choose_length(layer, stated_lengths, values, origins, mistakes)
-
-
-def _merged(layer: _Layer, key: str, value: Any, values: dict[str, Any]) -> Any:
-    """Return a mapping setting over what earlier layers gave: corpora by name, single shares from the command line."""
-    earlier = values.get(key)
-    if not isinstance(earlier, dict) or not isinstance(value, dict):
-        return value
-    if key == "data.corpora":
-        merged = dict(earlier)
-        for name, corpus in value.items():
-            is_partial = isinstance(corpus, dict) and str(name) in merged
-            merged[str(name)] = plain(merged[str(name)]) | corpus if is_partial else corpus
-        return {name: corpus for name, corpus in merged.items() if corpus is not None}
-    if layer.is_single_share and key == "data.mix":
-        return {name: share for name, share in (earlier | value).items() if share is not None}
-    return value
-
-
-def _choose_length(
-    layer: _Layer, stated: list[str], values: dict[str, Any], origins: dict[str, str], mistakes: list[str]
-) -> None:
-    if len(stated) > 1:
-        mistakes.append(
-            f"{layer.origin}: {' and '.join(stated)}: {len(stated)} lengths. One is needed. Remove the others."
-        )
-    for key in LENGTHS if stated else ():
-        if key not in stated:
-            values.pop(key, None)
-            origins.pop(key, None)
-
-
-def _build_section(
-    section: str,
-    kind: type,
-    values: dict[str, Any],
-    origins: dict[str, str],
-    unusable: set[str],
-    mistakes: list[str],
-) -> Any:
-    """Return a section from its values and defaults, or None where a required setting is missing."""
-    arguments = {}
-    missing = []
-    for name, (_, field) in section_fields(kind).items():
-        key = f"{section}.{name}"
-        value = values.get(key, default_value(field))
-        origins.setdefault(key, "default")
-        arguments[name] = value
-        if value is MISSING:
-            missing.append(name)
-    named = [name for name in missing if f"{section}.{name}" not in unusable]
-    if named:
-        mistakes.append(f"{section}: no {', '.join(named)}. They have no default. Set them in the params file.")
-    return None if missing else kind(**arguments)
-
-
-def _unknown_section(name: str) -> str:
-    if name in IDENTITY:
-        return f"is given on the command line (--{name}), not in a file. Remove it."
-    owners = [section for section, kind in sections().items() if name in section_fields(kind)]
-    if owners:
-        return f"a setting outside its section. Write it below {owners[0]}:."
-    return f"no such section. {nearest(name, list(sections()))}"

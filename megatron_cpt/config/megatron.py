@@ -1,19 +1,14 @@
-"""The table from settings to Megatron-Core arguments and Megatron-LM flags; imports no megatron.
+"""Keyword arguments of Megatron-Core objects and Megatron-LM flags from our settings; imports no megatron.
 
-Each field of `RunConfig` has exactly one row. A row names the Megatron-Core arguments that the setting becomes, or,
-where Megatron-Core has none, who honours the setting; and the Megatron-LM flag of the same meaning, if there is one.
-Tests hold both directions: no setting without a row, no row whose argument the installed megatron-core lacks.
-
+What becomes what stands in `config/megatron_rows.py`; here are the constants that every model shares.
 `train/model.py` adds what only torch can say (dtypes, the activation function, fusions).
-Source: argument names from megatron-core 0.19.2, flags from Megatron-LM's `megatron/training/arguments.py`.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, is_dataclass
-from functools import reduce
 from typing import Any
 
 from megatron_cpt.config import derived
+from megatron_cpt.config.fields import setting_value
+from megatron_cpt.config.megatron_rows import ROWS, is_mla, is_mla_with_yarn, is_moe, is_yarn
 from megatron_cpt.config.schema import RunConfig
 
 TARGETS = (
@@ -51,420 +46,6 @@ CONSTANT_FLAGS = [
 # fmt: on
 MOE_CONSTANT_FLAGS = ["--moe-router-dtype", "fp32", "--moe-token-dispatcher-type", "alltoall"]
 
-Value = Callable[[RunConfig], Any]
-Condition = Callable[[RunConfig], bool]
-
-
-def _always(config: RunConfig) -> bool:
-    return True
-
-
-def _is_moe(config: RunConfig) -> bool:
-    return config.model.num_moe_experts is not None
-
-
-def _is_mla(config: RunConfig) -> bool:
-    return config.model.multi_latent_attention
-
-
-def _is_yarn(config: RunConfig) -> bool:
-    return config.model.rope_scaling_type == "yarn"
-
-
-def _is_mla_with_yarn(config: RunConfig) -> bool:
-    return _is_mla(config) and _is_yarn(config)
-
-
-@dataclass(frozen=True)
-class Row:
-    """How one setting reaches Megatron-Core and Megatron-LM."""
-
-    setting: str
-    """Dotted key."""
-    arguments: tuple[str, ...] = ()
-    """`Target.argument` of each Megatron-Core argument; none: see `honoured_by`."""
-    flag: str | None = None
-    """Megatron-LM's flag."""
-    value: Value | None = None
-    """The argument's value; None: the setting itself."""
-    when: Condition = _always
-    """Whether the arguments and the flag are given at all."""
-    flag_value: Value | None = None
-    """The flag's value: None omits it, True gives the bare flag; no function: the argument's value."""
-    honoured_by: str = ""
-    """Who honours a setting that Megatron-Core has no argument for."""
-
-    def argument_value(self, config: RunConfig) -> Any:
-        """Return what the row's arguments are set to."""
-        return setting_value(config, self.setting) if self.value is None else self.value(config)
-
-
-def _moe(setting: str, **options: Any) -> Row:
-    name = options.pop("argument", setting)
-    flag = options.pop("flag", "--" + name.replace("_", "-"))
-    return Row(f"model.{setting}", (f"TransformerConfig.{name}",), flag, when=_is_moe, **options)
-
-
-def _mla(setting: str, *, when: Condition = _is_mla, argument: str | None = None, **options: Any) -> Row:
-    name = argument or setting
-    flag = options.pop("flag", "--" + name.replace("_", "-"))
-    return Row(f"model.{setting}", (f"MLATransformerConfig.{name}",), flag, when=when, **options)
-
-
-def _window(config: RunConfig) -> tuple[int, int] | None:
-    """Return megatron's window: tokens visible to the left besides the token itself, and to the right."""
-    width = config.model.window_size
-    return None if width is None else (width - 1, 0)
-
-
-def _moe_layer_freq(config: RunConfig) -> list[int]:
-    dense = config.model.moe_num_dense_layers
-    return [0] * dense + [1] * (config.model.num_layers - dense)
-
-
-def _load_balancing(config: RunConfig) -> str:
-    return "aux_loss" if config.model.moe_aux_loss_coeff > 0 else "none"
-
-
-def _virtual_stages(config: RunConfig) -> int | None:
-    size = config.parallel.virtual_pipeline_model_parallel_size
-    return None if size == 1 else size
-
-
-def _recompute(config: RunConfig) -> str | None:
-    granularity = config.parallel.recompute_granularity
-    return None if granularity == "none" else granularity
-
-
-def _recomputes_layers(config: RunConfig) -> bool:
-    return config.parallel.recompute_granularity == "full"
-
-
-def _is_bf16(config: RunConfig) -> bool:
-    return config.training.precision == "bf16"
-
-
-def _duration(setting: str) -> Value:
-    """Return the samples of a duration, or None where it is nothing."""
-
-    def samples(config: RunConfig) -> int | None:
-        duration = setting_value(config, setting)
-        return (derived.duration_samples(duration, config.training) if duration else 0) or None
-
-    return samples
-
-
-_cooldown_samples = _duration("schedule.lr_cooldown")
-
-
-def _lm_decay_style(config: RunConfig) -> str | None:
-    """Return Megatron-LM's name: a constant rate with a cooldown is its WSD, WSD without one its constant."""
-    style = config.schedule.lr_decay_style
-    if style in ("constant", "WSD"):
-        return "WSD" if _cooldown_samples(config) else "constant"
-    return None if style.startswith("infinite") else style
-
-
-def _exit_minutes(config: RunConfig) -> int | None:
-    before = config.launch.exit_before_walltime
-    return (config.launch.walltime - before) // 60 if before else None
-
-
-_MODEL = (
-    Row("model.num_layers", ("TransformerConfig.num_layers",), "--num-layers"),
-    Row("model.hidden_size", ("TransformerConfig.hidden_size",), "--hidden-size"),
-    Row("model.ffn_hidden_size", ("TransformerConfig.ffn_hidden_size",), "--ffn-hidden-size"),
-    Row("model.num_attention_heads", ("TransformerConfig.num_attention_heads",), "--num-attention-heads"),
-    Row(
-        "model.num_query_groups",
-        ("TransformerConfig.num_query_groups",),
-        "--num-query-groups",
-        value=lambda config: derived.num_query_groups(config.model),
-    ),
-    Row(
-        "model.kv_channels",
-        ("TransformerConfig.kv_channels",),
-        "--kv-channels",
-        value=lambda config: derived.kv_channels(config.model),
-    ),
-    Row(
-        "model.vocab_size",
-        ("GPTModel.vocab_size",),
-        "--vocab-size",
-        value=lambda config: derived.padded_vocab_size(config.model),
-        flag_value=lambda config: config.model.vocab_size,
-    ),
-    Row(
-        "model.make_vocab_size_divisible_by",
-        flag="--make-vocab-size-divisible-by",
-        # Megatron-LM pads to a multiple of this times TP, we to a multiple of this under every layout.
-        flag_value=lambda config: max(
-            config.model.make_vocab_size_divisible_by // config.parallel.tensor_model_parallel_size, 1
-        ),
-        honoured_by="config/derived.py, padded_vocab_size",
-    ),
-    Row("model.max_position_embeddings", ("GPTModel.max_sequence_length",), "--max-position-embeddings"),
-    Row("model.rotary_base", ("GPTModel.rotary_base", "MLATransformerConfig.rotary_base"), "--rotary-base"),
-    Row(
-        "model.rope_scaling_type",
-        ("MLATransformerConfig.rope_type",),
-        "--use-rope-scaling",
-        value=lambda config: "yarn" if _is_yarn(config) else "rope",
-        flag_value=lambda config: config.model.rope_scaling_type == "llama3",
-        honoured_by="train/model.py computes the scaled rotary frequencies without multi-latent attention",
-    ),
-    Row(
-        "model.rope_scaling_factor",
-        ("MLATransformerConfig.rotary_scaling_factor",),
-        flag_value=lambda config: None,  # one flag per type of scaling: see megatron_flags
-        honoured_by="train/model.py computes the scaled rotary frequencies without multi-latent attention",
-    ),
-    Row("model.rope_low_freq_factor", honoured_by="train/model.py, rotary_frequencies"),
-    Row("model.rope_high_freq_factor", honoured_by="train/model.py, rotary_frequencies"),
-    _mla(
-        "rope_original_max_position_embeddings",
-        argument="original_max_position_embeddings",
-        flag=None,
-        when=_is_mla_with_yarn,
-        value=lambda config: derived.rope_original_max_position_embeddings(config.model),
-    ),
-    _mla("rope_beta_fast", argument="beta_fast", flag=None, when=_is_mla_with_yarn),
-    _mla("rope_beta_slow", argument="beta_slow", flag=None, when=_is_mla_with_yarn),
-    _mla("rope_mscale", argument="mscale", when=_is_mla_with_yarn),
-    _mla("rope_mscale_all_dim", argument="mscale_all_dim", when=_is_mla_with_yarn),
-    Row("model.layernorm_epsilon", ("TransformerConfig.layernorm_epsilon",), "--norm-epsilon"),
-    Row(
-        "model.untie_embeddings_and_output_weights",
-        ("GPTModel.share_embeddings_and_output_weights",),
-        "--untie-embeddings-and-output-weights",
-        value=lambda config: not config.model.untie_embeddings_and_output_weights,
-        flag_value=lambda config: config.model.untie_embeddings_and_output_weights,
-    ),
-    Row("model.add_qkv_bias", ("TransformerConfig.add_qkv_bias",), "--add-qkv-bias"),
-    Row("model.qk_layernorm", ("TransformerConfig.qk_layernorm",), "--qk-layernorm"),
-    Row("model.window_size", ("TransformerConfig.window_size",), "--window-size", value=_window),
-    Row("model.init_method_std", ("TransformerConfig.init_method_std",), "--init-method-std"),
-    Row("model.hidden_dropout", ("TransformerConfig.hidden_dropout",), "--hidden-dropout"),
-    Row("model.attention_dropout", ("TransformerConfig.attention_dropout",), "--attention-dropout"),
-    _moe("num_moe_experts", flag="--num-experts"),
-    _moe("moe_ffn_hidden_size"),
-    _moe("moe_router_topk"),
-    _moe("moe_num_dense_layers", argument="moe_layer_freq", value=_moe_layer_freq),
-    _moe("moe_shared_expert_intermediate_size"),
-    _moe("moe_router_score_function"),
-    _moe("moe_router_pre_softmax"),
-    _moe("moe_router_enable_expert_bias"),
-    _moe("moe_router_topk_scaling_factor"),
-    _moe("moe_router_num_groups"),
-    _moe("moe_router_group_topk"),
-    _moe("moe_router_bias_update_rate"),
-    _moe("moe_aux_loss_coeff"),
-    _moe("moe_z_loss_coeff"),
-    Row("model.multi_latent_attention", ("TransformerConfig.multi_latent_attention",), "--multi-latent-attention"),
-    _mla("q_lora_rank"),
-    _mla("kv_lora_rank"),
-    _mla("qk_head_dim"),
-    _mla("qk_pos_emb_head_dim"),
-    _mla("v_head_dim"),
-)
-
-_PARALLEL = (
-    Row(
-        "parallel.tensor_model_parallel_size",
-        ("TransformerConfig.tensor_model_parallel_size",),
-        "--tensor-model-parallel-size",
-    ),
-    Row(
-        "parallel.pipeline_model_parallel_size",
-        ("TransformerConfig.pipeline_model_parallel_size",),
-        "--pipeline-model-parallel-size",
-    ),
-    Row(
-        "parallel.virtual_pipeline_model_parallel_size",
-        ("TransformerConfig.virtual_pipeline_model_parallel_size",),
-        "--num-virtual-stages-per-pipeline-rank",
-        value=_virtual_stages,
-    ),
-    Row(
-        "parallel.num_layers_in_first_pipeline_stage",
-        ("TransformerConfig.num_layers_in_first_pipeline_stage",),
-        "--decoder-first-pipeline-num-layers",
-    ),
-    Row(
-        "parallel.num_layers_in_last_pipeline_stage",
-        ("TransformerConfig.num_layers_in_last_pipeline_stage",),
-        "--decoder-last-pipeline-num-layers",
-    ),
-    Row("parallel.context_parallel_size", ("TransformerConfig.context_parallel_size",), "--context-parallel-size"),
-    Row(
-        "parallel.expert_model_parallel_size",
-        ("TransformerConfig.expert_model_parallel_size",),
-        "--expert-model-parallel-size",
-    ),
-    Row(
-        "parallel.expert_tensor_parallel_size",
-        ("TransformerConfig.expert_tensor_parallel_size",),
-        "--expert-tensor-parallel-size",
-    ),
-    Row("parallel.sequence_parallel", ("TransformerConfig.sequence_parallel",), "--sequence-parallel"),
-    Row(
-        "parallel.use_distributed_optimizer",
-        ("OptimizerConfig.use_distributed_optimizer", "DistributedDataParallelConfig.use_distributed_optimizer"),
-        "--use-distributed-optimizer",
-    ),
-    Row(
-        "parallel.overlap_grad_reduce",
-        ("DistributedDataParallelConfig.overlap_grad_reduce",),
-        "--overlap-grad-reduce",
-    ),
-    Row(
-        "parallel.overlap_param_gather",
-        ("OptimizerConfig.overlap_param_gather", "DistributedDataParallelConfig.overlap_param_gather"),
-        "--overlap-param-gather",
-    ),
-    Row(
-        "parallel.recompute_granularity",
-        ("TransformerConfig.recompute_granularity",),
-        "--recompute-granularity",
-        value=_recompute,
-    ),
-    Row(
-        "parallel.recompute_method",
-        ("TransformerConfig.recompute_method",),
-        "--recompute-method",
-        when=_recomputes_layers,
-    ),
-    Row(
-        "parallel.recompute_num_layers",
-        ("TransformerConfig.recompute_num_layers",),
-        "--recompute-num-layers",
-        when=_recomputes_layers,
-    ),
-)
-
-_TRAINING = (
-    Row("training.seq_length", ("GPTDatasetConfig.sequence_length",), "--seq-length"),
-    Row("training.micro_batch_size", flag="--micro-batch-size", honoured_by="train/batches.py"),
-    Row("training.global_batch_size", flag="--global-batch-size", honoured_by="config/derived.py, num_microbatches"),
-    Row(
-        "training.train_tokens",
-        flag="--train-samples",
-        flag_value=lambda config: derived.train_samples(config.training),
-        honoured_by="config/derived.py, train_iters; the flag --train-samples states all three lengths",
-    ),
-    Row("training.train_samples", honoured_by="config/derived.py, train_iters"),
-    Row("training.train_iters", honoured_by="config/derived.py, train_iters"),
-    Row(
-        "training.precision",
-        (
-            "TransformerConfig.bf16",
-            "OptimizerConfig.bf16",
-            "DistributedDataParallelConfig.grad_reduce_in_fp32",
-        ),
-        "--bf16",
-        value=_is_bf16,
-    ),
-    Row("training.seed", ("GPTDatasetConfig.random_seed",), "--seed"),
-    Row("training.z_loss_coeff", honoured_by="train/model.py, CptGPTModel"),
-    Row("training.deterministic", ("TransformerConfig.deterministic_mode",), "--deterministic-mode"),
-)
-
-_NEUTRAL = (
-    "train/schedule.py sets it at each step; the optimizer's groups carry neutral constants, so that it may change"
-)
-_SCHEDULE = (
-    Row("optimizer.lr", flag="--lr", honoured_by=_NEUTRAL),
-    Row("optimizer.min_lr", flag="--min-lr", honoured_by=_NEUTRAL),
-    Row("optimizer.weight_decay", ("OptimizerConfig.weight_decay",), "--weight-decay"),
-    Row("optimizer.adam_beta1", ("OptimizerConfig.adam_beta1",), "--adam-beta1"),
-    Row("optimizer.adam_beta2", ("OptimizerConfig.adam_beta2",), "--adam-beta2"),
-    Row("optimizer.adam_eps", ("OptimizerConfig.adam_eps",), "--adam-eps"),
-    Row("optimizer.clip_grad", ("OptimizerConfig.clip_grad",), "--clip-grad"),
-    Row(
-        "schedule.lr_decay_style",
-        flag="--lr-decay-style",
-        flag_value=_lm_decay_style,
-        honoured_by="train/schedule.py",
-    ),
-    Row(
-        "schedule.lr_warmup",
-        flag="--lr-warmup-samples",
-        flag_value=_duration("schedule.lr_warmup"),
-        honoured_by="train/schedule.py",
-    ),
-    Row("schedule.lr_warmup_init", flag="--lr-warmup-init", honoured_by="train/schedule.py"),
-    Row(
-        "schedule.lr_cooldown",
-        flag="--lr-wsd-decay-samples",
-        flag_value=_cooldown_samples,
-        honoured_by="train/schedule.py",
-    ),
-    Row(
-        "schedule.lr_cooldown_style",
-        flag="--lr-wsd-decay-style",
-        flag_value=lambda config: config.schedule.lr_cooldown_style if _cooldown_samples(config) else None,
-        honoured_by="train/schedule.py",
-    ),
-    Row("schedule.lr_hold", honoured_by="train/schedule.py"),
-    Row("schedule.lr_hold_start", honoured_by="train/schedule.py"),
-)
-
-_DATA = (
-    Row("data.tokenizer", flag="--tokenizer-model", honoured_by="data/tokenizer.py"),
-    Row("data.corpora", honoured_by="data/blend.py"),
-    Row("data.mix", honoured_by="data/blend.py"),
-    Row("data.train_data_path", honoured_by="data/blend.py"),
-    Row("data.max_epochs", honoured_by="data/blend.py"),
-    Row("data.buffer", honoured_by="data/blend_sources.py, data/replay.py"),
-    Row("data.skip_list", honoured_by="data/skip_list.py, train/samples.py"),
-    Row("data.reset_attention_mask", ("GPTDatasetConfig.reset_attention_mask",), "--reset-attention-mask"),
-    Row("data.eod_mask_loss", ("GPTDatasetConfig.eod_mask_loss",), "--eod-mask-loss"),
-)
-
-_RUN = (
-    Row("init.from_path", flag="--load", honoured_by="train/checkpointing.py"),
-    Row(
-        "init.load",
-        flag="--finetune",
-        flag_value=lambda config: config.init.load == "weights" and config.init.from_path is not None,
-        honoured_by="train/checkpointing.py",
-    ),
-    Row("checkpoint.save_interval", flag="--save-interval", honoured_by="train/loop.py"),
-    Row("checkpoint.keep_last", honoured_by="checkpoint/retention.py"),
-    Row("checkpoint.keep_every", honoured_by="checkpoint/retention.py"),
-    Row("checkpoint.async_save", flag="--async-save", honoured_by="train/checkpointing.py"),
-    Row("checkpoint.verify_on_load", honoured_by="checkpoint/mcore.py"),
-    Row("checkpoint.accept_changes", honoured_by="checkpoint/mcore.py"),
-    Row(
-        "evaluation.eval_interval",
-        flag="--eval-interval",
-        flag_value=lambda config: config.evaluation.eval_interval or None,
-        honoured_by="train/loop.py",
-    ),
-    Row("evaluation.eval_iters", flag="--eval-iters", honoured_by="train/loop.py"),
-    Row("logging.log_interval", flag="--log-interval", honoured_by="train/loop.py"),
-    Row("logging.tensorboard", honoured_by="train/metrics.py"),
-    Row("paths.runs_dir", honoured_by="launch/run_dir.py"),
-    Row("paths.data_dir", honoured_by="data/blend.py"),
-    Row("launch.scheduler", honoured_by="launch/submit.py"),
-    Row("launch.nodes", honoured_by="launch/submit.py"),
-    Row("launch.gpus_per_node", honoured_by="launch/submit.py"),
-    Row("launch.walltime", honoured_by="launch/render.py"),
-    Row(
-        "launch.exit_before_walltime",
-        flag="--exit-duration-in-mins",
-        flag_value=_exit_minutes,
-        honoured_by="train/loop.py",
-    ),
-    Row("launch.max_restarts", honoured_by="launch/submit.py"),
-    Row("task", honoured_by="launch/run_dir.py"),
-    Row("params", honoured_by="launch/run_dir.py"),
-    Row("size", honoured_by="launch/run_dir.py"),
-    Row("variant", honoured_by="launch/run_dir.py"),
-)
-
-ROWS: tuple[Row, ...] = (*_MODEL, *_PARALLEL, *_TRAINING, *_SCHEDULE, *_DATA, *_RUN)
-
 
 def megatron_arguments(config: RunConfig, target: str) -> dict[str, Any]:
     """Return the keyword arguments of a Megatron-Core object, one of `TARGETS`.
@@ -481,7 +62,7 @@ def megatron_arguments(config: RunConfig, target: str) -> dict[str, Any]:
             if row.when(config):
                 names = [name.partition(".")[2] for name in row.arguments if name.partition(".")[0] == kind]
                 arguments |= dict.fromkeys(names, row.argument_value(config)) if names else {}
-    if "TransformerConfig" in kinds and _is_moe(config):
+    if "TransformerConfig" in kinds and is_moe(config):
         arguments |= MOE_CONSTANTS | {"moe_router_load_balancing_type": _load_balancing(config)}
     return arguments
 
@@ -501,7 +82,7 @@ def megatron_flags(config: RunConfig) -> list[str]:
         elif value is not None and value is not False:
             flags += [row.flag, _flag_text(value)]
     flags += _grouped_query_flags(config) + _rope_flags(config)
-    if _is_moe(config):
+    if is_moe(config):
         flags += [*MOE_CONSTANT_FLAGS, "--moe-router-load-balancing-type", _load_balancing(config)]
     if config.data.tokenizer is not None:
         flags += ["--tokenizer-type", "HuggingFaceTokenizer"]
@@ -515,25 +96,15 @@ def settings_without_flag(config: RunConfig) -> list[str]:
         for key in ("training.z_loss_coeff", "schedule.lr_hold", "schedule.lr_hold_start", "data.mix")
         if setting_value(config, key)
     ]
-    if _is_yarn(config):
-        found += [row.setting for row in ROWS if row.when == _is_mla_with_yarn and row.flag is None]
+    if is_yarn(config):
+        found += [row.setting for row in ROWS if row.when == is_mla_with_yarn and row.flag is None]
     if config.schedule.lr_decay_style.startswith("infinite"):
         found.append("schedule.lr_decay_style")
     return sorted(found)
 
 
-def setting_value(config: RunConfig, key: str) -> Any:
-    """Return the value of a dotted key."""
-    return reduce(getattr, key.split("."), config)
-
-
-def setting_keys(section: type = RunConfig, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted key of each leaf of the configuration, in the order of the schema."""
-    for field in fields(section):
-        if isinstance(field.type, type) and is_dataclass(field.type) and field.type.__name__.endswith("Config"):
-            yield from setting_keys(field.type, f"{prefix}{field.name}.")
-        else:
-            yield prefix + field.name
+def _load_balancing(config: RunConfig) -> str:
+    return "aux_loss" if config.model.moe_aux_loss_coeff > 0 else "none"
 
 
 def _grouped_query_flags(config: RunConfig) -> list[str]:
@@ -543,8 +114,8 @@ def _grouped_query_flags(config: RunConfig) -> list[str]:
 
 def _rope_flags(config: RunConfig) -> list[str]:
     model = config.model
-    if _is_mla(config):
-        kind = "yarn" if _is_yarn(config) else "rope"
+    if is_mla(config):
+        kind = "yarn" if is_yarn(config) else "rope"
         return ["--rope-type", kind, "--rotary-scaling-factor", _flag_text(model.rope_scaling_factor)]
     if model.rope_scaling_type == "llama3":
         return ["--rope-scaling-factor", _flag_text(model.rope_scaling_factor)]

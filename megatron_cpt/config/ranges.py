@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import reduce
-from typing import Any
 
 from megatron_cpt.config.schema import RunConfig
 
@@ -57,8 +56,3 @@ def with_ones(config: RunConfig, keys: list[str]) -> RunConfig:
         return replace(current, **{section: replace(getattr(current, section), **{name: 1})})
 
     return reduce(with_one, keys, config)
-
-
-def setting(config: RunConfig, key: str) -> Any:
-    """Return the value of a dotted key."""
-    return reduce(getattr, key.split("."), config)

@@ -17,7 +17,8 @@ import shlex
 import sys
 
 from megatron_cpt.config.explain import explain
-from megatron_cpt.config.load import LoadedConfig, add_run_arguments, load_from_arguments, plain, resolved_text
+from megatron_cpt.config.fields import plain
+from megatron_cpt.config.load import LoadedConfig, add_run_arguments, load_from_arguments, resolved_text
 from megatron_cpt.config.megatron import megatron_flags, settings_without_flag
 
 logger = logging.getLogger(__name__)

@@ -5,9 +5,13 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
+from hypothesis import settings
 
 from megatron_cpt.config import sources
 from megatron_cpt.config.load import LoadedConfig, load_config
+
+settings.register_profile("shared-machine", deadline=None, derandomize=True)
+settings.load_profile("shared-machine")
 
 PARAMS = """
 description: tiny

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_cpt.config import sources
+from megatron_cpt.config.fields import setting_keys
 from megatron_cpt.config.load import (
     add_run_arguments,
     load_config,
@@ -18,7 +19,6 @@ from megatron_cpt.config.load import (
     resolved_text,
     write_resolved,
 )
-from megatron_cpt.config.megatron import setting_keys
 from megatron_cpt.config.schema import CorpusConfig
 from megatron_cpt.config.values import Duration
 from megatron_cpt.errors import ConfigError
@@ -270,7 +270,7 @@ def test_the_resolved_text_names_every_setting_and_its_origin(tree) -> None:
     lines = resolved_text(tree.load()).splitlines()
     assert "  num_layers: 4  # params/tiny.yaml" in lines
     assert "  adam_beta2: 0.95  # default" in lines
-    assert sum(line.startswith("  ") for line in lines) == len(list(setting_keys())) - 4
+    assert sum(line.startswith("  ") for line in lines) == len(setting_keys()) - 4
 
 
 def test_a_file_that_is_no_resolved_configuration_is_refused(tree) -> None:

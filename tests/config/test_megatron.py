@@ -6,16 +6,16 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_cpt.config.fields import setting_keys
 from megatron_cpt.config.megatron import (
     CONSTANTS,
     MOE_CONSTANTS,
-    ROWS,
     TARGETS,
     megatron_arguments,
     megatron_flags,
-    setting_keys,
     settings_without_flag,
 )
+from megatron_cpt.config.megatron_rows import ROWS
 from megatron_cpt.config.schema import ModelConfig, ParallelConfig, RunConfig, ScheduleConfig, TrainingConfig
 from megatron_cpt.config.values import Duration
 

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_cpt.cli import main
 from megatron_cpt.config.explain import field_texts
-from megatron_cpt.config.megatron import setting_keys
+from megatron_cpt.config.fields import setting_keys
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = ["show-config", "--task", "tasks/template", "--params", "llama3-8b", "--size", "50B"]
@@ -56,7 +56,7 @@ def test_explain_takes_a_section_or_nothing(capsys) -> None:
     section, _ = show(capsys, "--explain", "schedule")
     assert section.count("    from ") == 7 and "optimizer.lr" not in section.replace("optimizer.lr:", "")
     everything, _ = show(capsys, "--explain")
-    assert everything.count("    from ") == len(list(setting_keys()))
+    assert everything.count("    from ") == len(setting_keys())
 
 
 def test_an_override_after_a_bare_explain_is_an_override(capsys) -> None:
