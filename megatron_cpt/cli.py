@@ -22,6 +22,7 @@ VERBS = {
     "tokenize": "turn documents into .bin/.idx token files, restartable, with a manifest beside each",
     "data": "validate, repair, audit, trace, merge, deduplicate, sample and decontaminate documents",
     "convert": "convert models between Hugging Face folders and Megatron checkpoints, on a CPU, and prove it",
+    "soup": "merge models: a run's last checkpoints, several runs, or any Hugging Face folders",
     "evaluate": "bits per byte, learned and forgotten, samples, weight divergence of models",
     "analyze": "statistics of every tensor of a model",
     "report": "draw a one-page report of one or several stages",

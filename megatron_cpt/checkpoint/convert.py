@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def hf_to_mcore(
                 num_workers=num_workers,
                 progress=progress,
             )
-            _write_megatron_metadata(directory, model)
+            write_megatron_metadata(directory, model)
             if verify:
                 weights = TorchDistWeights(directory)
                 tensors = verify_against_hf(source, weights, steps, model, cast, num_workers)
@@ -117,21 +117,23 @@ def mcore_to_hf(
     verify: bool = False,
     num_workers: int = 2,
     weights: MegatronWeights | None = None,
-    model: ModelConfig | None = None,
+    manifest: dict[str, Any] | None = None,
+    extra_files: Mapping[str, Any] | None = None,
 ) -> Path:
     """Convert the checkpoint `iter_NNNNNNN` or `release` (or the newest good one of a folder of them) to a Hugging Face
     folder `output`; return `output`.
 
     The model and the source's `config.json` come from the manifest. `tokenizer` (a folder, `tokenizer.json` or a
-    SentencePiece model) is copied, with chat template and generation configuration where it has them. `weights` and `model`
-    replace the checkpoint's own (other formats).
+    SentencePiece model) is copied, with chat template and generation configuration where it has them. `weights` and `manifest`
+    replace the checkpoint's own (averages, other formats); `checkpoint` then only names them. `extra_files` (name -> JSON
+    value) are written beside.
 
     Raises: CheckpointError when the checkpoint is damaged or incomplete, or `output` holds something else.
     """
     if weights is None:
         checkpoint = mcore.find_checkpoint(checkpoint)
-    manifest = mcore.read_manifest(checkpoint) if weights is None else {}
-    model = model or mcore.manifest_model(manifest, checkpoint)
+    manifest = mcore.read_manifest(checkpoint) if manifest is None else manifest
+    model = mcore.manifest_model(manifest, checkpoint)
     weights = weights or TorchDistWeights(checkpoint)
     options = {"dtype": dtype, "max_shard_bytes": max_shard_bytes, "tokenizer": _tokenizer_hash(tokenizer)}
     identity = {"kind": "megatron", "files": text_hash(json.dumps(manifest.get("files"), sort_keys=True)), **options}
@@ -164,6 +166,8 @@ def mcore_to_hf(
         )
         copied = _copy_tokenizer(tokenizer, directory, manifest)
         _write_configs(directory, config, copied)
+        for name, value in (extra_files or {}).items():
+            write_json(directory / name, value)
         record: dict[str, Any] = {"direction": "mcore_to_hf", "source": identity}
         if verify:
             folder = HFFolder(directory)
@@ -239,7 +243,7 @@ def _cast_type(step: Unit, stored: torch.dtype, cast: torch.dtype | None) -> tor
     return stored if cast is None or step.key.endswith("expert_bias") else cast
 
 
-def _write_megatron_metadata(directory: Path, model: ModelConfig) -> None:
+def write_megatron_metadata(directory: Path, model: ModelConfig) -> None:
     """Write what megatron-core and Megatron-LM read besides the tensors: the format's name and the common state."""
     write_json(
         directory / "metadata.json",

@@ -179,6 +179,11 @@ def architecture_name(config: dict[str, Any]) -> str:
     return by_type[0]
 
 
+def architecture_keys(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys of a configuration that may change what the model computes."""
+    return {key: value for key, value in config.items() if key not in _NEUTRAL}
+
+
 def differing_fields(left: ModelConfig, right: ModelConfig, but: set[str] = frozenset()) -> list[str]:  # type: ignore[assignment]
     """Return `field: left != right` for each field that means another model, leaving out `but`."""
     left_values, right_values = _effective(left), _effective(right)

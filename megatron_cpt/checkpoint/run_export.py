@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 def export_latest(config: RunConfig, *, dtype: str | None = None, verify: bool = False, num_workers: int = 2) -> Path:
     """Convert a run's newest good checkpoint; return the Hugging Face folder."""
     checkpoint = mcore.find_checkpoint(run_dir(config).checkpoints)
-    return _export(config, checkpoint, dtype, verify, num_workers)
+    return export_checkpoint(config, checkpoint, dtype=dtype, verify=verify, num_workers=num_workers)
 
 
 def export_all(
@@ -37,9 +37,8 @@ def export_all(
     exported, damaged = [], []
     for iteration in iterations:
         try:
-            exported.append(
-                _export(config, mcore.checkpoint_dir(run.checkpoints, iteration), dtype, verify, num_workers)
-            )
+            checkpoint = mcore.checkpoint_dir(run.checkpoints, iteration)
+            exported.append(export_checkpoint(config, checkpoint, dtype=dtype, verify=verify, num_workers=num_workers))
         except CheckpointError as problem:
             logger.warning("not converted: %s", problem)
             damaged.append(str(problem))
@@ -55,11 +54,13 @@ def tokenizer_path(config: RunConfig) -> Path | None:
     return Path(config.paths.data_dir) / config.data.tokenizer if config.data.tokenizer else None
 
 
-def _export(config: RunConfig, checkpoint: Path, dtype: str | None, verify: bool, num_workers: int) -> Path:
-    output = run_dir(config).checkpoints_hf / checkpoint.name
+def export_checkpoint(
+    config: RunConfig, checkpoint: Path, *, dtype: str | None = None, verify: bool = False, num_workers: int = 2
+) -> Path:
+    """Convert one checkpoint of a run to `<run>/checkpoints_hf/<its name>`; return that folder."""
     return mcore_to_hf(
         checkpoint,
-        output,
+        run_dir(config).checkpoints_hf / checkpoint.name,
         tokenizer=tokenizer_path(config),
         dtype=dtype,
         verify=verify,

@@ -1,0 +1,210 @@
+"""Averages against numpy in float64, what does not match, mergekit's exit codes."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from megatron_cpt.checkpoint import soup
+from megatron_cpt.checkpoint.convert import hf_to_mcore, mcore_to_hf
+from megatron_cpt.checkpoint.hf import HFFolder
+from megatron_cpt.checkpoint.mcore import read_tracker, verify_checkpoint
+from megatron_cpt.checkpoint.megatron_soup import average_checkpoints
+from megatron_cpt.checkpoint.soup import (
+    average_hf,
+    greedy_soup,
+    mergekit_config,
+    run_mergekit,
+    uniform_soup,
+    weighted_mean,
+)
+from megatron_cpt.errors import CheckpointError
+
+
+@pytest.fixture(scope="session")
+def variants(hf_models, tmp_path_factory):
+    """Return three folders of one architecture with different bf16 weights."""
+    root = tmp_path_factory.mktemp("variants")
+    paths = []
+    for number in range(3):
+        path = root / f"v{number}"
+        shutil.copytree(hf_models("llama"), path)
+        generator = torch.Generator().manual_seed(number)
+        tensors = {
+            name: torch.randn(values.shape, generator=generator).bfloat16()
+            for name, values in load_file(path / "model.safetensors").items()
+        }
+        save_file(tensors, path / "model.safetensors", {"format": "pt"})
+        (path / "tokenizer.json").write_text("{}")
+        paths.append(path)
+    return paths
+
+
+def float64_mean(paths, name, weights):
+    """Return the mean in float64, rounded to float32 and then to bf16."""
+    total = sum(
+        weight * HFFolder(path).read(name).double().numpy() for path, weight in zip(paths, weights, strict=True)
+    )
+    return torch.from_numpy(np.asarray(total / sum(weights))).bfloat16()
+
+
+def changed(source, target, **tensors):
+    """Copy a folder with some tensors added or replaced; None removes one."""
+    shutil.copytree(source, target)
+    content = load_file(target / "model.safetensors") | {
+        name.replace("__", "."): value for name, value in tensors.items()
+    }
+    save_file({name: value for name, value in content.items() if value is not None}, target / "model.safetensors")
+    return target
+
+
+@pytest.mark.parametrize("weights", [None, [1, 1, 1], [0.2, 0.3, 0.5]])
+def test_the_average_is_numpys_in_float64(variants, tmp_path, weights):
+    output = average_hf(variants, tmp_path / "soup", weights=weights)
+    folder = HFFolder(output)
+    assert len(folder.names()) == len(HFFolder(variants[0]).names())
+    for name in folder.names():
+        expected = float64_mean(variants, name, weights or [1, 1, 1])
+        # with weights that float32 holds exactly only the last rounding is left; others tip a tie now and then
+        assert (folder.read(name) != expected).float().mean() < (1e-2 if weights and sum(weights) == 1 else 1e-4)
+        assert torch.allclose(folder.read(name).float(), expected.float(), rtol=2**-7, atol=1e-6)  # one step of bf16
+
+
+def test_the_sum_is_taken_in_float32_and_divided_once():
+    values = [torch.randn(10_000, generator=torch.Generator().manual_seed(i)).bfloat16() for i in range(3)]
+    mean = weighted_mean([lambda value=value: value for value in values], [1, 1, 1])
+    assert mean.dtype == torch.float32
+    exact = (sum(value.double() for value in values) / 3).float()
+    assert (mean - exact).abs().max() < 2e-7 * exact.abs().max() * 4
+
+
+def test_the_base_is_one_more_model_and_gives_configuration_and_tokenizer(variants, tmp_path):
+    output = average_hf(variants[1:], tmp_path / "soup", base=variants[0])
+    name = "model.norm.weight"
+    assert torch.equal(HFFolder(output).read(name), float64_mean(variants, name, [1, 1, 1]))
+    assert (output / "tokenizer.json").exists() and (output / "generation_config.json").exists()
+
+
+def test_only_matching_names_are_merged_and_the_others_reported(variants, tmp_path):
+    other = changed(
+        variants[1],
+        tmp_path / "other",
+        extra__weight=torch.ones(2),
+        model__norm__weight=None,
+        lm_head__weight=torch.ones(3, 3),
+    )
+    with pytest.raises(CheckpointError, match="2 tensors are in some models only.*1 tensors differ in shape"):
+        average_hf([variants[0], other], tmp_path / "soup")
+    output = average_hf([other], tmp_path / "soup", base=variants[0], allow=["skipped", "mismatched"])
+    info = json.loads((output / "merge_info.json").read_text())
+    assert sorted(info["skipped"]) == ["extra.weight", "model.norm.weight"] and info["mismatched"] == ["lm_head.weight"]
+    assert info["counts"]["matched"] == len(HFFolder(variants[0]).names()) - 2 == len(info["matched"])
+    base = HFFolder(variants[0])
+    for name in ("model.norm.weight", "lm_head.weight"):
+        assert torch.equal(HFFolder(output).read(name), base.read(name))
+    assert info["inputs"][0]["files"]["model.safetensors"] != info["inputs"][1]["files"]["model.safetensors"]
+
+
+def test_other_tokenizers_and_configurations_are_errors_unless_allowed(variants, tmp_path):
+    other = changed(variants[1], tmp_path / "other")
+    (other / "tokenizer.json").write_text('{"a": 1}')
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    with pytest.raises(CheckpointError, match="differs from .* in rms_norm_eps.*tokenizer:"):
+        average_hf([variants[0], other], tmp_path / "soup")
+    assert not (tmp_path / "soup").exists()
+    average_hf([variants[0], other], tmp_path / "soup", allow=["configuration", "tokenizer"])
+
+
+def test_weights_must_fit(variants, tmp_path):
+    with pytest.raises(CheckpointError, match="2 weights for 3 models"):
+        average_hf(variants, tmp_path / "soup", weights=[1, 2])
+    with pytest.raises(CheckpointError, match="sum to 0"):
+        average_hf(variants, tmp_path / "soup", weights=[1, -1, 0])
+
+
+def test_dtype_is_as_asked(variants, tmp_path):
+    output = average_hf(variants, tmp_path / "soup", dtype="fp32")
+    assert HFFolder(output).dtype("model.norm.weight") == torch.float32
+    assert json.loads((output / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_greedy_keeps_what_lowers_the_score(variants, tmp_path):
+    def score(path):
+        """Distance to the mean of the first two."""
+        target = float64_mean(variants[:2], "model.norm.weight", [1, 1]).float()
+        return float((HFFolder(path).read("model.norm.weight").float() - target).norm())
+
+    output, steps = greedy_soup([variants[2], variants[0], variants[1]], tmp_path / "soup", score)
+    assert sum(step["kept"] for step in steps) == 2 and score(output) < 1e-6
+    assert json.loads((output / "merge_info.json").read_text())["greedy_steps"] == steps
+    uniform = uniform_soup(variants, tmp_path / "uniform")
+    assert score(uniform) > score(output)
+
+
+@pytest.mark.slow
+def test_mergekits_linear_merge_equals_ours(variants, tmp_path):
+    config = mergekit_config(variants, method="linear")
+    assert all(entry["model"].startswith("/") for entry in config["models"])
+    output = run_mergekit(config, tmp_path / "merged")
+    ours = average_hf(variants, tmp_path / "ours")
+    for name in HFFolder(ours).names():
+        difference = HFFolder(output).read(name).float() - HFFolder(ours).read(name).float()
+        assert (difference != 0).float().mean() < 1e-3
+    info = json.loads((output / "merge_info.json").read_text())
+    assert info["engine"] == "mergekit" and len(info["inputs"]) == 3 and info["counts"]["skipped"] == 0
+
+
+def test_a_failing_mergekit_fails_the_soup_and_leaves_nothing(variants, tmp_path, monkeypatch):
+    program = tmp_path / "mergekit-yaml"
+    program.write_text("#!/bin/sh\ntouch $2/config.json\necho no such method >&2\nexit 3\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(soup, "_mergekit", lambda: str(program))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({**mergekit_config(variants[:2]), "merge_method": "no-such-method"}))
+    with pytest.raises(CheckpointError, match="mergekit-yaml: left with 3: no such method"):
+        run_mergekit(recipe, tmp_path / "merged")
+    program.write_text("#!/bin/sh\nexit 0\n")
+    with pytest.raises(CheckpointError, match="config.json: no such file"):
+        run_mergekit(recipe, tmp_path / "merged")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mergekit-yaml", "recipe.yaml"]
+
+
+def test_configurations_of_other_methods_name_the_base():
+    from pathlib import Path
+
+    slerp = mergekit_config([Path("/b")], method="slerp", base=Path("/a"), parameters={"t": 0.5})
+    assert slerp["base_model"] == "/a" and [entry["model"] for entry in slerp["models"]] == ["/a", "/b"]
+    assert slerp["parameters"] == {"t": 0.5}
+    ties = mergekit_config([Path("/b"), Path("/c")], method="ties", base=Path("/a"), weights=[1, 2])
+    assert [entry["parameters"]["weight"] for entry in ties["models"]] == [1, 2] and ties["base_model"] == "/a"
+
+
+@pytest.fixture(scope="session")
+def checkpoints(variants, tmp_path_factory):
+    """Return the variants as Megatron checkpoints."""
+    root = tmp_path_factory.mktemp("megatron")
+    return [hf_to_mcore(path, root / path.name) for path in variants]
+
+
+def test_megatron_checkpoints_average_directly_into_either_format(variants, checkpoints, tmp_path):
+    expected = average_hf(variants, tmp_path / "expected", weights=[1, 2, 3])
+    exported = average_checkpoints(checkpoints, tmp_path / "hf", weights=[1, 2, 3], to="huggingface")
+    release = average_checkpoints(checkpoints, tmp_path / "mcore", weights=[1, 2, 3])
+    assert json.loads((exported / "merge_info.json").read_text())["counts"]["skipped"] == 0
+    assert verify_checkpoint(release)["source"]["kind"] == "soup" and read_tracker(tmp_path / "mcore") == "release"
+    through = mcore_to_hf(release, tmp_path / "through")
+    for name in HFFolder(expected).names():
+        for folder in (exported, through):
+            assert torch.equal(HFFolder(folder).read(name), HFFolder(expected).read(name))
+
+
+def test_checkpoints_of_other_models_do_not_average(checkpoints, hf_models, tmp_path):
+    other = hf_to_mcore(hf_models("qwen2"), tmp_path / "qwen2")
+    with pytest.raises(CheckpointError, match="add_qkv_bias: False != True"):
+        average_checkpoints([checkpoints[0], other], tmp_path / "soup")
+    assert not (tmp_path / "soup").exists()
