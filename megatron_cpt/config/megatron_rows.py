@@ -383,7 +383,7 @@ _DATA = (
 )
 
 _RUN = (
-    Row("init.from_path", flag="--load", honoured_by="train/checkpointing.py"),
+    Row("init.from_path", flag="--load", honoured_by="train/init.py"),
     Row(
         "init.load",
         flag="--finetune",
@@ -393,16 +393,20 @@ _RUN = (
     Row("checkpoint.save_interval", flag="--save-interval", honoured_by="train/loop.py"),
     Row("checkpoint.keep_last", honoured_by="checkpoint/retention.py"),
     Row("checkpoint.keep_every", honoured_by="checkpoint/retention.py"),
-    Row("checkpoint.async_save", flag="--async-save", honoured_by="train/checkpointing.py"),
-    Row("checkpoint.verify_on_load", honoured_by="checkpoint/mcore.py"),
-    Row("checkpoint.accept_changes", honoured_by="checkpoint/mcore.py"),
+    Row(
+        "checkpoint.async_save",
+        flag="--async-save",
+        honoured_by="config/check_stage.py, which refuses it: training waits for its checkpoints",
+    ),
+    Row("checkpoint.verify_on_load", honoured_by="train/init.py"),
+    Row("checkpoint.accept_changes", honoured_by="train/checkpointing.py"),
     Row(
         "evaluation.eval_interval",
         flag="--eval-interval",
         flag_value=lambda config: config.evaluation.eval_interval or None,
         honoured_by="train/loop.py",
     ),
-    Row("evaluation.eval_iters", flag="--eval-iters", honoured_by="train/loop.py"),
+    Row("evaluation.eval_iters", flag="--eval-iters", honoured_by="train/evaluation.py"),
     Row("logging.log_interval", flag="--log-interval", honoured_by="train/loop.py"),
     Row("logging.tensorboard", honoured_by="train/metrics.py"),
     Row("paths.runs_dir", honoured_by="launch/run_dir.py"),
@@ -415,9 +419,9 @@ _RUN = (
         "launch.exit_before_walltime",
         flag="--exit-duration-in-mins",
         flag_value=_exit_minutes,
-        honoured_by="train/loop.py",
+        honoured_by="train/interrupt.py",
     ),
-    Row("launch.max_restarts", honoured_by="launch/submit.py"),
+    Row("launch.max_restarts", honoured_by="verbs/submit.py"),
     Row("task", honoured_by="launch/run_dir.py"),
     Row("params", honoured_by="launch/run_dir.py"),
     Row("size", honoured_by="launch/run_dir.py"),

@@ -2,7 +2,9 @@
 
 import dataclasses
 import inspect
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -66,6 +68,15 @@ def test_every_setting_has_exactly_one_row() -> None:
 def test_a_row_names_an_argument_or_who_honours_the_setting() -> None:
     for row in ROWS:
         assert row.arguments or row.honoured_by, row.setting
+
+
+def test_the_file_that_is_said_to_honour_a_setting_names_it() -> None:
+    package = Path(__file__).resolve().parents[2] / "megatron_cpt"
+    for row in ROWS:
+        if row.honoured_by:
+            path = package / re.split("[, ;]", row.honoured_by)[0]
+            name = row.setting.rpartition(".")[2]
+            assert re.search(rf"\b{name}\b", path.read_text()), f"{row.setting}: not in {path}"
 
 
 def test_no_flag_stands_in_two_rows() -> None:
