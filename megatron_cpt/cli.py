@@ -23,6 +23,7 @@ VERBS = {
     "data": "validate, repair, audit, trace, merge, deduplicate, sample and decontaminate documents",
     "convert": "convert models between Hugging Face folders and Megatron checkpoints, on a CPU, and prove it",
     "soup": "merge models: a run's last checkpoints, several runs, or any Hugging Face folders",
+    "checkpoint": "list, verify, inspect, compare, prune, protect, copy, adopt checkpoints",
     "evaluate": "bits per byte, learned and forgotten, samples, weight divergence of models",
     "analyze": "statistics of every tensor of a model",
     "report": "draw a one-page report of one or several stages",

@@ -150,13 +150,22 @@ def list_checkpoints(root: Path) -> list[Iteration]:
     Complete means a readable manifest; the files are not looked at.
     """
     found: list[Iteration] = []
-    for iteration in _iterations_on_disk(root):
+    for iteration in iterations_on_disk(root):
         try:
             read_manifest(checkpoint_dir(root, iteration))
         except CheckpointError:
             continue
         found.append(iteration)
     return found
+
+
+def iterations_on_disk(root: Path) -> list[Iteration]:
+    """Return the iterations that have a folder in `root`, complete or not, `release` first, then ascending."""
+    if not root.is_dir():
+        return []
+    with os.scandir(root) as entries:
+        found = [iteration_of(Path(entry.path)) for entry in entries if entry.is_dir()]
+    return sorted((iteration for iteration in found if iteration is not None), key=_order)
 
 
 def newest_good_checkpoint(root: Path, mode: VerifyMode = "full") -> Path | None:
@@ -169,7 +178,7 @@ def newest_good_checkpoint(root: Path, mode: VerifyMode = "full") -> Path | None
     """
     tracked = _tracked_or_none(root)
     damaged = []
-    for iteration in reversed(_iterations_on_disk(root)):
+    for iteration in reversed(iterations_on_disk(root)):
         directory = checkpoint_dir(root, iteration)
         if tracked is not None and _order(iteration) > _order(tracked):
             logger.warning("%s: newer than the tracker's %s, not used. Edit %s to use it.", directory, tracked, TRACKER)
@@ -230,14 +239,6 @@ def checkpoint_bytes(directory: Path) -> int:
 
 def _checksum(manifest: Mapping[str, Any]) -> str:
     return text_hash(json.dumps(manifest, sort_keys=True, ensure_ascii=False))
-
-
-def _iterations_on_disk(root: Path) -> list[Iteration]:
-    if not root.is_dir():
-        return []
-    with os.scandir(root) as entries:
-        found = [iteration_of(Path(entry.path)) for entry in entries if entry.is_dir()]
-    return sorted((iteration for iteration in found if iteration is not None), key=_order)
 
 
 def _order(iteration: Iteration) -> int:

@@ -11,15 +11,11 @@ Examples:
 """
 
 import argparse
-import re
 import sys
 from pathlib import Path
 
-from megatron_cpt.config.fields import nearest, parse_field, section_fields
+from megatron_cpt.checkpoint.arguments import params_model, parse_bytes
 from megatron_cpt.config.load import add_run_arguments, load_from_arguments
-from megatron_cpt.config.schema import ModelConfig
-from megatron_cpt.config.sources import find_params, read_yaml
-from megatron_cpt.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int | None:
             hf_to_mcore(
                 arguments.hf_dir,
                 arguments.output,
-                model=_params_model(arguments.params),
+                model=params_model(arguments.params) if arguments.params else None,
                 make_vocab_size_divisible_by=arguments.make_vocab_size_divisible_by,
                 skip_tensors=arguments.skip_tensors,
                 ignore_config=arguments.ignore_config,
@@ -81,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int | None:
                 arguments.checkpoint,
                 arguments.output,
                 tokenizer=arguments.tokenizer,
-                max_shard_bytes=_parse_size(arguments.max_shard_size),
+                max_shard_bytes=parse_bytes(arguments.max_shard_size),
                 **options,
             )
         ]
@@ -107,24 +103,3 @@ def _verify(arguments: argparse.Namespace) -> int:
     tensors = compare_weights(arguments.hf_dir, checkpoint)
     sys.stdout.write(f"{len(tensors)} tensors are equal bit by bit\n")
     return 0
-
-
-def _params_model(params: str | None) -> ModelConfig | None:
-    if params is None:
-        return None
-    path = find_params(params, Path())
-    settings = read_yaml(path).get("model") or {}
-    fields = section_fields(ModelConfig)
-    unknown = sorted(set(settings) - set(fields))
-    if unknown:
-        raise ConfigError(f"{path}: model.{unknown[0]} is not a setting. Use {nearest(unknown[0], list(fields))}.")
-    return ModelConfig(**{key: parse_field(fields[key][0], value, f"model.{key}") for key, value in settings.items()})
-
-
-def _parse_size(text: str) -> int:
-    """Return bytes from `5GB`, `200MB` or a plain number."""
-    units = {"GB": 10**9, "MB": 10**6, "KB": 10**3, "": 1}
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GB|MB|KB|)", text.strip().upper())
-    if match is None:
-        raise ConfigError(f"--max-shard-size: {text!r}. A size such as 5GB or 200MB is needed.")
-    return int(float(match[1]) * units[match[2]])
