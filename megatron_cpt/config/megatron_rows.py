@@ -25,18 +25,22 @@ def _always(config: RunConfig) -> bool:
 
 
 def is_moe(config: RunConfig) -> bool:
+    """Return whether the model is a mixture of experts."""
     return config.model.num_moe_experts is not None
 
 
 def is_mla(config: RunConfig) -> bool:
+    """Return whether attention is multi-head latent attention."""
     return config.model.multi_latent_attention
 
 
 def is_yarn(config: RunConfig) -> bool:
+    """Return whether rotary frequencies are stretched by YaRN."""
     return config.model.rope_scaling_type == "yarn"
 
 
 def is_mla_with_yarn(config: RunConfig) -> bool:
+    """Return whether both hold: only then has Megatron-Core's configuration YaRN's numbers."""
     return is_mla(config) and is_yarn(config)
 
 
