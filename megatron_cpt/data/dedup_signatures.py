@@ -95,7 +95,7 @@ def _signatures(texts: list[str], options: MinHashOptions) -> np.ndarray:
         rows["length"][index] = min(len(stripped), 2**32 - 1)
     if options.is_exact_only or options.is_prompt or not texts:
         return rows
-    shingles = [np.unique(shingle_hashes(text, options.ngram)) for text in texts]
+    shingles = [shingle_hashes(text, options.ngram) for text in texts]
     offsets = np.cumsum([0, *map(len, shingles)], dtype=np.uint64)
     rows["has_words"] = np.diff(offsets) > 0
     matrix = RMinHash.digest_matrix_from_flat_token_hashes(

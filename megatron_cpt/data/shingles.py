@@ -1,17 +1,19 @@
 """Word n-grams of a text as 64-bit hashes, the same on every machine and in every run.
 
-A word is a run of letters and digits, in lower case; each Han character and kana is a word of its own, since those
-scripts write no spaces. A text shorter than n words has one shingle, all of it.
+A word is a run of letters, digits and underscores, in lower case; each Han character and kana is a word of its own,
+since those scripts write no spaces. A text shorter than n words has one shingle, all of it.
 """
 
+import functools
 import re
-import zlib
 
 import numpy as np
 
 _IDEOGRAPH = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _WORD = re.compile(f"[{_IDEOGRAPH}]|[^\\W{_IDEOGRAPH}]+")
 _MULTIPLIER = 0x9E3779B97F4A7C15
+_SEPARATOR, _LETTER, _WHOLE_WORD = 0, 1, 2
+_MAX_WORD = 1 << 12
 
 
 def words_of(text: str) -> list[str]:
@@ -21,15 +23,48 @@ def words_of(text: str) -> list[str]:
 
 def shingle_hashes(text: str, ngram: int) -> np.ndarray:
     """Return a hash per n-gram of words in order, uint64; empty for a text without words."""
-    words = words_of(text)
-    if not words:
-        return np.empty(0, dtype=np.uint64)
-    ids = np.array([zlib.crc32(word.encode()) for word in words], dtype=np.uint64)
+    ids = _word_hashes(text)
+    if not len(ids):
+        return ids
     size = min(ngram, len(ids))
     hashes = np.full(len(ids) - size + 1, size, dtype=np.uint64)
     for offset in range(size):
-        hashes = _mix((hashes + ids[offset : len(ids) - size + 1 + offset]) * np.uint64(_MULTIPLIER))
-    return hashes
+        hashes = (hashes + ids[offset : len(ids) - size + 1 + offset]) * np.uint64(_MULTIPLIER)
+        hashes ^= hashes >> np.uint64(29)
+    return _mix(hashes)
+
+
+def _word_hashes(text: str) -> np.ndarray:
+    """Return a hash per word in order, uint64: a polynomial over its characters."""
+    codes = np.frombuffer(text.lower().encode("utf-32-le", "surrogatepass"), dtype="<u4")
+    kinds = _kinds()[codes]
+    is_begin = kinds == _WHOLE_WORD
+    is_letter = kinds == _LETTER
+    is_begin[:1] |= is_letter[:1]
+    is_begin[1:] |= is_letter[1:] & ~is_letter[:-1]
+    places = np.flatnonzero(kinds)
+    if not len(places):
+        return np.empty(0, dtype=np.uint64)
+    begins = np.flatnonzero(is_begin[places])
+    lengths = np.diff(begins, append=len(places))
+    within = (np.arange(len(places)) - np.repeat(begins, lengths)) % _MAX_WORD
+    sums = np.add.reduceat(codes[places].astype(np.uint64) * _powers()[within], begins)
+    return _mix(sums + lengths.astype(np.uint64))
+
+
+@functools.cache
+def _kinds() -> np.ndarray:
+    """Return what each code point is: a separator, a letter, or a word by itself."""
+    kinds = np.array([_LETTER if chr(code).isalnum() else _SEPARATOR for code in range(0x110000)], dtype=np.uint8)
+    kinds[ord("_")] = _LETTER
+    for first, last in re.findall("(.)-(.)", _IDEOGRAPH):
+        kinds[ord(first) : ord(last) + 1] = _WHOLE_WORD
+    return kinds
+
+
+@functools.cache
+def _powers() -> np.ndarray:
+    return np.cumprod(np.full(_MAX_WORD, _MULTIPLIER, dtype=np.uint64), dtype=np.uint64)
 
 
 def _mix(values: np.ndarray) -> np.ndarray:

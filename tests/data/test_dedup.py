@@ -5,6 +5,8 @@ import random
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron_cpt import cli
 from megatron_cpt.data import dedup as dedup_module
@@ -162,6 +164,14 @@ def test_ideographs_are_words_so_that_scripts_without_spaces_have_shingles():
     assert len(shingle_hashes("東京は日本の首都です", 5)) == 6
     assert len(shingle_hashes("two words", 5)) == 1
     assert len(shingle_hashes(" ,. ", 5)) == 0
+
+
+@given(text=st.text(st.characters(codec="utf-8"), max_size=40))
+def test_hashed_words_are_the_words_that_the_pattern_finds(text):
+    joined = " ".join(words_of(text))
+    assert np.array_equal(shingle_hashes(text, 1), shingle_hashes(joined, 1))
+    assert len(shingle_hashes(text, 1)) == len(words_of(text))
+    assert len(np.unique(shingle_hashes(text, 1))) == len(set(words_of(text)))
 
 
 def test_bands_find_nine_of_ten_pairs_at_the_threshold():
