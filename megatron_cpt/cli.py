@@ -19,6 +19,7 @@ VERBS = {
     "train": "train one stage; what each rank of a job runs (see submit)",
     "plan": "say what a run needs before it is queued: tokens, iterations, memory per rank, disk, time, node hours",
     "submit": "start a run on this machine, PBS or Slurm, after checking everything that can be checked beforehand",
+    "status": "show a run's jobs and progress, and why a job waits or died",
     "tokenize": "turn documents into .bin/.idx token files, restartable, with a manifest beside each",
     "data": "validate, repair, audit, trace, merge, deduplicate, sample and decontaminate documents",
     "convert": "convert models between Hugging Face folders and Megatron checkpoints, on a CPU, and prove it",

@@ -21,6 +21,11 @@ logger = logging.getLogger(__name__)
 SHUTDOWN_SECONDS = 10
 """Time torchrun gives the surviving ranks once one has failed: they wait for a rank that will never answer."""
 _FAILED_RANK = re.compile(r"rank\s+: (\d+) \(local_rank: \d+\)\s+exitcode\s+: (-?\d+)")
+_LAUNCHER_SAYS = (  # (rank, exit code) in the words of srun, Open MPI and PALS, where they start the ranks themselves
+    re.compile(r"srun: error: \S+: tasks? (\d+)\S*: Exited with exit code (\d+)"),
+    re.compile(r"Process name: \[\[\d+,\d+\],\s*(\d+)\]\s+Exit code:\s+(\d+)"),
+    re.compile(r"rank (\d+) exited with code (\d+)"),
+)
 _PORT_TAKEN = re.compile(r"EADDRINUSE|address already in use", re.I)
 
 
@@ -139,10 +144,12 @@ def _wait(
 
 
 def _outcome(exit_code: int, log: str) -> Outcome:
-    """Read from torchrun's own summary which rank failed first and how; torchrun itself always exits 1."""
+    """Read from the launcher's own summary which rank failed first and how; its exit code says less."""
     if exit_code == 0:
         return Outcome(0)
     failed = _FAILED_RANK.search(log, max(log.find("Root Cause"), 0))
+    if failed is None and "torch.distributed.run" not in log and "megatron_cpt.launch.node" not in log:
+        failed = next(filter(None, (pattern.search(log) for pattern in _LAUNCHER_SAYS)), None)
     if failed:
         code = int(failed[2])
         return Outcome(code if code > 0 else 128 - code, failed_rank=int(failed[1]))

@@ -7,11 +7,11 @@
 #PBS -W umask=027
 #PBS -j oe
 #PBS -k oed
-#PBS -o /home/me/cpt/runs/ja/8b/50B/main/logs/train-20260102T030405-001/job.out
+#PBS -o /site/cpt/runs/ja/8b/50B/main/logs/train-20260102T030405-001/job.out
 #PBS -m n
 #PBS -v RTYPE=rt_HF
 set -euo pipefail
-cd /home/me/cpt
+cd /site/cpt
 umask 027
 set +u
 source /etc/profile.d/modules.sh
@@ -22,10 +22,10 @@ module load nccl
 set -u
 export NCCL_IB_TIMEOUT=22
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
-exec /home/me/cpt/env/bin/python -m megatron_cpt.launch.batch \
-    --run /home/me/cpt/runs/ja/8b/50B/main \
+exec /site/cpt/env/bin/python -m megatron_cpt.launch.batch \
+    --run /site/cpt/runs/ja/8b/50B/main \
     --stage train \
-    --log-dir /home/me/cpt/runs/ja/8b/50B/main/logs/train-20260102T030405-001 \
+    --log-dir /site/cpt/runs/ja/8b/50B/main/logs/train-20260102T030405-001 \
     --launcher 'mpirun -n 16 --npernode 8 --hostfile %hostfile% -bind-to none -map-by slot' \
     --processes rank \
     --nodes 2 \
@@ -36,7 +36,7 @@ exec /home/me/cpt/env/bin/python -m megatron_cpt.launch.batch \
     --must-finish \
     --forward NCCL_IB_TIMEOUT,TORCH_NCCL_ASYNC_ERROR_HANDLING \
     -- \
-    /home/me/cpt/env/bin/python -m megatron_cpt train \
+    /site/cpt/env/bin/python -m megatron_cpt train \
     --task tasks/ja \
     --params 8b \
     --size 50B \

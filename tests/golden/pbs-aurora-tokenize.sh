@@ -8,12 +8,12 @@
 #PBS -W umask=027
 #PBS -j oe
 #PBS -k oed
-#PBS -o /home/me/cpt/runs/ja/8b/50B/main/logs/tokenize-D1-20260102T030405/job.out
+#PBS -o /site/cpt/runs/ja/8b/50B/main/logs/tokenize-D1-20260102T030405/job.out
 #PBS -m n
 #PBS -l filesystems=home:flare
 #PBS -l place=scatter
 set -euo pipefail
-cd /home/me/cpt
+cd /site/cpt
 umask 027
 set +u
 module load frameworks
@@ -21,12 +21,12 @@ set -u
 export FI_CXI_DEFAULT_CQ_SIZE=1048576
 export FI_MR_CACHE_MONITOR=userfaultfd
 export CCL_ATL_TRANSPORT=mpi
-exec /home/me/cpt/env/bin/python -m megatron_cpt.launch.batch \
-    --run /home/me/cpt/runs/ja/8b/50B/main \
+exec /site/cpt/env/bin/python -m megatron_cpt.launch.batch \
+    --run /site/cpt/runs/ja/8b/50B/main \
     --stage tokenize \
-    --log-dir /home/me/cpt/runs/ja/8b/50B/main/logs/tokenize-D1-20260102T030405 \
+    --log-dir /site/cpt/runs/ja/8b/50B/main/logs/tokenize-D1-20260102T030405 \
     --num-array-tasks 8 \
     -- \
-    /home/me/cpt/env/bin/python -m megatron_cpt tokenize \
+    /site/cpt/env/bin/python -m megatron_cpt tokenize \
     --input data/D1 \
     --shard '{array_index}/{num_array_tasks}'

@@ -7,12 +7,12 @@
 #PBS -W umask=027
 #PBS -j oe
 #PBS -k oed
-#PBS -o /home/me/cpt/runs/ja/8b/50B/main/logs/train-20260102T030405-001/job.out
+#PBS -o /site/cpt/runs/ja/8b/50B/main/logs/train-20260102T030405-001/job.out
 #PBS -m n
 #PBS -l filesystems=home:flare
 #PBS -l place=scatter
 set -euo pipefail
-cd /home/me/cpt
+cd /site/cpt
 umask 027
 set +u
 module load frameworks
@@ -20,10 +20,10 @@ set -u
 export FI_CXI_DEFAULT_CQ_SIZE=1048576
 export FI_MR_CACHE_MONITOR=userfaultfd
 export CCL_ATL_TRANSPORT=mpi
-exec /home/me/cpt/env/bin/python -m megatron_cpt.launch.batch \
-    --run /home/me/cpt/runs/ja/8b/50B/main \
+exec /site/cpt/env/bin/python -m megatron_cpt.launch.batch \
+    --run /site/cpt/runs/ja/8b/50B/main \
     --stage train \
-    --log-dir /home/me/cpt/runs/ja/8b/50B/main/logs/train-20260102T030405-001 \
+    --log-dir /site/cpt/runs/ja/8b/50B/main/logs/train-20260102T030405-001 \
     --launcher 'mpiexec -n 24 --ppn 12 --hostfile %hostfile% --cpu-bind none' \
     --processes rank \
     --nodes 2 \
@@ -34,7 +34,7 @@ exec /home/me/cpt/env/bin/python -m megatron_cpt.launch.batch \
     --must-finish \
     --forward FI_CXI_DEFAULT_CQ_SIZE,FI_MR_CACHE_MONITOR,CCL_ATL_TRANSPORT \
     -- \
-    /home/me/cpt/env/bin/python -m megatron_cpt train \
+    /site/cpt/env/bin/python -m megatron_cpt train \
     --task tasks/ja \
     --params 8b \
     --size 50B \

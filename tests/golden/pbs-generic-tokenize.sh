@@ -8,17 +8,17 @@
 #PBS -W umask=022
 #PBS -j oe
 #PBS -k oed
-#PBS -o /home/me/cpt/runs/ja/8b/50B/main/logs/tokenize-D1-20260102T030405/job.out
+#PBS -o /site/cpt/runs/ja/8b/50B/main/logs/tokenize-D1-20260102T030405/job.out
 #PBS -m n
 set -euo pipefail
-cd /home/me/cpt
+cd /site/cpt
 umask 022
-exec /home/me/cpt/env/bin/python -m megatron_cpt.launch.batch \
-    --run /home/me/cpt/runs/ja/8b/50B/main \
+exec /site/cpt/env/bin/python -m megatron_cpt.launch.batch \
+    --run /site/cpt/runs/ja/8b/50B/main \
     --stage tokenize \
-    --log-dir /home/me/cpt/runs/ja/8b/50B/main/logs/tokenize-D1-20260102T030405 \
+    --log-dir /site/cpt/runs/ja/8b/50B/main/logs/tokenize-D1-20260102T030405 \
     --num-array-tasks 8 \
     -- \
-    /home/me/cpt/env/bin/python -m megatron_cpt tokenize \
+    /site/cpt/env/bin/python -m megatron_cpt tokenize \
     --input data/D1 \
     --shard '{array_index}/{num_array_tasks}'

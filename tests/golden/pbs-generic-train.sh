@@ -7,15 +7,15 @@
 #PBS -W umask=022
 #PBS -j oe
 #PBS -k oed
-#PBS -o /home/me/cpt/runs/ja/8b/50B/main/logs/train-20260102T030405-001/job.out
+#PBS -o /site/cpt/runs/ja/8b/50B/main/logs/train-20260102T030405-001/job.out
 #PBS -m n
 set -euo pipefail
-cd /home/me/cpt
+cd /site/cpt
 umask 022
-exec /home/me/cpt/env/bin/python -m megatron_cpt.launch.batch \
-    --run /home/me/cpt/runs/ja/8b/50B/main \
+exec /site/cpt/env/bin/python -m megatron_cpt.launch.batch \
+    --run /site/cpt/runs/ja/8b/50B/main \
     --stage train \
-    --log-dir /home/me/cpt/runs/ja/8b/50B/main/logs/train-20260102T030405-001 \
+    --log-dir /site/cpt/runs/ja/8b/50B/main/logs/train-20260102T030405-001 \
     --launcher 'mpirun -n 2 --map-by ppr:1:node --hostfile %hostfile% --bind-to none' \
     --processes node \
     --nodes 2 \
@@ -25,7 +25,7 @@ exec /home/me/cpt/env/bin/python -m megatron_cpt.launch.batch \
     --max-failures 2 \
     --must-finish \
     -- \
-    /home/me/cpt/env/bin/python -m megatron_cpt train \
+    /site/cpt/env/bin/python -m megatron_cpt train \
     --task tasks/ja \
     --params 8b \
     --size 50B \

@@ -7,16 +7,16 @@
 #SBATCH --time=24:00:00
 #SBATCH --signal=B:USR1@600
 #SBATCH --requeue
-#SBATCH --output=/home/me/cpt/runs/ja/8b/50B/main/logs/train-20260102T030405-001/job.out
+#SBATCH --output=/site/cpt/runs/ja/8b/50B/main/logs/train-20260102T030405-001/job.out
 #SBATCH --open-mode=append
 #SBATCH --gpus-per-node=8
 set -euo pipefail
-cd /home/me/cpt
+cd /site/cpt
 umask 022
-exec /home/me/cpt/env/bin/python -m megatron_cpt.launch.batch \
-    --run /home/me/cpt/runs/ja/8b/50B/main \
+exec /site/cpt/env/bin/python -m megatron_cpt.launch.batch \
+    --run /site/cpt/runs/ja/8b/50B/main \
     --stage train \
-    --log-dir /home/me/cpt/runs/ja/8b/50B/main/logs/train-20260102T030405-001 \
+    --log-dir /site/cpt/runs/ja/8b/50B/main/logs/train-20260102T030405-001 \
     --launcher 'srun --kill-on-bad-exit=1 --nodes=2 --ntasks=2 --ntasks-per-node=1' \
     --processes node \
     --nodes 2 \
@@ -26,7 +26,7 @@ exec /home/me/cpt/env/bin/python -m megatron_cpt.launch.batch \
     --max-failures 2 \
     --must-finish \
     -- \
-    /home/me/cpt/env/bin/python -m megatron_cpt train \
+    /site/cpt/env/bin/python -m megatron_cpt train \
     --task tasks/ja \
     --params 8b \
     --size 50B \

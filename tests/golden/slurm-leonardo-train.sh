@@ -7,21 +7,21 @@
 #SBATCH --time=24:00:00
 #SBATCH --signal=B:USR1@600
 #SBATCH --requeue
-#SBATCH --output=/home/me/cpt/runs/ja/8b/50B/main/logs/train-20260102T030405-001/job.out
+#SBATCH --output=/site/cpt/runs/ja/8b/50B/main/logs/train-20260102T030405-001/job.out
 #SBATCH --open-mode=append
 #SBATCH --gres=gpu:4
 #SBATCH --cpus-per-task=32
 #SBATCH --exclusive
 set -euo pipefail
-cd /home/me/cpt
+cd /site/cpt
 umask 027
 export NCCL_IB_TIMEOUT=22
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
 export HF_HUB_OFFLINE=1
-exec /home/me/cpt/env/bin/python -m megatron_cpt.launch.batch \
-    --run /home/me/cpt/runs/ja/8b/50B/main \
+exec /site/cpt/env/bin/python -m megatron_cpt.launch.batch \
+    --run /site/cpt/runs/ja/8b/50B/main \
     --stage train \
-    --log-dir /home/me/cpt/runs/ja/8b/50B/main/logs/train-20260102T030405-001 \
+    --log-dir /site/cpt/runs/ja/8b/50B/main/logs/train-20260102T030405-001 \
     --launcher 'srun --kill-on-bad-exit=1 --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=32' \
     --processes node \
     --nodes 2 \
@@ -32,7 +32,7 @@ exec /home/me/cpt/env/bin/python -m megatron_cpt.launch.batch \
     --must-finish \
     --forward NCCL_IB_TIMEOUT,TORCH_NCCL_ASYNC_ERROR_HANDLING,HF_HUB_OFFLINE \
     -- \
-    /home/me/cpt/env/bin/python -m megatron_cpt train \
+    /site/cpt/env/bin/python -m megatron_cpt train \
     --task tasks/ja \
     --params 8b \
     --size 50B \

@@ -86,8 +86,8 @@ def submission(site_path: Path, **launch) -> Submission:
         loaded=LoadedConfig(config, {}),
         site=read_site(site_path, {}, account="my-project", queue="my-queue" if site_path.stem == "generic" else None),
         run_arguments=("--task", "tasks/ja", "--params", "8b", "--size", "50B", "--variant", "main"),
-        python="/home/me/cpt/env/bin/python",
-        work_dir=Path("/home/me/cpt"),
+        python="/site/cpt/env/bin/python",
+        work_dir=Path("/site/cpt"),
         stamp="20260102T030405",
     )
 

@@ -1,0 +1,121 @@
+"""The state of a run as a table: its jobs from ledger and scheduler, its progress from the metrics.
+
+A job waits or died for a reason, and the table says it: the scheduler's own word, the job's exit code, or the first error
+line in its logs. A job that the ledger believes alive and the scheduler no longer knows was lost; submitting again
+repairs it.
+"""
+
+import os
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_cpt.config.derived import train_iters, train_tokens
+from megatron_cpt.config.schema import RunConfig
+from megatron_cpt.launch import scheduler as queue
+from megatron_cpt.launch.ledger import ACTIVE_STATES, append_record, read_jobs
+from megatron_cpt.launch.progress import first_error, last_checkpoint, read_progress
+from megatron_cpt.launch.run_dir import RunDir
+from megatron_cpt.log import format_count, format_seconds
+
+_ABORTED_SECONDS = 600
+"""Silence after which a training job is suspected to hang."""
+
+
+@dataclass(frozen=True)
+class JobRow:
+    """One line of the table."""
+
+    job: str
+    stage: str
+    state: str
+    age: str
+    restarts: int
+    reason: str
+
+
+def job_rows(run: RunDir, now: float | None = None) -> list[JobRow]:
+    """Return the run's jobs, oldest first, with the scheduler's states where it still knows them.
+
+    What the scheduler says about a job that the ledger believed alive is added to the ledger.
+    """
+    now = time.time() if now is None else now
+    jobs = {job: record for job, record in read_jobs(run.jobs).items() if "/" not in job}
+    rows = []
+    for job, record in jobs.items():
+        state, reason = str(record.get("state", "unknown")), str(record.get("reason", ""))
+        if state in ACTIVE_STATES:
+            seen = _scheduler_state(job, record)
+            state, reason = seen.state, seen.reason
+            if state not in queue.ALIVE:
+                state = "lost" if state == "unknown" else state
+                append_record(run.jobs, job, state=state, exit_code=seen.exit_code, reason=reason)
+        if state in ("failed", "lost", "cancelled") and not reason.startswith("links"):
+            found = first_error(Path(record["log_dir"])) if record.get("log_dir") else None
+            reason = found or reason or f"exit code {record.get('exit_code')}"
+        age = format_seconds(max(now - float(record.get("submitted") or now), 0))
+        name = str(record.get("name") or record.get("stage", "?"))
+        rows.append(JobRow(job, name, state, age, int(record.get("restarts", 0)), reason))
+    return rows
+
+
+def status_text(run: RunDir, config: RunConfig | None, now: float | None = None) -> str:
+    """Return the table; `config` gives the length of the run, where it is known."""
+    now = time.time() if now is None else now
+    rows = job_rows(run, now)
+    table = [("job", "stage", "state", "since", "restarts", "why")]
+    table += [(row.job, row.stage, row.state, row.age, str(row.restarts), row.reason) for row in rows]
+    widths = [max(len(line[column]) for line in table) for column in range(5)]
+    lines = [str(run.path), *_progress_lines(run, config, rows, now), ""]
+    for line in table if rows else []:
+        lines.append(
+            "  ".join([*(cell.ljust(width) for cell, width in zip(line[:5], widths, strict=True)), line[5]]).rstrip()
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _progress_lines(run: RunDir, config: RunConfig | None, rows: list[JobRow], now: float) -> list[str]:
+    progress = read_progress(run)
+    checkpoint = last_checkpoint(run)
+    if progress.last_time is None:
+        return ["no training yet"]
+    iterations = f"iteration {progress.iteration:,}"
+    tokens = f"{format_count(progress.consumed_tokens)} tokens"
+    eta = ""
+    if config is not None:
+        total = train_tokens(config.training)
+        iterations += f" of {train_iters(config.training):,}"
+        tokens += f" of {format_count(total)}"
+        left = total - progress.consumed_tokens
+        if progress.tokens_per_second and left > 0:
+            eta = f", {format_seconds(left / progress.tokens_per_second)} left"
+    loss = f", loss {progress.loss:.4f}" if progress.loss is not None else ""
+    rate = f", {progress.tokens_per_second:,.0f} tokens/s" if progress.tokens_per_second else ""
+    lines = [f"{iterations}, {tokens}{loss}{rate}{eta}"]
+    silence = now - progress.last_time
+    ended = f", ended: {progress.end_reason}" if progress.end_reason else ""
+    lines.append(
+        f"last checkpoint {checkpoint:,}, {max(progress.num_starts - 1, 0)} resumes, "
+        f"last record {format_seconds(silence)} ago{ended}"
+    )
+    is_running = any(row.state == "running" and row.stage == "train" for row in rows)
+    if is_running and not progress.end_reason and silence > _ABORTED_SECONDS:
+        lines.append(f"nothing was logged for {format_seconds(silence)}: the job may hang; look at its logs")
+    return lines
+
+
+def _scheduler_state(job: str, record: dict[str, Any]) -> queue.JobState:
+    scheduler = str(record.get("scheduler", "local"))
+    if scheduler != "local":
+        return queue.job_states(scheduler, [job])[job]
+    if record.get("host") != socket.gethostname():
+        return queue.JobState("running", f"on {record.get('host')}, not seen from here")
+    try:
+        os.kill(int(record["pid"]), 0)
+    except (ProcessLookupError, KeyError):
+        return queue.JobState("unknown", "its process is gone")
+    except PermissionError:
+        pass
+    return queue.JobState("running")
