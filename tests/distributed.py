@@ -21,6 +21,7 @@ import importlib
 import importlib.util
 import os
 import pickle
+import random
 import signal
 import socket
 import subprocess
@@ -178,9 +179,15 @@ def _reference(function: Callable[..., Any] | str) -> tuple[str, str, str | None
 
 
 def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """Return a port below the range from which the system takes the ports of outgoing connections."""
+    while True:
+        port = random.randrange(15000, 32000)
+        with socket.socket() as listener:
+            try:
+                listener.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port
 
 
 def _serve(connection: Connection) -> None:

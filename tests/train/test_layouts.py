@@ -58,7 +58,11 @@ def trained(ranks, tmp_path_factory):
         ("mla", 2, {PP: 2}),
         ("mla", 2, {CP: 2}),
     ],
-    ids=lambda value: "-".join(f"{''.join(w[0] for w in n.split('_'))}{v}" for n, v in value.items()) if isinstance(value, dict) else str(value),
+    ids=lambda value: (
+        "-".join(f"{''.join(w[0] for w in n.split('_'))}{v}" for n, v in value.items())
+        if isinstance(value, dict)
+        else str(value)
+    ),
 )
 def test_a_layout_continues_as_one_rank_does(ranks, trained, kind, world_size, layout):
     checkpoint, expected = trained(kind)

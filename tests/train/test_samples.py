@@ -91,6 +91,16 @@ def test_a_run_draws_exactly_the_planned_samples_of_every_shard(tmp_path, shards
     assert abs(sum(plan[1:]) - sum(entry.tokens for entry in entries[1:]) / SEQ) < 1
 
 
+def test_shuffling_within_corpora_keeps_the_counts(tmp_path, shards):
+    prefixes, sizes = shards
+    entries = planned(prefixes, sizes, 200)
+    plain = build_blended_samples(entries, 200, dataset_config(), tmp_path / "cache")
+    shuffled = build_blended_samples(entries, 200, dataset_config(), tmp_path / "cache", shuffle_seed=1)
+    assert np.array_equal(np.bincount(plain.dataset_index), np.bincount(shuffled.dataset_index))
+    assert not np.array_equal(plain.dataset_index, shuffled.dataset_index)
+    assert np.array_equal(plain.dataset_index == 0, shuffled.dataset_index == 0)
+
+
 def test_megatrons_own_blend_of_the_same_entries_keeps_corpora_near_the_plan(tmp_path, shards):
     prefixes, sizes = shards
     entries = planned(prefixes, sizes, 777)
@@ -131,7 +141,7 @@ def test_skipped_documents_never_appear(tmp_path):
     write_shard(tmp_path / "s0", [20] * 40)
     entry = DataEntry(prefix=str(tmp_path / "s0"), tokens=800, corpus="c")
     skip = {str(tmp_path / "s0"): [(0, 0), (10, 19)]}
-    dataset = build_blended_samples([entry], 50, dataset_config(), tmp_path / "cache", skip)
+    dataset = build_blended_samples([entry], 50, dataset_config(), tmp_path / "cache", skip=skip)
     documents = {int(token) // 20 for index in range(50) for token in dataset[index]["tokens"]}
     assert documents == set(range(1, 10)) | set(range(20, 40))
 

@@ -25,7 +25,9 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_config(kind: str = "dense", precision: str = "fp32", model: dict[str, Any] | None = None, **parallel: Any) -> RunConfig:
+def tiny_config(
+    kind: str = "dense", precision: str = "fp32", model: dict[str, Any] | None = None, **parallel: Any
+) -> RunConfig:
     """Return a run of a four-layer model; `parallel` are settings of that section, SP on wherever TP is."""
     parallel.setdefault("sequence_parallel", parallel.get("tensor_model_parallel_size", 1) > 1)
     return RunConfig(
@@ -68,9 +70,7 @@ def batches(config: RunConfig, iteration: int) -> list[Any]:
     size = config.training.micro_batch_size
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     ids = tokens(iteration)
-    return [
-        build_batch(ids[start : start + size], config, EOD) for start in range(rank * size, BATCH, size * ranks)
-    ]
+    return [build_batch(ids[start : start + size], config, EOD) for start in range(rank * size, BATCH, size * ranks)]
 
 
 def run_steps(
