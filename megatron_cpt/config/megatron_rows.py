@@ -381,6 +381,7 @@ _DATA = (
     Row("data.train_data_path", honoured_by="data/blend.py"),
     Row("data.max_epochs", honoured_by="data/blend.py"),
     Row("data.buffer", honoured_by="data/blend_sources.py, data/replay.py"),
+    Row("data.shuffle_in_corpus", honoured_by="train/samples.py, data/blend_order.py"),
     Row("data.skip_list", honoured_by="data/skip_list.py, train/samples.py"),
     Row("data.reset_attention_mask", ("GPTDatasetConfig.reset_attention_mask",), "--reset-attention-mask"),
     Row("data.eod_mask_loss", ("GPTDatasetConfig.eod_mask_loss",), "--eod-mask-loss"),

@@ -251,6 +251,9 @@ class DataConfig:
     buffer: str | None = None
     """Replay buffer, a YAML file relative to paths.data_dir. The corpus `buffer` of mix draws from what earlier stages
     appended, without replacement until exhausted; a stage that finishes appends its own corpora."""
+    shuffle_in_corpus: bool = False
+    """Shuffle a corpus's samples among its shards, by training.seed, instead of spreading every shard evenly over the
+    run. Documents within a shard are shuffled in both cases."""
     skip_list: str | None = None
     """Documents to leave out, relative to paths.data_dir: lines `<prefix> <first document> <last document>`."""
     reset_attention_mask: bool = True

@@ -77,7 +77,10 @@ def build_train_samples(
 ) -> BlendedSamples:
     """Return the stage's samples in training order, without the documents of `data.skip_list`."""
     num_samples = train_samples(config.training)
-    return build_blended_samples(entries, num_samples, dataset_config, cache, stage_skip_list(config))
+    shuffle_seed = config.training.seed if config.data.shuffle_in_corpus else None
+    return build_blended_samples(
+        entries, num_samples, dataset_config, cache, skip=stage_skip_list(config), shuffle_seed=shuffle_seed
+    )
 
 
 def build_blended_samples(
@@ -85,7 +88,9 @@ def build_blended_samples(
     num_samples: int,
     dataset_config: GPTDatasetConfig,
     cache: Path,
+    *,
     skip: SkipList | None = None,
+    shuffle_seed: int | None = None,
 ) -> BlendedSamples:
     """Return the `num_samples` samples of a stage; index caches are written by rank 0 and read by the others.
 
@@ -100,7 +105,7 @@ def build_blended_samples(
     for entry, count in zip(entries, samples, strict=True):
         shards.append(_shard_samples(entry, count, dataset_config, cache, skip or {}) if count else None)
         progress.add(1)
-    order = _cached_order(entries, samples, dataset_config, cache)
+    order = _cached_order(entries, samples, shuffle_seed, cache)
     if is_distributed and torch.distributed.get_rank() == 0:
         torch.distributed.barrier()
     return BlendedSamples(shards, *order)
@@ -144,14 +149,14 @@ def _shard_samples(
 
 
 def _cached_order(
-    entries: Sequence[DataEntry], samples: Sequence[int], config: GPTDatasetConfig, cache: Path
+    entries: Sequence[DataEntry], samples: Sequence[int], shuffle_seed: int | None, cache: Path
 ) -> tuple[np.ndarray, np.ndarray]:
     corpora = [entry.corpus or entry.prefix for entry in entries]
-    key = {"samples": list(samples), "corpora": corpora}
+    key = {"samples": list(samples), "corpora": corpora, "shuffle_seed": shuffle_seed}
     folder = cache / _hash(key)
 
     def build(to: Path) -> None:
-        dataset_index, sample_index = blend_order(samples, corpora)
+        dataset_index, sample_index = blend_order(samples, corpora, shuffle_seed=shuffle_seed)
         np.save(to / "dataset_index.npy", dataset_index)
         np.save(to / "sample_index.npy", sample_index)
 

@@ -1,0 +1,153 @@
+"""Subsets and held-out sets depend on the documents, not on their files."""
+
+import json
+from fractions import Fraction
+
+import pytest
+import zstandard
+
+from megatron_cpt import cli
+from megatron_cpt.data.corpus_inputs import named_corpora
+from megatron_cpt.data.documents import list_sources
+from megatron_cpt.data.record_files import Reading
+from megatron_cpt.data.sample import SampleOptions, parse_condition, sample, split_validation
+from megatron_cpt.errors import DataError
+
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def rows_below(folder):
+    return [json.loads(line) for path in sorted(folder.rglob("*.jsonl")) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def documents(tmp_path):
+    rows = [
+        {"text": f"document {index}", "id": index, "lang": "ja" if index % 4 else "en", "meta": {"score": index / 10}}
+        for index in range(400)
+    ]
+    write(tmp_path / "in" / "a.jsonl", rows[:150])
+    write(tmp_path / "in" / "b" / "c.jsonl", rows[150:])
+    return tmp_path
+
+
+def draw(folder, output="out", inputs="in", **options):
+    counts = sample(list_sources([folder / inputs]), folder / output, Reading(), SampleOptions(**options))
+    return counts, {row["id"] for row in rows_below(folder / output)}
+
+
+def test_exactly_n_documents_are_drawn_whatever_the_files(documents):
+    counts, drawn = draw(documents, number=57)
+    assert counts == {"": {"found": 400, "drawn": 57}} and len(drawn) == 57
+    everything = rows_below(documents / "in")
+    write(documents / "other" / "z.jsonl", everything[::-1])
+    assert draw(documents, "again", "other", number=57)[1] == drawn
+    assert draw(documents, "seed", number=57, seed=1)[1] != drawn
+
+
+def test_a_larger_sample_contains_the_smaller_one(documents):
+    assert draw(documents, "small", number=20)[1] < draw(documents, "large", number=80)[1]
+
+
+def test_more_than_there_are_is_refused(documents):
+    with pytest.raises(DataError, match="only 400 documents fit; 401 are wanted"):
+        draw(documents, number=401)
+
+
+def test_conditions_choose_by_field_value(documents):
+    _, drawn = draw(documents, conditions=(parse_condition("lang=en"), parse_condition("meta.score>=30")))
+    assert drawn == {index for index in range(300, 400) if index % 4 == 0}
+
+
+@pytest.mark.parametrize(
+    ("condition", "record", "holds"),
+    [
+        ("id^=translation_", {"id": "translation_7"}, True),
+        ("id!^=translation_", {"id": "translation_7"}, False),
+        ("id!^=translation_", {}, True),
+        ("lang!=ja", {"lang": "ja"}, False),
+        ("n<3", {"n": "2.5"}, True),
+        ("n<3", {"n": None}, False),
+        ("n>=3", {"n": True}, False),
+        ("a.b=1", {"a": {"b": 1}}, True),
+        ("a.b=1", {"a.b": 1}, True),
+    ],
+)
+def test_a_condition_holds(condition, record, holds):
+    assert parse_condition(condition)(record) is holds
+
+
+@pytest.mark.parametrize("text", ["lang", "n>many"])
+def test_a_condition_that_cannot_be_read_is_refused(text):
+    with pytest.raises(DataError, match=text.split(">")[0]):
+        parse_condition(text)
+
+
+def test_buckets_go_to_folders_of_their_own(documents):
+    counts, _ = draw(documents, score="meta.score", edges=(0, 10, 20, 39.5), number=30)
+    assert {name: row["drawn"] for name, row in counts.items()} == {
+        "meta.score_0_10": 30,
+        "meta.score_10_20": 30,
+        "meta.score_20_39.5": 30,
+    }
+    assert {row["id"] // 100 for row in rows_below(documents / "out" / "meta.score_10_20")} == {1}
+    with pytest.raises(DataError, match="ascending"):
+        draw(documents, "bad", score="meta.score", edges=(3, 2))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_copies_of_one_text_do_not_push_out_what_is_drawn_before_them(tmp_path, seed):
+    write(tmp_path / "in" / "a.jsonl", [{"text": "same", "id": 0}] * 3 + [{"text": "other", "id": 1}])
+    ids = {0: 0, 1: 0}
+    counts = sample(list_sources([tmp_path / "in"]), tmp_path / "out", Reading(), SampleOptions(number=3, seed=seed))
+    for row in rows_below(tmp_path / "out"):
+        ids[row["id"]] += 1
+    whole = sample(list_sources([tmp_path / "in"]), tmp_path / "one", Reading(), SampleOptions(number=1, seed=seed))
+    assert counts[""]["drawn"] == 3 and whole[""]["drawn"] == 1
+    assert ids[rows_below(tmp_path / "one")[0]["id"]] > 0
+
+
+def test_duplicates_of_a_text_are_drawn_in_order_up_to_n(tmp_path):
+    write(tmp_path / "in" / "a.jsonl", [{"text": "same", "id": index} for index in range(10)])
+    assert draw(tmp_path, number=3)[1] == {0, 1, 2}
+
+
+def split(folder, inputs, output="split", fraction="1/10"):
+    corpora = named_corpora([f"D0={folder / item}" for item in inputs])
+    return split_validation(corpora, folder / output, Reading(), name="validation", fraction=Fraction(fraction))
+
+
+def test_the_validation_set_never_moves_when_data_is_added(documents):
+    first = split(documents, ["in/a.jsonl"])
+    held_out = {row["id"] for row in rows_below(documents / "split/D0/validation")}
+    split(documents, ["in/a.jsonl", "in/b"])
+    assert {row["id"] for row in rows_below(documents / "split/D0/validation") if row["id"] < 150} == held_out
+    both = rows_below(documents / "split/D0/validation") + rows_below(documents / "split/D0/train")
+    assert sorted(row["id"] for row in both) == list(range(400))
+    assert 20 < 400 * len(held_out) / 150 < 70
+    assert first["D0"] == {"train": 150 - len(held_out), "validation": len(held_out)}
+
+
+def test_a_named_set_keeps_its_fraction(documents):
+    split(documents, ["in/a.jsonl"])
+    with pytest.raises(DataError, match="was made with the fraction 1/10, not 1/5"):
+        split(documents, ["in/a.jsonl"], fraction="1/5")
+
+
+def test_the_verbs_write_compressed_subsets_and_report(documents, monkeypatch, capsys):
+    monkeypatch.chdir(documents)
+    for command, expected in (
+        (["sample", "in", "--where", "lang=en", "--number", "50", "--output", "s", "--compress"], "s: 50 of 100"),
+        (["split", "D0=in", "--fraction", "0.25", "--output", "p"], "of 400 documents held out"),
+        (["decontaminate", "D0=in", "--against", "in/a.jsonl", "--min-words", "2", "--output", "d"], "D0: 150 of 400"),
+    ):
+        with pytest.raises(SystemExit) as left:
+            cli.main(["data", *command])
+        captured = capsys.readouterr()
+        assert left.value.code == 0, captured.err
+        assert expected in captured.out
+    with zstandard.open(documents / "s" / "a.jsonl.zst", "rt") as file:
+        assert all(json.loads(line)["lang"] == "en" for line in file)
