@@ -77,6 +77,7 @@ def steps(size: str) -> list[Step]:
         "soup": MODELS / "soup",
         "soup-with-base": MODELS / "soup-with-base",
     }
+    soup = cpt("soup", *run_of(size, "replay"), "--last", 3, "--method", "linear")
     texts = {name: DATA / f"{name}.validation.jsonl.zst" for name in ("D0", "D1")}
     return [
         step(
@@ -87,8 +88,10 @@ def steps(size: str) -> list[Step]:
         step(
             "Tokens: .bin/.idx files that Megatron reads",
             [
-                cpt("tokenize", "--input", *sorted(documents()), "--tokenizer", DATA / "tokenizer")
-                + ["--output-dir", str(DATA / "tokens")]
+                cpt(
+                    *("tokenize", "--input", *documents()),
+                    *("--tokenizer", DATA / "tokenizer", "--output-dir", DATA / "tokens"),
+                )
             ],
             exists(*(DATA / "tokens" / f"{name}_text_document.json" for name in ("D0.validation", "D1.validation"))),
         ),
@@ -115,7 +118,7 @@ def steps(size: str) -> list[Step]:
         step(
             "CPT: D1 with a tenth of D0, on TP2 with sequence parallelism; a rank is killed (SIGKILL) on the way",
             [cpt("submit", "train", *run_of(size, "replay"), *FIRST_LAYOUT)],
-            lambda: (runs / "replay" / "metrics.jsonl").exists(),
+            lambda: has_trained(runs / "replay", int(KILL_AT_FRACTION * iterations)),
             run=lambda command: run_and_kill(command, runs / "replay", int(KILL_AT_FRACTION * iterations)),
         ),
         step(
@@ -141,9 +144,8 @@ def steps(size: str) -> list[Step]:
         step(
             "Soup: the last three checkpoints averaged, and the base with them",
             [
-                cpt("soup", *run_of(size, "replay"), "--last", 3, "--output", MODELS / "soup"),
-                cpt("soup", *run_of(size, "replay"), "--last", 3, "--add", evaluated["base"])
-                + ["--output", str(MODELS / "soup-with-base")],
+                [*soup, "--output", str(MODELS / "soup")],
+                [*soup, "--base", str(evaluated["base"]), "--output", str(MODELS / "soup-with-base")],
             ],
             exists(MODELS / "soup", MODELS / "soup-with-base"),
         ),
@@ -162,8 +164,10 @@ def steps(size: str) -> list[Step]:
         step(
             "Report: curves, blend, and the table as a chart",
             [
-                cpt("report", *(runs / variant for variant in ("base", "replay", "no-replay")))
-                + ["--evaluation", str(DEMO / "evaluation" / "forgetting.json"), "--output", str(REPORT)]
+                cpt(
+                    *("report", *(runs / variant for variant in ("base", "replay", "no-replay"))),
+                    *("--evaluation", DEMO / "evaluation" / "forgetting.json", "--output", REPORT),
+                )
             ],
             exists(REPORT / "report.md"),
         ),
@@ -216,6 +220,11 @@ def records(run: Path) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
+def has_trained(run: Path, iteration: int) -> bool:
+    """Return whether a run ever came to `iteration`."""
+    return any(record["kind"] == "train" and record["iteration"] >= iteration for record in records(run))
+
+
 def is_finished(run: Path) -> bool:
     """Return whether a run wrote that it came to its planned end."""
     return any(record["kind"] == "end" and record["reason"] == "finished" for record in records(run)[-1:])
@@ -231,19 +240,21 @@ def run_command(command: Command) -> None:
 def run_and_kill(command: Command, run: Path, iteration: int) -> None:
     """Run a training command, kill one of its ranks at `iteration`, and check that the whole job ends because of it."""
     job = start(command)
+    was_killed = False
     while job.poll() is None:
         trained = [record for record in records(run) if record["kind"] == "train"]
         if trained and trained[-1]["iteration"] >= iteration:
             rank = rank_process(job.pid)
             say(f"+ kill -KILL {rank.pid}   # rank 1 of the job, after iteration {trained[-1]['iteration']}")
             rank.kill()
+            was_killed = True
             break
         time.sleep(0.2)
     code = job.wait()
+    if not was_killed:
+        sys.exit(f"The demo stopped: that command ended with exit code {code}. Rerun `make demo` to continue.")
     if code == 0:
         sys.exit("The demo stopped: a training job that lost a rank ended with exit code 0.")
-    if not any(record["kind"] == "save" for record in records(run)):
-        sys.exit(f"The demo stopped: the training job ended with exit code {code} before its first checkpoint.")
     say(f"   the job ended with exit code {code}, as it must")
 
 
