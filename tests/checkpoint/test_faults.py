@@ -1,0 +1,181 @@
+"""Kill a conversion, fill its disk, cap its memory: nothing is lost, half-written or silently wrong."""
+
+import itertools
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_cpt.checkpoint import dcp, mcore
+from megatron_cpt.checkpoint.convert import hf_to_mcore, mcore_to_hf
+from megatron_cpt.checkpoint.hf import HFFolder, OutputGroup, write_safetensors
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+ROOT = Path(__file__).resolve().parents[2]
+PRELUDE = "import os, resource, sys\nfrom pathlib import Path\nfrom megatron_cpt.checkpoint import convert, hf\n"
+TO_MCORE = "convert.hf_to_mcore(Path(sys.argv[1]), Path(sys.argv[2]))\n"
+TO_HF = "convert.mcore_to_hf(Path(sys.argv[1]), Path(sys.argv[2]))\n"
+LARGE = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 16000,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+    "rope_theta": 10000.0,
+}
+
+
+def python(code, *arguments, **options):
+    """Start Python on `code`; return the process."""
+    return subprocess.Popen(
+        [sys.executable, "-c", PRELUDE + code, *map(str, arguments)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        **options,
+    )
+
+
+def write_model(path, config):
+    """Write a Llama of constant bf16 weights as shards, one layer in memory at a time."""
+    from megatron_cpt.checkpoint.hf_config import model_config_from_hf
+    from megatron_cpt.checkpoint.mapping import family_of, units
+
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config))
+    groups = [
+        OutputGroup(
+            ((name, shape, torch.bfloat16),),
+            lambda shape=shape, number=number: [torch.full(shape, number + 1.0).bfloat16()],
+        )
+        for number, step in enumerate(units(model_config_from_hf(config), family_of(config["architectures"][0])))
+        for name, shape in zip(step.hf, step.hf_shapes, strict=True)
+    ]
+    write_safetensors(path, groups, max_shard_bytes=200_000_000)
+    return sum(group.num_bytes for group in groups)
+
+
+def forked(function, *arguments):
+    """Start `function` in a copy of this process (importing torch again costs seconds); return its id."""
+    process_id = os.fork()
+    if process_id:
+        return process_id
+    try:
+        torch.set_num_threads(1)  # the copy has none of the parent's threads
+        function(*arguments)
+        os._exit(0)
+    except BaseException as problem:
+        os._exit(99 if "File too large" in str(problem) else 98)
+
+
+def convert_and_stall(convert, source, output, reached, after):
+    """Convert, but say so in `reached` and sleep at the write number `after`."""
+    original, counter = dcp.HashingWriter.write, itertools.count()
+
+    def write(self, data):
+        if next(counter) >= after:
+            reached.touch()
+            time.sleep(60)
+        return original(self, data)
+
+    dcp.HashingWriter.write = write
+    convert(source, output)
+
+
+@pytest.mark.parametrize(
+    ("convert", "after"),
+    [(hf_to_mcore, 0), (hf_to_mcore, 150), (hf_to_mcore, "last"), (mcore_to_hf, 1), (mcore_to_hf, 12)],
+)
+def test_a_killed_conversion_leaves_nothing_under_the_name_and_the_next_one_starts_clean(
+    convert, after, hf_models, tmp_path, monkeypatch
+):
+    source = hf_models("llama") if convert is hf_to_mcore else hf_to_mcore(hf_models("llama"), tmp_path / "source")
+    if after == "last":
+        after = count_writes(source, tmp_path, monkeypatch) - 1
+    output, reached = tmp_path / "output", tmp_path / "reached"
+    process_id = forked(convert_and_stall, convert, source, output, reached, after)
+    deadline = time.monotonic() + 60
+    while not reached.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process_id, signal.SIGKILL)
+    os.waitpid(process_id, 0)
+    assert reached.exists()
+    name = output / "release" if convert is hf_to_mcore else output
+    assert not name.exists() and list(name.parent.glob(f".{name.name}.*.partial"))
+    assert mcore.newest_good_checkpoint(output) is None
+    assert convert(source, output, verify=True) == name
+    assert not list(name.parent.glob(".*.partial"))
+
+
+def count_writes(source, tmp_path, monkeypatch):
+    """Return how many writes a conversion of `source` takes."""
+    counter = itertools.count()
+    original = dcp.HashingWriter.write
+    with monkeypatch.context() as patch:
+        patch.setattr(dcp.HashingWriter, "write", lambda self, data: (next(counter), original(self, data))[1])
+        hf_to_mcore(source, tmp_path / "counted")
+    return next(counter)
+
+
+@pytest.mark.parametrize("convert", [hf_to_mcore, mcore_to_hf])
+def test_a_full_disk_fails_the_conversion_and_leaves_nothing(convert, hf_models, tmp_path):
+    source = hf_models("llama") if convert is hf_to_mcore else hf_to_mcore(hf_models("llama"), tmp_path / "source")
+    output = tmp_path / "output"
+
+    def limited():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+        convert(source, output)
+
+    assert os.waitstatus_to_exitcode(os.waitpid(forked(limited), 0)[1]) == 99
+    name = output / "release" if convert is hf_to_mcore else output
+    assert not name.exists() and not list(name.parent.glob(".*.partial"))
+    assert mcore.read_tracker(output) is None
+
+
+def test_too_little_space_is_said_before_anything_is_written(hf_models, tmp_path, monkeypatch):
+    from megatron_cpt.errors import CheckpointError
+
+    usage = type("Usage", (), {"free": 1000})()
+    monkeypatch.setattr(mcore.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(CheckpointError, match="1000 B free"):
+        hf_to_mcore(hf_models("llama"), tmp_path / "output")
+    assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.slow
+def test_memory_stays_below_a_cap_that_is_smaller_than_the_model(tmp_path):
+    """A model of 585 MB converts both ways under a limit of 250 MB of data above what the imports take."""
+    source = tmp_path / "large"
+    size = write_model(source, LARGE)
+    cap = 250_000_000
+    assert size > 2 * cap
+    limit = (
+        "used = int(open('/proc/self/status').read().split('VmData:')[1].split()[0]) * 1024\n"
+        f"resource.setrlimit(resource.RLIMIT_DATA, (used + {cap}, used + {cap}))\n"
+    )
+    for code, first, second in ((TO_MCORE, source, tmp_path / "mcore"), (TO_HF, tmp_path / "mcore", tmp_path / "hf")):
+        process = python(limit + code, first, second)
+        error = process.communicate(timeout=300)[1]
+        assert process.returncode == 0, error
+    before, after = HFFolder(source), HFFolder(tmp_path / "hf")
+    for name in ("model.embed_tokens.weight", "model.layers.23.mlp.down_proj.weight"):
+        assert torch.equal(before.read(name), after.read(name))
+    process = python(limit + "hf.HFFolder(Path(sys.argv[1]))\nimport torch; torch.ones(70_000_000)\n", source)
+    assert process.wait(timeout=120) != 0  # the cap works
+    assert resource.getrlimit(resource.RLIMIT_DATA)[0] == resource.RLIM_INFINITY
