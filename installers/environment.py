@@ -124,7 +124,10 @@ def create_venv(venv: Path, *, system_packages: bool = False) -> None:
         say(f"creating {venv} with {sys.executable}")
         options = ["--without-pip"] if missing_module("ensurepip") else []
         options += ["--system-site-packages"] if system_packages else []
-        subprocess.run([sys.executable, "-m", "venv", *options, str(venv)], check=True)
+        created = subprocess.run([sys.executable, "-m", "venv", *options, str(venv)])
+        if created.returncode:
+            shutil.rmtree(venv, ignore_errors=True)
+            raise InstallError(f"{sys.executable} -m venv failed, see above. On Debian: apt-get install python3-venv.")
     if without_own_pip(venv) and missing_module("pip"):
         shutil.rmtree(venv)
         raise InstallError(
