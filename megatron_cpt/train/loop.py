@@ -77,7 +77,8 @@ def _train(loaded: LoadedConfig, config: RunConfig, run: RunDir) -> str:
         return "finished"
     differences = check_unchanged(manifest["config"] if manifest else None, config, resume or run.path)
 
-    entries = _on_rank_0(lambda: _prepare_run_dir(loaded, run, may_change_list=resume is None))
+    may_change_list = resume is None or config.checkpoint.accept_changes
+    entries = _on_rank_0(lambda: _prepare_run_dir(loaded, run, may_change_list=may_change_list))
     data_dir = Path(config.paths.data_dir)
     tokenizer = load_tokenizer(data_dir / config.data.tokenizer) if config.data.tokenizer else None
     if tokenizer is None:
