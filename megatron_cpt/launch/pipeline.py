@@ -289,7 +289,7 @@ def _soup_stage(config: RunConfig, run: RunDir, output: Path, soup_last: int, it
     return Stage(
         name="soup",
         stage="soup",
-        arguments=("soup", *models, "--output", str(output)),
+        arguments=("soup", "--inputs", *models, "--output", str(output)),
         needs=("convert-out",),
         is_done=(output / "config.json").is_file(),
     )

@@ -12,6 +12,7 @@ Example:
 """
 
 import argparse
+import os
 import sys
 
 
@@ -25,6 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument(
         "--max-failures", type=int, default=2, metavar="K", help="links without progress that break it (2)"
     )
+    train.add_argument(
+        "--from-environment", action="store_true", help="settings from Aurora's variables (TRAIN_TOKENS, LR, LOAD ...)"
+    )
+    train.add_argument("--universal-checkpoint", action="store_true", help="load optimizer state too (init.load=full)")
+    train.add_argument("--finetune", action="store_true", help="load weights only (init.load=weights)")
     pipeline = stages.add_parser("pipeline", help="all stages from documents to report, what is missing of them")
     pipeline.add_argument("--chain", type=int, default=1, metavar="N", help="jobs of the training stage (1)")
     pipeline.add_argument("--max-failures", type=int, default=2, metavar="K", help="links without progress (2)")
@@ -45,6 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     from megatron_cpt.config.derived import world_size
     from megatron_cpt.config.load import load_from_arguments
     from megatron_cpt.errors import LaunchError
+    from megatron_cpt.launch.aurora_variables import with_variables
     from megatron_cpt.launch.local import run_local
     from megatron_cpt.launch.pipeline import run_pipeline, submit_pipeline
     from megatron_cpt.launch.run_dir import run_dir
@@ -52,6 +59,10 @@ def run(arguments: argparse.Namespace) -> int:
     from megatron_cpt.launch.submit import Submission, submit_chain
     from megatron_cpt.launch.validate import check_training
 
+    if arguments.stage == "train" and (
+        arguments.from_environment or arguments.finetune or arguments.universal_checkpoint
+    ):
+        arguments.overrides = with_variables(arguments, os.environ if arguments.from_environment else {})
     loaded = load_from_arguments(arguments)
     config = loaded.config
     submission = Submission(

@@ -14,6 +14,7 @@ set -euo pipefail
 cd /site/cpt
 umask 027
 set +u
+# shellcheck source=/dev/null
 source /etc/profile.d/modules.sh
 module load cuda
 module load cudnn
