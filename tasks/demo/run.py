@@ -137,7 +137,7 @@ def steps(size: str) -> list[Step]:
                 cpt("convert", "latest", *run_of(size, "base")),
                 cpt("convert", "all", *run_of(size, "replay")),
                 cpt("convert", "latest", *run_of(size, "no-replay")),
-                cpt("verify", *run_of(size, "replay")),
+                cpt("verify-logits", evaluated["replay"], runs / "replay" / "checkpoints"),
             ],
             exists(evaluated["base"], evaluated["no-replay"], evaluated["replay"]),
         ),
