@@ -6,6 +6,7 @@ manifest does not exist. The partial file is locked, so that two processes canno
 
 import contextlib
 import fcntl
+import glob
 import json
 import os
 from collections import Counter
@@ -52,6 +53,7 @@ class ShardWriter:
         try:
             for prefix in self.prefixes:
                 self._files.append(_open_partial(_partial_path(prefix)))
+                _remove_leftovers(prefix)
         except BaseException:
             self.abandon()
             raise
@@ -265,6 +267,13 @@ def _open_partial(path: Path) -> int:
     with contextlib.suppress(OSError):
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return descriptor
+
+
+def _remove_leftovers(prefix: Path) -> None:
+    """Remove temporary files of index and manifest that a killed process left behind; the lock is held."""
+    for suffix in ("idx", "json", "provenance.npy"):
+        for path in prefix.parent.glob(f".{glob.escape(prefix.name)}.{suffix}.*.partial"):
+            path.unlink(missing_ok=True)
 
 
 def _short(tokenizer: dict[str, Any]) -> str:

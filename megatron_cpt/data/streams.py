@@ -7,14 +7,13 @@ share of one big file, and no copy of it touches the disk.
 """
 
 import bz2
-import gzip
 import lzma
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, Protocol
 
 from megatron_cpt.data.documents import Source
 from megatron_cpt.data.records import DAMAGED, TOO_LONG, Parsed, Problem, parse_lines, parse_text_file, parse_values
@@ -23,6 +22,8 @@ from megatron_cpt.errors import DataError
 PIECE_BYTES = 8 << 20
 MAX_DOCUMENT_BYTES = 256 << 20
 _READ_BYTES = 1 << 20
+_COMPRESSED_READ_BYTES = 1 << 16
+"""Little, because a megabyte may come out of a kilobyte."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,17 +146,9 @@ def read_range(piece: Piece, max_document_bytes: int) -> tuple[bytes, bool, bool
         return b"".join(parts), is_end, False
 
 
-def open_decompressed(source: Source) -> IO[bytes]:
-    """Open a source for reading its plain bytes; a truncated file raises EOFError while it is read."""
-    if source.compression == "gz":
-        return gzip.open(source.path, "rb")
-    if source.compression == "xz":
-        return lzma.open(source.path, "rb")
-    if source.compression == "bz2":
-        return bz2.open(source.path, "rb")
-    if source.compression == "zst":
-        return _ZstdReader(source.path)  # type: ignore[return-value]
-    return source.path.open("rb")
+def open_decompressed(source: Source) -> "PlainReader":
+    """Open a source for reading its plain bytes."""
+    return PlainReader(source.path, source.compression)
 
 
 def stream_blocks(
@@ -192,43 +185,73 @@ def stream_blocks(
                     return
 
 
-class _ZstdReader:
-    """Reads all frames of a zstd file and, unlike the library's reader, notices one that ends early."""
+class _Reader(Protocol):
+    def read(self, size: int, /) -> bytes | None: ...
 
-    def __init__(self, path: Path):
-        import zstandard  # compiled; only where a .zst file is read
 
-        self._decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-        self._error = zstandard.ZstdError
-        self._file = path.open("rb")
-        self._frame: Any = None
+class PlainReader:
+    """Reads a plain or compressed file, all its members one after the other.
+
+    Everything before a damage is handed out first; then, and where a member ends early (which the libraries' own
+    readers may pass over or punish with the loss of what came before), `read` raises OSError.
+    """
+
+    def __init__(self, path: Path, compression: str | None):
+        self._new_member = _MEMBERS[compression]
+        self._padding = b"\x00" if compression in ("gz", "xz") else b""
+        self._file = path.open("rb", buffering=0)
+        self._member: Any = None
         self._pending = b""
 
-    def __enter__(self) -> "_ZstdReader":
+    def __enter__(self) -> "PlainReader":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
     def read(self, size: int) -> bytes:
-        """Return up to about `size` bytes, b"" at the end."""
+        """Return some bytes, about `size` at most, or b"" at the end."""
+        if self._new_member is None:
+            return self._file.read(size) or b""
         while True:
-            data = self._pending or self._file.read(min(size, 1 << 17))
+            data = self._pending or self._file.read(_COMPRESSED_READ_BYTES) or b""
             self._pending = b""
-            if not data:
-                if self._frame is not None:
-                    raise EOFError("the file ends within a zstd frame")
-                return b""
-            if self._frame is None:
-                self._frame = self._decompressor.decompressobj()
-            try:
-                plain = self._frame.decompress(data)
-            except self._error as problem:
-                raise OSError(str(problem)) from None
-            if self._frame.eof:
-                self._pending, self._frame = self._frame.unused_data, None
+            if self._member is None:
+                data = data.lstrip(self._padding) if self._padding else data
+                if not data and self._file.tell() == os.fstat(self._file.fileno()).st_size:
+                    return b""
+                self._member = self._new_member() if data else None
+                if not data:
+                    continue
+            elif not data:
+                raise EOFError("the file ends within a compressed member")
+            plain = self._decompress(data)
             if plain:
                 return plain
+
+    def _decompress(self, data: bytes) -> bytes:
+        try:
+            plain = self._member.decompress(data)
+        except Exception as problem:  # each library has its own error, zstandard's is known only once imported
+            raise OSError(str(problem)) from None
+        if self._member.eof:
+            self._pending, self._member = self._member.unused_data, None
+        return plain
+
+
+def _new_zstd_member() -> Any:
+    import zstandard  # compiled; only where a .zst file is read
+
+    return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+
+
+_MEMBERS: dict[str | None, Callable[[], Any] | None] = {
+    None: None,
+    "gz": lambda: zlib.decompressobj(wbits=31),
+    "xz": lzma.LZMADecompressor,
+    "bz2": bz2.BZ2Decompressor,
+    "zst": _new_zstd_member,
+}
 
 
 def _whole_text(source: Source, number: int, layout: Layout) -> Iterator[Piece]:
@@ -357,19 +380,19 @@ def _columns(data: bytes, keys: Sequence[str], path: str) -> list[list[Any]]:
     return [table.column(key).to_pylist() for key in keys]
 
 
-def _read_block(stream: IO[bytes], size: int) -> tuple[bytes, str | None]:
+def _read_block(stream: PlainReader, size: int) -> tuple[bytes, str | None]:
     """Return up to `size` plain bytes and, when the stream is damaged after them, how."""
     parts, length = [], 0
     try:
         while length < size and (data := stream.read(min(_READ_BYTES, size - length))):
             parts.append(data)
             length += len(data)
-    except (EOFError, OSError, zlib.error, lzma.LZMAError) as problem:
+    except (EOFError, OSError) as problem:
         return b"".join(parts), str(problem)
     return b"".join(parts), None
 
 
-def _skip_line(stream: IO[bytes]) -> tuple[str | None, bytes, bool]:
+def _skip_line(stream: PlainReader) -> tuple[str | None, bytes, bool]:
     """Read past the next newline; return (damage, what was read after it, whether the stream ended before)."""
     while True:
         data, damage = _read_block(stream, _READ_BYTES)
@@ -386,7 +409,7 @@ def _read_at(path: str, start: int, size: int) -> bytes:
         return _read_exactly(file, size, path)
 
 
-def _read_exactly(file: IO[bytes], size: int, path: str) -> bytes:
+def _read_exactly(file: _Reader, size: int, path: str) -> bytes:
     data = file.read(size)
     while len(data) < size:
         more = file.read(size - len(data))

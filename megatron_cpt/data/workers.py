@@ -80,7 +80,10 @@ class WorkerPool:
 
     def __init__(self, num_workers: int, job: Job, tokenizer: Tokenizer):
         can_fork = len(os.listdir("/proc/self/task")) == 1
-        context = multiprocessing.get_context("fork" if can_fork else "spawn")
+        context = multiprocessing.get_context("fork" if can_fork else "forkserver")
+        if not can_fork:
+            context.set_forkserver_preload([__name__])
+        own_tokenizer = tokenizer if can_fork else None
         pipes = [context.Pipe() for _ in range(num_workers)]
         self.connections: list[Connection] = [ours for ours, _ in pipes]
         self.processes = []
@@ -88,7 +91,7 @@ class WorkerPool:
             others = [end for pair in pipes for end in pair if end is not theirs] if can_fork else []
             process = context.Process(
                 target=_work,
-                args=(theirs, others, job, rank, num_workers, os.getpid(), tokenizer if can_fork else None),
+                args=(theirs, others, job, rank, num_workers, os.getpid() if can_fork else None, own_tokenizer),
                 daemon=True,
             )
             process.start()
@@ -149,12 +152,12 @@ def _work(
     job: Job,
     rank: int,
     num_workers: int,
-    parent: int,
+    parent: int | None,
     tokenizer: Tokenizer | None,
 ) -> None:
     """Serve tasks until the parent goes away."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
+    if parent is not None and os.getppid() != parent:
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for other in others:
