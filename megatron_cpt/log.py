@@ -18,7 +18,9 @@ def configure_logging(level: int = logging.INFO) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level if rank == "0" else max(level, logging.WARNING))
-    for noisy in ("megatron", "transformers", "matplotlib", "torch"):
+    # Libraries warn about what is missing on a CPU and about each other's interfaces; their errors are shown.
+    logging.captureWarnings(True)
+    for noisy in ("megatron", "transformers", "matplotlib", "torch", "py.warnings"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
 
 
