@@ -11,6 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_cpt.files import write_json
+
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.1}
 
 
@@ -21,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--precision", choices=tuple(TOLERANCE), default="fp32", help="of the computation (fp32)")
     parser.add_argument("--tolerance", type=float, metavar="MEAN", help="largest mean difference that is accepted")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="write the differences as JSON when they are accepted"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -31,6 +36,8 @@ def run(arguments: argparse.Namespace) -> int:
     found = compare_logits(arguments.hf_dir, find_checkpoint(arguments.checkpoint), precision=arguments.precision)
     tolerance = TOLERANCE[arguments.precision] if arguments.tolerance is None else arguments.tolerance
     is_equal = found.mean <= tolerance
+    if is_equal and arguments.output:
+        write_json(arguments.output, {"format": 1, "tolerance": tolerance, **vars(found)})
     sys.stdout.write(
         f"logits over {found.num_tokens} tokens in {arguments.precision}: largest difference {found.largest:.2e}, "
         f"mean {found.mean:.2e} ({'within' if is_equal else 'ABOVE'} the tolerance {tolerance:g}), "

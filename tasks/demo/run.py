@@ -26,6 +26,7 @@ from megatron_cpt.config.load import load_config
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = Path("runs/demo")
 DATA, MODELS, REPORT = DEMO / "data", DEMO / "models", DEMO / "report"
+LOGITS, RESULTS = DEMO / "evaluation" / "logits.json", DEMO / "evaluation" / "forgetting.json"
 PARAMS = "demo-5m"
 KILL_AT_FRACTION = 0.55
 FIRST_LAYOUT = ("parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true")
@@ -69,11 +70,15 @@ def main() -> None:
 def steps(size: str) -> list[Step]:
     """Return the demo as a list: what is run, in which order, and what shows that it is done."""
     runs = DEMO / PARAMS / size
-    iterations = train_iters(load_config(Path("tasks/demo"), PARAMS, size, "replay").config.training)
+    variants = ("base", "replay", "no-replay")
+    iterations = {
+        variant: train_iters(load_config(Path("tasks/demo"), PARAMS, size, variant).config.training)
+        for variant in variants
+    }
+    kill_at = int(KILL_AT_FRACTION * iterations["replay"])
+    exported = {variant: runs / variant / "checkpoints_hf" / f"iter_{iterations[variant]:07d}" for variant in variants}
     evaluated = {
-        "base": latest_hf(runs / "base"),
-        "replay": latest_hf(runs / "replay"),
-        "no-replay": latest_hf(runs / "no-replay"),
+        **exported,
         "soup": MODELS / "soup",
         "soup-with-base": MODELS / "soup-with-base",
     }
@@ -97,7 +102,7 @@ def steps(size: str) -> list[Step]:
         ),
         step(
             "Lists: what each stage takes from each corpus, and how many iterations that makes",
-            [cpt("blend", "plan", *run_of(size, variant)) for variant in ("base", "replay", "no-replay")],
+            [cpt("blend", "plan", *run_of(size, variant)) for variant in variants],
             lambda: is_finished(runs / "replay"),
         ),
         step(
@@ -118,8 +123,8 @@ def steps(size: str) -> list[Step]:
         step(
             "CPT: D1 with a tenth of D0, on TP2 with sequence parallelism; a rank is killed (SIGKILL) on the way",
             [cpt("submit", "train", *run_of(size, "replay"), *FIRST_LAYOUT)],
-            lambda: has_trained(runs / "replay", int(KILL_AT_FRACTION * iterations)),
-            run=lambda command: run_and_kill(command, runs / "replay", int(KILL_AT_FRACTION * iterations)),
+            lambda: has_trained(runs / "replay", kill_at),
+            run=lambda command: run_and_kill(command, runs / "replay", kill_at),
         ),
         step(
             "CPT: the same command continues from the last checkpoint, now as PP2",
@@ -137,15 +142,15 @@ def steps(size: str) -> list[Step]:
                 cpt("convert", "latest", *run_of(size, "base")),
                 cpt("convert", "all", *run_of(size, "replay")),
                 cpt("convert", "latest", *run_of(size, "no-replay")),
-                cpt("verify-logits", evaluated["replay"], runs / "replay" / "checkpoints"),
+                cpt("verify-logits", exported["replay"], runs / "replay" / "checkpoints", "--output", LOGITS),
             ],
-            exists(evaluated["base"], evaluated["no-replay"], evaluated["replay"]),
+            exists(*exported.values(), LOGITS),
         ),
         step(
             "Soup: the last three checkpoints averaged, and the base with them",
             [
                 [*soup, "--output", str(MODELS / "soup")],
-                [*soup, "--base", str(evaluated["base"]), "--output", str(MODELS / "soup-with-base")],
+                [*soup, "--base", str(exported["base"]), "--output", str(MODELS / "soup-with-base")],
             ],
             exists(MODELS / "soup", MODELS / "soup-with-base"),
         ),
@@ -159,14 +164,14 @@ def steps(size: str) -> list[Step]:
                     *("--output", DEMO / "evaluation"),
                 )
             ],
-            exists(DEMO / "evaluation" / "forgetting.json"),
+            exists(RESULTS),
         ),
         step(
             "Report: curves, blend, and the table as a chart",
             [
                 cpt(
-                    *("report", *(runs / variant for variant in ("base", "replay", "no-replay"))),
-                    *("--evaluation", DEMO / "evaluation" / "forgetting.json", "--output", REPORT),
+                    *("report", *(runs / variant for variant in variants)),
+                    *("--evaluation", RESULTS, "--output", REPORT),
                 )
             ],
             exists(REPORT / "report.md"),
@@ -199,13 +204,6 @@ def run_of(size: str, variant: str) -> Command:
 def documents() -> list[Path]:
     """Return the document files that the first step writes."""
     return [DATA / f"{name}.jsonl.zst" for name in ("D0", "D0.validation", "D1", "D1.validation")]
-
-
-def latest_hf(run: Path) -> Path:
-    """Return where `convert latest` puts a run's newest checkpoint; before training, a path that does not exist."""
-    tracker = run / "checkpoints" / "latest_checkpointed_iteration.txt"
-    iteration = int(tracker.read_text(encoding="utf-8")) if tracker.exists() else 0
-    return run / "checkpoints_hf" / f"iter_{iteration:07d}"
 
 
 def exists(*paths: Path) -> Callable[[], bool]:
