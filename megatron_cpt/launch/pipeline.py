@@ -317,7 +317,7 @@ def _evaluation_stage(config: RunConfig, run: RunDir, models: Sequence[tuple[str
         arguments += ["--tokenizer", str(data_dir / config.data.tokenizer)]
     output = run.report / "evaluation"
     arguments += ["--output", str(output)]
-    is_done = any(output.glob("*.json"))
+    is_done = output.is_dir() and any(output.iterdir())
     return Stage(name="evaluate", stage="evaluate", arguments=tuple(arguments), needs=(needs,), is_done=is_done)
 
 

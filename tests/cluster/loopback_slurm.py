@@ -86,7 +86,12 @@ def start(directory: Path, num_nodes: int = 2, name: str = "cpt") -> dict[str, s
     files = {"socket": "munge.sock", "key-file": "munge.key", "pid-file": "munged.pid", "log-file": "munged.log"}
     options = [f"--{option}={directory / file}" for option, file in files.items()]
     # Daemons go to the background holding whatever they inherit: give them no pipe of ours.
-    quiet: dict[str, Any] = {"env": environment, "check": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    quiet: dict[str, Any] = {
+        "env": environment,
+        "check": True,
+        "stdout": subprocess.DEVNULL,
+        "stderr": subprocess.DEVNULL,
+    }
     subprocess.run(["munged", "--force", *options, f"--seed-file={directory / 'munge.seed'}"], **quiet)
     subprocess.run(["slurmctld"], **quiet)
     for node in nodes:
