@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_cpt.data.indexed import read_index, read_shard_manifest
+from megatron_cpt.data.indexed import manifest_path, read_index, read_shard_manifest
 from megatron_cpt.errors import DataError
 
 _SUFFIXES = (".bin", ".idx")
@@ -52,6 +52,11 @@ def read_shard(prefix: str) -> Shard:
     Raises: DataError naming what is missing, damaged or inconsistent.
     """
     index = read_index(Path(prefix))
+    if not manifest_path(Path(prefix)).exists():
+        raise DataError(
+            f"{manifest_path(Path(prefix))}: no such file. A shard needs its manifest. Tokenize it to the end, or adopt "
+            "another tool's shard with `megatron-cpt data adopt`."
+        )
     manifest = read_shard_manifest(Path(prefix))
     if (manifest["tokens"], manifest["documents"]) != (index.num_tokens, index.num_documents):
         raise DataError(

@@ -8,11 +8,13 @@
 """
 
 import dataclasses
+import errno
 import hashlib
 import importlib.metadata
 import json
 import logging
 import os
+import resource
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,13 +31,14 @@ from megatron_cpt.data.budget import spread_samples
 from megatron_cpt.data.indexed import bin_path, idx_path, manifest_path
 from megatron_cpt.data.list_formats import DataEntry
 from megatron_cpt.data.skip_list import SkipList, kept_documents, stage_skip_list
-from megatron_cpt.errors import CptError
+from megatron_cpt.errors import CptError, DataError
 from megatron_cpt.files import text_hash, whole_dir, write_json
 from megatron_cpt.log import Progress
 
 logger = logging.getLogger(__name__)
 
 _COMPLETE = "complete.json"
+_MOST_FILES = 1 << 20
 
 
 class BlendedSamples(torch.utils.data.Dataset):
@@ -100,10 +103,19 @@ def build_blended_samples(
     is_distributed = torch.distributed.is_initialized()
     if is_distributed and torch.distributed.get_rank() > 0:
         torch.distributed.barrier()
+    _allow_open_files()
     progress = Progress("indexes", len(entries), "shards")
     shards = []
     for entry, count in zip(entries, samples, strict=True):
-        shards.append(_shard_samples(entry, count, dataset_config, cache, skip or {}) if count else None)
+        try:
+            shards.append(_shard_samples(entry, count, dataset_config, cache, skip or {}) if count else None)
+        except OSError as problem:
+            if problem.errno != errno.EMFILE:
+                raise
+            raise DataError(
+                f"open files: {resource.getrlimit(resource.RLIMIT_NOFILE)[1]:,} are allowed; the blend's {len(entries):,} "
+                "shards need about five each. Merge shards with `megatron-cpt data merge`, or raise `ulimit -Hn`."
+            ) from None
         progress.add(1)
     order = _cached_order(entries, samples, shuffle_seed, cache)
     if is_distributed and torch.distributed.get_rank() == 0:
@@ -176,6 +188,13 @@ def _build_once(folder: Path, build: Any, description: dict[str, Any]) -> None:
         if not (folder / _COMPLETE).exists():
             raise
         logger.info("%s: another process built it at the same time", folder)
+
+
+def _allow_open_files() -> None:
+    """Raise this process's limit of open files as far as it may: every memory map of a shard holds one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_FILES if hard == resource.RLIM_INFINITY else hard
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
 
 
 def _content(prefix: Path) -> dict[str, Any]:

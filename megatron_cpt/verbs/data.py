@@ -16,6 +16,7 @@ SUB_VERBS = {
     "audit": "prove that token files hold exactly their source documents",
     "trace": "say which file and line a tokenized document came from",
     "merge": "join token shards into one",
+    "adopt": "check token shards of another tool and write their manifests",
     "dedup": "remove exact and near-duplicate documents",
     "decontaminate": "remove documents that hold passages of evaluation sets",
     "sample": "take a random subset, by field value or score",

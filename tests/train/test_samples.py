@@ -1,6 +1,7 @@
 """What training draws equals the plan, without replacement, from a cache that two builders can share."""
 
 import multiprocessing
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -165,6 +166,23 @@ def test_a_second_build_changes_nothing_and_changed_data_gets_its_own_cache(tmp_
     write_shard(tmp_path / "s0", [25] * 40)
     third = build_blended_samples([entry], 50, dataset_config(), cache)
     assert max(int(third[i]["tokens"].max()) for i in range(50)) >= 800
+
+
+def _build_with_few_files(folder, hard):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (60, hard))
+    entries = [DataEntry(prefix=f"{folder}/s{index}", tokens=200, corpus="c") for index in range(80)]
+    build_blended_samples(entries, 1000, dataset_config(), folder / "cache")
+
+
+@pytest.mark.parametrize(("hard", "exitcode"), [(4096, 0), (300, 1)])
+def test_many_shards_raise_the_limit_of_open_files_or_say_that_it_is_too_low(tmp_path, hard, exitcode, capfd):
+    for index in range(80):
+        write_shard(tmp_path / f"s{index}", [20] * 10)
+    process = multiprocessing.get_context("fork").Process(target=_build_with_few_files, args=(tmp_path, hard))
+    process.start()
+    process.join(60)
+    assert process.exitcode == exitcode
+    assert exitcode == 0 or "300 are allowed" in capfd.readouterr().err
 
 
 def _build(prefix, cache, barrier):
