@@ -51,7 +51,8 @@ class Source:
 
     def identity(self) -> dict[str, Any]:
         """Return what tells that the file is unchanged: name, size and time of modification."""
-        return {"path": os.path.abspath(self.path), "size": self.size, "mtime_ns": self.mtime_ns}
+        path = os.path.abspath(self.path)
+        return {"path": path, "format": self.format, "size": self.size, "mtime_ns": self.mtime_ns}
 
 
 def list_sources(

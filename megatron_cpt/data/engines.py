@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from megatron_cpt.data.adversarial import adversarial_texts
 from megatron_cpt.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -146,141 +147,6 @@ def load_engine(tokenizer: Tokenizer, name: str) -> Engine:
         if name == "reference":
             raise
         raise EngineRefusal(f"{name} refuses the tokenizer ({type(problem).__name__}: {problem})") from None
-
-
-def adversarial_texts(tokenizer: Tokenizer) -> list[str]:
-    """Return the fixed set of texts that tells engines apart: scripts, spaces, normal forms, special tokens, contractions.
-
-    About 3,000 short texts, the same on every call.
-    """
-    atoms = list(_ATOMS)
-    if isinstance(tokenizer, HuggingFaceTokenizer):
-        atoms += [token.content for token in tokenizer.backend.get_added_tokens_decoder().values()][:64]
-    elif isinstance(tokenizer, SentencePieceTokenizer):
-        backend = tokenizer.backend
-        atoms += [backend.id_to_piece(id) for id in range(min(300, tokenizer.vocab_size)) if not backend.is_byte(id)][
-            :64
-        ]
-    state = 12345
-    texts = list(atoms)
-    for _ in range(2400):
-        text = ""
-        state = (state * 6364136223846793005 + 1442695040888963407) % (1 << 64)
-        for _ in range(1 + (state >> 60)):
-            state = (state * 6364136223846793005 + 1442695040888963407) % (1 << 64)
-            text += atoms[(state >> 33) % len(atoms)]
-        texts.append(text)
-    for start in range(0x20, 0x30000, 0x100):
-        block = "".join(chr(code) for code in range(start, start + 0x100, 7) if not 0xD800 <= code < 0xE000)
-        texts += [block, f"a{block[:4]} b{block[4:8]}"]
-    return texts
-
-
-_ATOMS = (
-    *(" ", "  ", "   ", "\n", "\n\n", "\r\n", "\t", "\t\t", "\u00a0", "\u3000", "\u2028", "\u200b", "\u200d", "\ufeff"),
-    *("a", "A", "the", " the", "Hello", " World", "don't", "I'LL", "we've", "'s", "’s", "naïve", "re\u0301sume\u0301"),
-    *(
-        "é",
-        "e\u0301",
-        "Å",
-        "\u212b",
-        "ﬁ",
-        "ß",
-        "İ",
-        "ı",
-        "ſ",
-        "Ω",
-        "ǆ",
-        "한국어",
-        "\u1112\u1161\u11ab",
-        "日本語",
-        "漢字",
-        "ひらがな",
-    ),
-    *(
-        "カタカナ",
-        "ｶﾞ",
-        "ガ",
-        "カ\u3099",
-        "。",
-        "、",
-        "中文文本",
-        "العربية",
-        "עברית",
-        "हिन्दी",
-        "ไทย",
-        "русский",
-        "ελληνικά",
-    ),
-    *(
-        "0",
-        "1",
-        "42",
-        "2026",
-        "3.14",
-        "1,000,000",
-        "١٢٣",
-        "½",
-        "²",
-        "Ⅳ",
-        "!",
-        "?!",
-        "...",
-        "--",
-        "==",
-        "(",
-        ")",
-        "{}",
-        "[0]",
-    ),
-    *(
-        "_",
-        "__init__",
-        "camelCase",
-        "snake_case",
-        "x=1;",
-        "//",
-        "#",
-        "<",
-        ">",
-        "</",
-        "|",
-        "<|",
-        "|>",
-        "&amp;",
-        "http://a.b/c",
-    ),
-    *(
-        "😀",
-        "👩\u200d👩\u200d👧",
-        "🇯🇵",
-        "e\u0301\u0323",
-        "\u0323",
-        "\u0301",
-        "\x00",
-        "\x01",
-        "\x7f",
-        "\x85",
-        "\ufffd",
-        "\U0010ffff",
-    ),
-    *(
-        "▁",
-        "▁▁",
-        "Ġ",
-        "Ċ",
-        "<0x0A>",
-        "<s>",
-        "</s>",
-        "<unk>",
-        "<pad>",
-        "[MASK]",
-        "<|endoftext|>",
-        "aaaaaaaa",
-        "zq",
-        "ACDC",
-    ),
-)
 
 
 def _reference_encoder(tokenizer: Tokenizer) -> EncodeFlat:

@@ -133,7 +133,7 @@ def parse_values(columns: Sequence[Sequence[Any]], keys: Sequence[str]) -> Parse
     """Return the documents of table columns, one column per key; rows count as lines."""
     parsed = Parsed(tuple(keys), num_lines=len(columns[0]))
     for number, values in enumerate(zip(*columns, strict=True)):
-        problem = next((p for p in map(_value_problem, values) if p), None)
+        problem = next((p for p in map(value_problem, values) if p), None)
         if problem:
             parsed.problems.append(Problem(number, problem, raw=_as_line(dict(zip(keys, values, strict=True)))))
         else:
@@ -212,7 +212,7 @@ def _parse_odd_line(line: bytes, number: int, keys: Sequence[str], parsed: Parse
         parsed.problems.append(Problem(number, MISSING_KEY, detail, line))
         return
     for key in keys:
-        if problem := _value_problem(record[key]):
+        if problem := value_problem(record[key]):
             detail = f"{key!r} is a {type(record[key]).__name__}" if problem == NOT_TEXT else f"{key!r}"
             parsed.problems.append(Problem(number, problem, detail, line))
             return
@@ -249,7 +249,8 @@ def _add_document(values: Sequence[str], number: int, parsed: Parsed) -> None:
     parsed.lines.append(number)
 
 
-def _value_problem(value: Any) -> str | None:
+def value_problem(value: Any) -> str | None:
+    """Return the kind of problem of a value that should be a text, or None."""
     if value is None:
         return NULL_TEXT
     if not isinstance(value, str):

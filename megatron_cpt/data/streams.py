@@ -6,24 +6,21 @@ middle: one thread reads it ahead and hands out its blocks through anonymous mem
 share of one big file, and no copy of it touches the disk.
 """
 
-import bz2
-import lzma
+import io
 import os
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 from megatron_cpt.data.documents import Source
+from megatron_cpt.data.plain_reader import PlainReader
 from megatron_cpt.data.records import DAMAGED, TOO_LONG, Parsed, Problem, parse_lines, parse_text_file, parse_values
+from megatron_cpt.data.tables import columns_of_block, table_blocks
 from megatron_cpt.errors import DataError
 
 PIECE_BYTES = 8 << 20
 MAX_DOCUMENT_BYTES = 256 << 20
 _READ_BYTES = 1 << 20
-_COMPRESSED_READ_BYTES = 1 << 16
-"""Little, because a megabyte may come out of a kilobyte."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +76,7 @@ def pieces_of(source: Source, number: int, layout: Layout, piece_bytes: int = PI
     elif source.format == "txt" and layout.txt_documents == "file":
         yield from _whole_text(source, number, layout)
     elif source.format in ("parquet", "arrow"):
-        for block in _table_blocks(source, layout, piece_bytes):
+        for block in table_blocks(source, layout.keys, piece_bytes):
             yield _in_memory(block, source, number)
     else:
         yield from _stream_pieces(source, number, layout, piece_bytes)
@@ -100,7 +97,7 @@ def parse_piece(piece: Piece, layout: Layout) -> Parsed:
     if piece.format == "txt-file":
         parsed = parse_text_file(data, layout.keys) if data or problem is None else Parsed(layout.keys)
     elif piece.format == "table":
-        parsed = parse_values(_columns(data, layout.keys, piece.path), layout.keys)
+        parsed = parse_values(columns_of_block(data, layout.keys), layout.keys)
     else:
         parsed = parse_lines(
             data, piece.format, layout.keys, layout.max_document_bytes, is_start=piece.is_start, is_end=is_end
@@ -146,11 +143,6 @@ def read_range(piece: Piece, max_document_bytes: int) -> tuple[bytes, bool, bool
         return b"".join(parts), is_end, False
 
 
-def open_decompressed(source: Source) -> "PlainReader":
-    """Open a source for reading its plain bytes."""
-    return PlainReader(source.path, source.compression)
-
-
 def stream_blocks(
     source: Source, piece_bytes: int, max_document_bytes: int
 ) -> Iterator[tuple[bytes, bool, Problem | None]]:
@@ -158,10 +150,10 @@ def stream_blocks(
 
     The last block may lack its newline. A line over the limit is read past without being kept.
     """
-    with open_decompressed(source) as stream:
+    with PlainReader(source.path, source.compression) as stream:
         rest = b""
         while True:
-            data, damage = _read_block(stream, piece_bytes)
+            data, damage = stream.read_block(piece_bytes)
             if damage:
                 whole, _, rest = (rest + data).rpartition(b"\n")
                 yield (whole + b"\n" if whole else b""), True, Problem(0, DAMAGED, damage, rest or None)
@@ -185,75 +177,6 @@ def stream_blocks(
                     return
 
 
-class _Reader(Protocol):
-    def read(self, size: int, /) -> bytes | None: ...
-
-
-class PlainReader:
-    """Reads a plain or compressed file, all its members one after the other.
-
-    Everything before a damage is handed out first; then, and where a member ends early (which the libraries' own
-    readers may pass over or punish with the loss of what came before), `read` raises OSError.
-    """
-
-    def __init__(self, path: Path, compression: str | None):
-        self._new_member = _MEMBERS[compression]
-        self._padding = b"\x00" if compression in ("gz", "xz") else b""
-        self._file = path.open("rb", buffering=0)
-        self._member: Any = None
-        self._pending = b""
-
-    def __enter__(self) -> "PlainReader":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def read(self, size: int) -> bytes:
-        """Return some bytes, about `size` at most, or b"" at the end."""
-        if self._new_member is None:
-            return self._file.read(size) or b""
-        while True:
-            data = self._pending or self._file.read(_COMPRESSED_READ_BYTES) or b""
-            self._pending = b""
-            if self._member is None:
-                data = data.lstrip(self._padding) if self._padding else data
-                if not data and self._file.tell() == os.fstat(self._file.fileno()).st_size:
-                    return b""
-                self._member = self._new_member() if data else None
-                if not data:
-                    continue
-            elif not data:
-                raise EOFError("the file ends within a compressed member")
-            plain = self._decompress(data)
-            if plain:
-                return plain
-
-    def _decompress(self, data: bytes) -> bytes:
-        try:
-            plain = self._member.decompress(data)
-        except Exception as problem:  # each library has its own error, zstandard's is known only once imported
-            raise OSError(str(problem)) from None
-        if self._member.eof:
-            self._pending, self._member = self._member.unused_data, None
-        return plain
-
-
-def _new_zstd_member() -> Any:
-    import zstandard  # compiled; only where a .zst file is read
-
-    return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-
-
-_MEMBERS: dict[str | None, Callable[[], Any] | None] = {
-    None: None,
-    "gz": lambda: zlib.decompressobj(wbits=31),
-    "xz": lzma.LZMADecompressor,
-    "bz2": bz2.BZ2Decompressor,
-    "zst": _new_zstd_member,
-}
-
-
 def _whole_text(source: Source, number: int, layout: Layout) -> Iterator[Piece]:
     limit = layout.max_document_bytes
     if source.compression is None and source.size <= limit:
@@ -268,10 +191,11 @@ def _whole_text(source: Source, number: int, layout: Layout) -> Iterator[Piece]:
         )
         return
     if source.compression is None:
-        data, problem = b"", Problem(0, TOO_LONG, f"over {limit:,} bytes")
+        data = b""
+        problem: Problem | None = Problem(0, TOO_LONG, f"over {limit:,} bytes")
     else:
-        with open_decompressed(source) as stream:
-            data, damage = _read_block(stream, limit + 1)
+        with PlainReader(source.path, source.compression) as stream:
+            data, damage = stream.read_block(limit + 1)
         problem = Problem(0, DAMAGED, damage) if damage else None
         if len(data) > limit:
             problem = Problem(0, TOO_LONG, f"over {limit:,} bytes")
@@ -289,7 +213,7 @@ def _in_memory(
     block: tuple[bytes, bool, bool, Problem | None], source: Source, number: int, format: str = "table"
 ) -> Piece:
     data, is_start, is_end, problem = block
-    descriptor = os.memfd_create(source.path.name[:200])
+    descriptor = os.memfd_create("block of documents")
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
@@ -308,94 +232,10 @@ def _in_memory(
     )
 
 
-def _table_blocks(
-    source: Source, layout: Layout, piece_bytes: int
-) -> Iterator[tuple[bytes, bool, bool, Problem | None]]:
-    """Yield Arrow IPC streams of about `piece_bytes` with the text columns of a Parquet or Arrow file."""
-    import pyarrow as pa  # heavy; only where tables are read
-
-    try:
-        for batch in _batches(source, layout.keys, piece_bytes):
-            rows = max(1, int(batch.num_rows * piece_bytes / max(batch.nbytes, 1)))
-            for start in range(0, batch.num_rows, rows):
-                sink = pa.BufferOutputStream()
-                with pa.ipc.new_stream(sink, batch.schema) as writer:
-                    writer.write_batch(batch.slice(start, rows))
-                yield sink.getvalue().to_pybytes(), False, False, None
-    except (pa.ArrowException, OSError) as problem:
-        yield b"", False, True, Problem(0, DAMAGED, " ".join(str(problem).split())[:300])
-
-
-def _batches(source: Source, keys: Sequence[str], piece_bytes: int) -> Iterator[Any]:
-    import pyarrow as pa  # heavy; only where tables are read
-
-    if source.format == "parquet":
-        import pyarrow.parquet as pq
-
-        with pq.ParquetFile(source.path, memory_map=False, pre_buffer=False) as file:
-            _check_columns(source, file.schema_arrow.names, keys)
-            rows = _rows_per_batch(file.metadata, keys, piece_bytes)
-            yield from file.iter_batches(batch_size=rows, columns=list(keys), use_threads=False)
-        return
-    with pa.memory_map(str(source.path)) as mapped:
-        try:
-            reader: Any = pa.ipc.open_stream(mapped)
-        except pa.ArrowInvalid:
-            mapped.seek(0)
-            file = pa.ipc.open_file(mapped)
-            reader = (file.get_batch(i) for i in range(file.num_record_batches))
-            _check_columns(source, file.schema.names, keys)
-        else:
-            _check_columns(source, reader.schema.names, keys)
-        for batch in reader:
-            yield batch.select(list(keys))
-
-
-def _rows_per_batch(metadata: Any, keys: Sequence[str], piece_bytes: int) -> int:
-    """Return how many rows hold about `piece_bytes` of text, so that a file of long documents stays within memory."""
-    text_bytes = 0
-    for group in range(metadata.num_row_groups):
-        for column in range(metadata.num_columns):
-            chunk = metadata.row_group(group).column(column)
-            if chunk.path_in_schema in keys:
-                text_bytes += chunk.total_uncompressed_size
-    return min(max(int(piece_bytes * metadata.num_rows / max(text_bytes, 1)), 1), 65536)
-
-
-def _check_columns(source: Source, names: Sequence[str], keys: Sequence[str]) -> None:
-    for key in keys:
-        if key not in names:
-            raise DataError(
-                f"{source.path}: has no column {key!r}; its columns are {', '.join(names)}. "
-                "Name the column that holds the text with --json-keys."
-            )
-
-
-def _columns(data: bytes, keys: Sequence[str], path: str) -> list[list[Any]]:
-    import pyarrow as pa  # heavy; only where tables are read
-
-    if not data:
-        return [[] for _ in keys]
-    table = pa.ipc.open_stream(pa.py_buffer(data)).read_all()
-    return [table.column(key).to_pylist() for key in keys]
-
-
-def _read_block(stream: PlainReader, size: int) -> tuple[bytes, str | None]:
-    """Return up to `size` plain bytes and, when the stream is damaged after them, how."""
-    parts, length = [], 0
-    try:
-        while length < size and (data := stream.read(min(_READ_BYTES, size - length))):
-            parts.append(data)
-            length += len(data)
-    except (EOFError, OSError) as problem:
-        return b"".join(parts), str(problem)
-    return b"".join(parts), None
-
-
 def _skip_line(stream: PlainReader) -> tuple[str | None, bytes, bool]:
     """Read past the next newline; return (damage, what was read after it, whether the stream ended before)."""
     while True:
-        data, damage = _read_block(stream, _READ_BYTES)
+        data, damage = stream.read_block(_READ_BYTES)
         newline = data.find(b"\n")
         if newline >= 0:
             return damage, data[newline + 1 :], False
@@ -409,8 +249,8 @@ def _read_at(path: str, start: int, size: int) -> bytes:
         return _read_exactly(file, size, path)
 
 
-def _read_exactly(file: _Reader, size: int, path: str) -> bytes:
-    data = file.read(size)
+def _read_exactly(file: io.FileIO, size: int, path: str) -> bytes:
+    data = file.read(size) or b""
     while len(data) < size:
         more = file.read(size - len(data))
         if not more:

@@ -5,14 +5,11 @@ The parent cuts the sources into pieces (`data/streams.py`), worker processes pa
 open at once where their sources are streams, since one compressed file is decompressed by one thread.
 """
 
-import contextlib
 import logging
 import os
-import queue
-import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +22,8 @@ from megatron_cpt.data.grouping import ShardPlan, plan_one, plan_tree, tokens_pe
 from megatron_cpt.data.indexed import read_shard_manifest, token_dtype
 from megatron_cpt.data.records import POLICIES
 from megatron_cpt.data.shard_writer import ShardWriter, is_finished, rejects_path
-from megatron_cpt.data.streams import MAX_DOCUMENT_BYTES, PIECE_BYTES, Layout, Piece, pieces_of
+from megatron_cpt.data.streams import MAX_DOCUMENT_BYTES, PIECE_BYTES, Layout, Piece
+from megatron_cpt.data.task_feed import TaskFeed, close_pieces
 from megatron_cpt.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_cpt.data.workers import EngineDifference, Job, TaskResult, WorkerPool
 from megatron_cpt.errors import ConfigError, DataError
@@ -33,12 +31,10 @@ from megatron_cpt.log import Progress, format_count
 
 logger = logging.getLogger(__name__)
 
-_MAX_PIECES_OF_TASK = 64
 _MAX_SENT = 2
 """Tasks that wait in a worker's pipe, so that it never waits for the parent."""
 _MAX_HELD = 4
 """Encoded tasks that a worker keeps until their place is known."""
-_READ_AHEAD_TASKS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +160,7 @@ class _OpenShard:
 
     plan: ShardPlan
     writer: ShardWriter
-    tasks: "_TaskFeed"
+    tasks: "TaskFeed"
     order: deque[int] = field(default_factory=deque)
     """Tasks sent and not yet committed, in order."""
     results: dict[int, TaskResult] = field(default_factory=dict)
@@ -217,7 +213,7 @@ class _Run:
                 if failed:
                     shard.writer.abandon()
             for pieces in self.pieces_of_task.values():
-                _close(pieces)
+                close_pieces(pieces)
             os.close(wake_read)
             os.close(wake_write)
 
@@ -248,7 +244,7 @@ class _Run:
             except BaseException:
                 self.waiting.appendleft(plan)
                 raise
-            shard = _OpenShard(plan, writer, _TaskFeed(plan, self.job.layout, self.piece_bytes, wake))
+            shard = _OpenShard(plan, writer, TaskFeed(plan, self.job.layout, self.piece_bytes, wake))
             self.open.append(shard)
             if pieces := shard.tasks.take():
                 return shard, pieces
@@ -270,7 +266,7 @@ class _Run:
     def _commit(self, pool: WorkerPool, shard: _OpenShard, result: TaskResult) -> None:
         places = shard.writer.commit(result)
         pieces = self.pieces_of_task.pop(result.task)
-        _close(pieces)
+        close_pieces(pieces)
         shard.num_unwritten += 1
         pool.send(self.worker_of.pop(result.task), ("write", result.task, places))
         self.documents += len(result.lengths[0])
@@ -286,88 +282,3 @@ class _Run:
             if shard.tasks.is_exhausted and not shard.order and not shard.num_unwritten:
                 shard.writer.finish()
                 self.open.remove(shard)
-
-
-class _TaskFeed:
-    """The tasks of one shard, in order; a thread reads ahead where sources are streams."""
-
-    def __init__(self, plan: ShardPlan, layout: Layout, piece_bytes: int, wake: int):
-        self._tasks = _tasks(plan, layout, piece_bytes)
-        self._wake = wake
-        self._queue: queue.Queue[list[Piece] | BaseException | None] = queue.Queue(_READ_AHEAD_TASKS)
-        self._closing = threading.Event()
-        self._thread = None
-        self.is_exhausted = False
-        if not all(source.is_splittable for source in plan.sources):
-            self._thread = threading.Thread(target=self._read_ahead, daemon=True)
-            self._thread.start()
-
-    def take(self) -> list[Piece] | None:
-        """Return the next task if one is ready."""
-        if self.is_exhausted:
-            return None
-        if self._thread is None:
-            found: list[Piece] | BaseException | None = next(self._tasks, None)
-        else:
-            try:
-                found = self._queue.get_nowait()
-            except queue.Empty:
-                return None
-        if isinstance(found, BaseException):
-            raise found
-        self.is_exhausted = found is None
-        return found
-
-    def close(self) -> None:
-        """Stop reading ahead and let go of blocks nobody will take."""
-        self._closing.set()
-        if self._thread:
-            self._thread.join()
-        with contextlib.suppress(queue.Empty):
-            while True:
-                found = self._queue.get_nowait()
-                if isinstance(found, list):
-                    _close(found)
-
-    def _read_ahead(self) -> None:
-        try:
-            for task in self._tasks:
-                self._put(task)
-                if self._closing.is_set():
-                    return
-            self._put(None)
-        except BaseException as problem:
-            self._put(problem)
-
-    def _put(self, item: list[Piece] | BaseException | None) -> None:
-        while not self._closing.is_set():
-            try:
-                self._queue.put(item, timeout=0.2)
-            except queue.Full:
-                continue
-            with contextlib.suppress(BlockingIOError):
-                os.write(self._wake, b".")
-            return
-        if isinstance(item, list):
-            _close(item)
-
-
-def _tasks(plan: ShardPlan, layout: Layout, piece_bytes: int) -> Iterator[list[Piece]]:
-    """Yield lists of pieces of about `piece_bytes` together."""
-    task: list[Piece] = []
-    size = 0
-    for number, source in enumerate(plan.sources):
-        for piece in pieces_of(source, number, layout, piece_bytes):
-            task.append(piece)
-            size += piece.end - piece.start
-            if size >= piece_bytes or len(task) >= _MAX_PIECES_OF_TASK:
-                yield task
-                task, size = [], 0
-    if task:
-        yield task
-
-
-def _close(pieces: Sequence[Piece]) -> None:
-    for piece in pieces:
-        if piece.descriptor is not None:
-            os.close(piece.descriptor)

@@ -80,7 +80,7 @@ class WorkerPool:
 
     def __init__(self, num_workers: int, job: Job, tokenizer: Tokenizer):
         can_fork = len(os.listdir("/proc/self/task")) == 1
-        context = multiprocessing.get_context("fork" if can_fork else "forkserver")
+        context: Any = multiprocessing.get_context("fork" if can_fork else "forkserver")
         if not can_fork:
             context.set_forkserver_preload([__name__])
         own_tokenizer = tokenizer if can_fork else None

@@ -35,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: all cores)"
     )
-    parser.add_argument("--shard-tokens", type=_count, help="group files into shards of about this many tokens (500M)")
+    parser.add_argument(
+        "--shard-tokens", type=parse_count_argument, help="group files into shards of about this many tokens (500M)"
+    )
     parser.add_argument(
         "--shard", type=_part, metavar="I/N", help="do the i-th of n parts of the work, i from 0 to n-1"
     )
@@ -67,7 +69,10 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
         "--txt-documents", choices=("line", "file"), default="line", help="a .txt holds a document per line, or is one"
     )
     parser.add_argument(
-        "--max-document-bytes", type=_count, default=256 << 20, help="a longer line is a bad line (default: 256 MiB)"
+        "--max-document-bytes",
+        type=parse_count_argument,
+        default=256 << 20,
+        help="a longer line is a bad line (default: 256 MiB)",
     )
 
 
@@ -100,7 +105,8 @@ def run(arguments: argparse.Namespace) -> int | None:
     return 0
 
 
-def _count(text: str) -> int:
+def parse_count_argument(text: str) -> int:
+    """Return a count from `500M` or 1000, for argparse."""
     from megatron_cpt.config.values import parse_count
 
     try:

@@ -1,0 +1,163 @@
+"""Merge: several shards become one; indexes are rewritten, bytes are moved by the kernel (`copy_file_range`)."""
+
+import errno
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_cpt.data.indexed import (
+    ShardIndex,
+    bin_path,
+    idx_path,
+    manifest_path,
+    read_index,
+    read_shard_manifest,
+    write_index,
+)
+from megatron_cpt.data.shard_writer import provenance_path, rejects_path
+from megatron_cpt.data.tokenizer import same_tokenizer
+from megatron_cpt.errors import DataError
+from megatron_cpt.files import whole_file, write_json
+from megatron_cpt.log import Progress
+
+_PART = re.compile(r"(?P<base>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<rest>_.*_document)")
+_MAX_COPY_BYTES = 1 << 30
+
+
+def find_parts(output_prefix: Path) -> list[Path]:
+    """Return the prefixes of the parts `<base>-00000-of-00008_<key>_document` of a shard, in order.
+
+    Raises: DataError naming the parts that are missing.
+    """
+    parts: dict[int, dict[int, Path]] = {}
+    for path in output_prefix.parent.glob("*.json"):
+        match = _PART.fullmatch(path.name.removesuffix(".json"))
+        if match and match["base"] + match["rest"] == output_prefix.name:
+            prefix = path.with_name(path.name.removesuffix(".json"))
+            parts.setdefault(int(match["count"]), {})[int(match["number"])] = prefix
+    if len(parts) != 1:
+        found = f"parts of {sorted(parts)} members" if parts else "no parts"
+        raise DataError(
+            f"{output_prefix}: {found} found. Parts come from `tokenize --shard I/N`. Name them with --input."
+        )
+    ((count, members),) = parts.items()
+    if missing := sorted(set(range(count)) - set(members)):
+        names = ", ".join(f"{number}/{count}" for number in missing[:10])
+        raise DataError(f"{output_prefix}: parts {names} are missing. Run `tokenize --shard` for them first.")
+    return [members[number] for number in range(count)]
+
+
+def merge_shards(prefixes: Sequence[Path], output_prefix: Path) -> dict[str, Any]:
+    """Join shards in the given order under `output_prefix`; return the manifest.
+
+    Raises: DataError when one is damaged, or they differ in tokenizer, token type or options.
+    """
+    if not prefixes:
+        raise DataError(f"{output_prefix}: no shards to merge.")
+    if output_prefix.absolute() in [prefix.absolute() for prefix in prefixes]:
+        raise DataError(f"{output_prefix}: is one of the shards to merge. Choose another output.")
+    indexes = [read_index(prefix) for prefix in prefixes]
+    manifests = [read_shard_manifest(prefix) for prefix in prefixes]
+    _check_alike(prefixes, indexes, manifests)
+    manifest_path(output_prefix).unlink(missing_ok=True)
+    progress = Progress("merge", sum(index.num_tokens * index.dtype.itemsize for index in indexes) / 1e6, "MB")
+    with whole_file(bin_path(output_prefix), "wb") as file:
+        for index in indexes:
+            _append(file.fileno(), bin_path(index.prefix), progress)
+    write_index(
+        idx_path(output_prefix),
+        indexes[0].dtype,
+        np.concatenate([index.sequence_lengths for index in indexes]),
+        _joined_documents(indexes),
+    )
+    _merge_provenance(prefixes, manifests, output_prefix)
+    _merge_rejects(prefixes, manifests[0]["key"], output_prefix)
+    manifest = _joined_manifest(manifests)
+    write_json(manifest_path(output_prefix), manifest)
+    return manifest
+
+
+def _check_alike(prefixes: Sequence[Path], indexes: Sequence[ShardIndex], manifests: Sequence[dict[str, Any]]) -> None:
+    first = manifests[0]
+    for prefix, index, manifest in zip(prefixes, indexes, manifests, strict=True):
+        if (index.num_documents, index.num_tokens) != (manifest["documents"], manifest["tokens"]):
+            raise DataError(f"{prefix}: its manifest does not fit its index. Tokenize the shard again.")
+        if not same_tokenizer(manifest["tokenizer"], first["tokenizer"]):
+            raise DataError(
+                f"{prefix}: was tokenized with another tokenizer than {prefixes[0]}. They must not be mixed."
+            )
+        if (
+            index.dtype != indexes[0].dtype
+            or manifest["options"] != first["options"]
+            or manifest["key"] != first["key"]
+        ):
+            raise DataError(f"{prefix}: was tokenized with other options than {prefixes[0]}. They must not be mixed.")
+
+
+def _append(descriptor: int, path: Path, progress: Progress) -> None:
+    with path.open("rb") as source:
+        remaining = os.fstat(source.fileno()).st_size
+        while remaining:
+            try:
+                moved = os.copy_file_range(source.fileno(), descriptor, min(remaining, _MAX_COPY_BYTES))
+            except OSError as problem:
+                if problem.errno not in (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+                    raise DataError(f"{path}: cannot be copied ({problem.strerror}). Make room.") from None
+                with os.fdopen(os.dup(descriptor), "wb") as target:
+                    shutil.copyfileobj(source, target, 1 << 22)
+                moved = remaining
+            if not moved:
+                raise DataError(f"{path}: became shorter while it was copied.")
+            remaining -= moved
+            progress.add(moved / 1e6)
+
+
+def _joined_documents(indexes: Sequence[ShardIndex]) -> np.ndarray:
+    joined = [np.zeros(1, dtype=np.int64)]
+    sequences = 0
+    for index in indexes:
+        joined.append(index.document_indices[1:] + sequences)
+        sequences += len(index.sequence_lengths)
+    return np.concatenate(joined)
+
+
+def _merge_provenance(prefixes: Sequence[Path], manifests: Sequence[dict[str, Any]], output_prefix: Path) -> None:
+    if not all(provenance_path(prefix).exists() for prefix in prefixes):
+        return
+    rows, sources = [], 0
+    for prefix, manifest in zip(prefixes, manifests, strict=True):
+        found = np.load(provenance_path(prefix))
+        found[:, 0] += sources
+        rows.append(found)
+        sources += len(manifest["sources"])
+    with whole_file(provenance_path(output_prefix), "wb") as file:
+        np.save(file, np.concatenate(rows))
+
+
+def _merge_rejects(prefixes: Sequence[Path], key: str, output_prefix: Path) -> None:
+    files = [rejects_path(_base_path(prefix, key)) for prefix in prefixes]
+    files = [path for path in files if path.exists()]
+    if files:
+        with whole_file(rejects_path(_base_path(output_prefix, key)), "wb") as target:
+            for path in files:
+                target.write(path.read_bytes())
+
+
+def _joined_manifest(manifests: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    joined = dict(manifests[0])
+    for name in ("documents", "tokens", "bytes", "lines"):
+        joined[name] = sum(manifest[name] for manifest in manifests)
+    for name in ("rejects", "notes"):
+        joined[name] = dict(sum((Counter(manifest[name]) for manifest in manifests), Counter()))
+    joined["sources"] = [source for manifest in manifests for source in manifest["sources"]]
+    return joined
+
+
+def _base_path(prefix: Path, key: str) -> Path:
+    return prefix.with_name(prefix.name.removesuffix(f"_{key}_document"))

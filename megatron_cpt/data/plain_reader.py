@@ -1,0 +1,89 @@
+"""Plain bytes of a file, compressed or not, up to the very byte where it is damaged."""
+
+import bz2
+import lzma
+import os
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_READ_BYTES = 1 << 20
+_COMPRESSED_READ_BYTES = 1 << 16
+"""Little, because a megabyte may come out of a kilobyte."""
+
+
+class PlainReader:
+    """Reads a plain or compressed file, all its members one after the other.
+
+    Everything before a damage is handed out first; then, and where a member ends early (which the libraries' own
+    readers may pass over or punish with the loss of what came before), `read` raises OSError.
+    """
+
+    def __init__(self, path: Path, compression: str | None):
+        self._new_member = _MEMBERS[compression]
+        self._padding = b"\x00" if compression in ("gz", "xz") else b""
+        self._file = path.open("rb", buffering=0)
+        self._member: Any = None
+        self._pending = b""
+
+    def __enter__(self) -> "PlainReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def read(self, size: int) -> bytes:
+        """Return some bytes, about `size` at most, or b"" at the end."""
+        if self._new_member is None:
+            return self._file.read(size) or b""
+        while True:
+            data = self._pending or self._file.read(_COMPRESSED_READ_BYTES) or b""
+            self._pending = b""
+            if self._member is None:
+                data = data.lstrip(self._padding) if self._padding else data
+                if not data and self._file.tell() == os.fstat(self._file.fileno()).st_size:
+                    return b""
+                self._member = self._new_member() if data else None
+                if not data:
+                    continue
+            elif not data:
+                raise EOFError("the file ends within a compressed member")
+            plain = self._decompress(data)
+            if plain:
+                return plain
+
+    def read_block(self, size: int) -> tuple[bytes, str | None]:
+        """Return up to about `size` bytes and, when the file is damaged after them, how."""
+        parts, length = [], 0
+        try:
+            while length < size and (data := self.read(min(_READ_BYTES, size - length))):
+                parts.append(data)
+                length += len(data)
+        except (EOFError, OSError) as problem:
+            return b"".join(parts), str(problem)
+        return b"".join(parts), None
+
+    def _decompress(self, data: bytes) -> bytes:
+        try:
+            plain = self._member.decompress(data)
+        except Exception as problem:  # each library has its own error, zstandard's is known only once imported
+            raise OSError(str(problem)) from None
+        if self._member.eof:
+            self._pending, self._member = self._member.unused_data, None
+        return plain
+
+
+def _new_zstd_member() -> Any:
+    import zstandard  # compiled; only where a .zst file is read
+
+    return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+
+
+_MEMBERS: dict[str | None, Callable[[], Any] | None] = {
+    None: None,
+    "gz": lambda: zlib.decompressobj(wbits=31),
+    "xz": lzma.LZMADecompressor,
+    "bz2": bz2.BZ2Decompressor,
+    "zst": _new_zstd_member,
+}

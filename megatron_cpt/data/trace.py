@@ -1,0 +1,79 @@
+"""Trace: from a document or token of a shard back to file and line.
+
+With a provenance sidecar (`tokenize --provenance`) the answer is one read; without it the source is read again up to
+the document, since sources and their document counts stand in the manifest.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_cpt.data.audit import layout_of, read_source, source_of
+from megatron_cpt.data.indexed import document_bounds, read_index, read_shard_manifest, read_tokens
+from megatron_cpt.data.shard_writer import provenance_path
+from megatron_cpt.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where a document came from."""
+
+    document: int
+    path: str
+    line: int
+    """Line or table row, counted from 1."""
+    num_tokens: int
+    ids: np.ndarray
+
+    def __str__(self) -> str:
+        return f"document {self.document:,} ({self.num_tokens:,} tokens): {self.path}:{self.line}"
+
+
+def trace_document(prefix: Path, document: int) -> Origin:
+    """Return the origin of a document, counted from 0.
+
+    Raises: DataError when the shard has no such document, or its source is gone and there is no sidecar.
+    """
+    index, manifest = read_index(prefix), read_shard_manifest(prefix)
+    if not 0 <= document < index.num_documents:
+        raise DataError(f"{prefix}: has no document {document:,}. It has {index.num_documents:,}, counted from 0.")
+    bounds = document_bounds(index)
+    ids = read_tokens(index)[bounds[document] : bounds[document + 1]]
+    sidecar = provenance_path(prefix)
+    if sidecar.exists():
+        source_number, line = np.load(sidecar, mmap_mode="r")[document].tolist()
+        path = manifest["sources"][source_number]["path"]
+    else:
+        path, line = _search(prefix, manifest, document)
+    return Origin(document=document, path=path, line=line, num_tokens=len(ids), ids=ids)
+
+
+def trace_token(prefix: Path, token: int) -> Origin:
+    """Return the origin of the document that holds a token, counted from 0.
+
+    Raises: DataError as `trace_document`.
+    """
+    index = read_index(prefix)
+    if not 0 <= token < index.num_tokens:
+        raise DataError(f"{prefix}: has no token {token:,}. It has {index.num_tokens:,}, counted from 0.")
+    return trace_document(prefix, int(np.searchsorted(document_bounds(index), token, side="right")) - 1)
+
+
+def _search(prefix: Path, manifest: dict, document: int) -> tuple[str, int]:
+    before = 0
+    for number, entry in enumerate(manifest["sources"]):
+        if document >= before + entry["documents"]:
+            before += entry["documents"]
+            continue
+        source = source_of(entry, manifest)
+        if source is None:
+            raise DataError(
+                f"{entry['path']}: is gone or changed, and {prefix} has no provenance sidecar. "
+                "The line cannot be told. Tokenize with --provenance to keep it."
+            )
+        for first_line, parsed in read_source(source, number, layout_of(manifest)):
+            if document < before + len(parsed.lines):
+                return entry["path"], first_line + parsed.lines[document - before] + 1
+            before += len(parsed.lines)
+    raise DataError(f"{prefix}: its manifest counts fewer documents than its index. Run `megatron-cpt data audit`.")

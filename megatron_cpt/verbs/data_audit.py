@@ -1,0 +1,33 @@
+"""Prove that token files hold exactly their source documents; exit code 1 if one does not.
+
+Counts, sums and ends are checked for all documents; ids and text for a sample, by the reference tokenizer.
+
+Example: megatron-cpt data audit --input tokens/D1 --tokenizer models/base
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--input", nargs="+", required=True, help="prefixes of shards, folders or globs of them")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="the tokenizer that made them")
+    parser.add_argument("--eod-token", help="end-of-document token, as given to tokenize")
+    parser.add_argument("--samples", type=int, default=200, help="documents per shard that are encoded again")
+
+
+def run(arguments: argparse.Namespace) -> int | None:
+    # numpy and the tokenizer libraries are slow to import; --help must not wait for them
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from megatron_cpt.data.audit import audit_all, shard_prefixes
+    from megatron_cpt.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(arguments.tokenizer, arguments.eod_token)
+    audits = audit_all(shard_prefixes(arguments.input), tokenizer, arguments.samples)
+    sys.stdout.write("".join(map(str, audits)))
+    bad = sum(bool(audit.problems) for audit in audits)
+    documents, tokens = sum(audit.documents for audit in audits), sum(audit.tokens for audit in audits)
+    sys.stdout.write(f"{len(audits)} shards, {documents:,} documents, {tokens:,} tokens; {bad} shards with problems\n")
+    return 1 if bad else 0

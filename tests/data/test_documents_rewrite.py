@@ -1,0 +1,142 @@
+"""Validate counts bad lines, repair rewrites them, extract and merge-files keep every line whole."""
+
+import gzip
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from megatron_cpt.cli import main
+from megatron_cpt.data.documents import list_sources
+from megatron_cpt.data.rewrite import plan_tree_of_files, rewrite_all
+from megatron_cpt.data.tokenization import tokenize
+from megatron_cpt.errors import DataError
+
+ROOT = Path(__file__).parents[2]
+GOOD = '{"text": "a"}\n'
+CHAT = '{"conversations": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}\n'
+BROKEN = (
+    "\ufeff" + GOOD + "\n" + '{"text": "b"}{"text": "c"}\n' + "{broken\n" + CHAT + '{"conversations": [{"role": 1}]}\n'
+    '{"text": "d"}'
+)
+
+
+def run(*arguments):
+    with pytest.raises(SystemExit) as left:
+        main(["data", *map(str, arguments)])
+    return left.value.code
+
+
+def rewrite(sources, output, target_bytes=None, keys=("text",), on_bad_line="skip", compression="none"):
+    settings = {"keys": keys, "on_bad_line": on_bad_line, "compression": compression}
+    return rewrite_all(plan_tree_of_files(list_sources(sources), output, target_bytes, **settings), 1, "rewrite")
+
+
+def test_validate_reports_bad_lines_and_leaves_with_one(tmp_path, capsys):
+    (tmp_path / "x.jsonl").write_text(BROKEN)
+    assert run("validate", "--input", tmp_path, "--workers", 1) == 1
+    output = capsys.readouterr().out
+    assert "line 3: two objects on one line" in output and "line 4: invalid JSON" in output
+    assert "turn 0 of 'conversations' has no role and content" in output
+    assert "1 blank line" in output and "1 byte-order mark" in output and "1 no final newline" in output
+    assert "3 bad lines" in output
+
+
+def test_validate_passes_clean_text_and_chat(tmp_path, capsys):
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress((GOOD + CHAT).encode()))
+    (tmp_path / "y.txt").write_text("one\ntwo\n")
+    assert run("validate", "--input", tmp_path, "--workers", 1) == 0
+    assert "2 files, 4 documents, 0 bad lines" in capsys.readouterr().out
+
+
+def test_repair_keeps_what_can_be_mended_and_sets_the_rest_aside(tmp_path, bpe_dir):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/x.jsonl").write_text(BROKEN)
+    rewrite([tmp_path / "in"], tmp_path / "out")
+    lines = (tmp_path / "out/x.jsonl").read_text()
+    assert lines == GOOD + '{"text": "b"}\n{"text": "c"}\n' + CHAT + '{"text": "d"}\n'
+    rejects = [json.loads(line) for line in (tmp_path / "out/x.jsonl.rejects").read_text().splitlines()]
+    assert [(entry["line"], entry["reason"]) for entry in rejects] == [
+        (4, "invalid JSON"),
+        (6, "text is not a string"),
+    ]
+    assert run("validate", "--input", tmp_path / "out", "--workers", 1) == 0
+    (tmp_path / "out/x.jsonl").write_text(lines.replace(CHAT, ""))
+    assert tokenize([tmp_path / "out/x.jsonl"], bpe_dir, output_prefix=tmp_path / "t").manifests
+
+
+def test_repair_keeps_the_whole_lines_of_a_truncated_file(tmp_path):
+    data = zstandard.ZstdCompressor().compress(GOOD.encode() * 50000)
+    (tmp_path / "x.jsonl.zst").write_bytes(data[: len(data) // 2])
+    (found,) = rewrite([tmp_path / "x.jsonl.zst"], tmp_path / "out", compression="gz")
+    assert found.problems == {"damaged or truncated file": 1}
+    assert gzip.decompress((tmp_path / "out/x.jsonl.gz").read_bytes()).decode() == GOOD * found.documents
+
+
+def test_extract_mirrors_the_tree_and_stops_at_damage(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "in/deep").mkdir(parents=True)
+    (tmp_path / "in/deep/a.jsonl.gz").write_bytes(gzip.compress(GOOD.encode() + CHAT.encode()[:-1]))
+    (tmp_path / "in/b.txt").write_text("one\ntwo")
+    pq.write_table(pa.table({"text": ["a", "b"], "score": [1, 2]}), tmp_path / "in/c.parquet")
+    rewrite([tmp_path / "in"], tmp_path / "out", keys=(), on_bad_line="fail")
+    assert (tmp_path / "out/deep/a.jsonl").read_text() == GOOD + CHAT
+    assert (tmp_path / "out/b.txt").read_text() == "one\ntwo\n"
+    assert (tmp_path / "out/c.jsonl").read_text() == '{"text":"a","score":1}\n{"text":"b","score":2}\n'
+    (tmp_path / "in/deep/a.jsonl.gz").write_bytes(gzip.compress(GOOD.encode())[:-9])
+    with pytest.raises(DataError, match="damaged or truncated"):
+        rewrite([tmp_path / "in/deep"], tmp_path / "out2", keys=(), on_bad_line="fail")
+    assert not (tmp_path / "out2/a.jsonl").exists()
+
+
+def test_files_are_merged_per_folder_and_format_without_glueing_lines(tmp_path):
+    for name in ("en/1.jsonl", "en/2.jsonl", "en/3.jsonl", "ja/1.jsonl"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_text("\ufeff" + GOOD * 3 + GOOD[:-1])
+    (tmp_path / "in/en/4.txt").write_text("a line")
+    rewrite([tmp_path / "in"], tmp_path / "out", target_bytes=120, keys=(), on_bad_line="fail")
+    files = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("[!.]*.*"))
+    assert files == ["en/en-00000.jsonl", "en/en-00000.txt", "en/en-00001.jsonl", "ja/ja-00000.jsonl"]
+    assert (tmp_path / "out/en/en-00000.jsonl").read_text() == GOOD * 8
+
+
+def test_a_second_run_keeps_files_of_unchanged_sources_and_redoes_the_others(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / f"in/{name}.jsonl").write_text(GOOD)
+    first = rewrite([tmp_path / "in"], tmp_path / "out")
+    (tmp_path / "in/b.jsonl").write_text(GOOD * 2)
+    stamp = (tmp_path / "out/a.jsonl").stat().st_mtime_ns
+    second = rewrite([tmp_path / "in"], tmp_path / "out")
+    assert (tmp_path / "out/a.jsonl").stat().st_mtime_ns == stamp
+    assert second[0] == first[0] and second[1].documents == 2
+
+
+def test_outputs_that_would_collide_or_replace_their_source_are_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text(GOOD)
+    with pytest.raises(DataError, match="is its own source"):
+        rewrite([tmp_path], tmp_path)
+    (tmp_path / "a.json").write_text(GOOD)
+    with pytest.raises(DataError, match="would both become"):
+        rewrite([tmp_path], tmp_path / "out")
+
+
+@pytest.mark.parametrize("script", ["tokenize.sh", "extract.sh", "merge_files.sh"])
+def test_the_shell_tools_explain_themselves(script):
+    done = subprocess.run([ROOT / "tools" / script, "--help"], capture_output=True, text=True, check=True)
+    assert "Usage: tools/" + script in done.stdout
+
+
+def test_the_shell_tool_extracts(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/x.jsonl.gz").write_bytes(gzip.compress(GOOD.encode()))
+    subprocess.run(
+        [ROOT / "tools/extract.sh", tmp_path / "in", tmp_path / "out", "--workers", "1"],
+        check=True,
+        capture_output=True,
+    )
+    assert (tmp_path / "out/x.jsonl").read_text() == GOOD
