@@ -7,7 +7,7 @@ Examples:
   megatron-cpt convert mcore-to-hf runs/t/p/50B/main/checkpoints/iter_0001000 out/hf --tokenizer data/tokenizer
   megatron-cpt convert latest --task tasks/demo --params demo-5m --size 8M --variant base
   megatron-cpt convert all --task tasks/demo --params demo-5m --size 8M --every 1000
-  megatron-cpt convert verify models/Qwen3-0.6B converted/qwen3-0.6b
+  megatron-cpt convert verify models/Qwen3-0.6B converted/qwen3-0.6b --logits --text sample.txt
 """
 
 import argparse
@@ -49,6 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     check = directions.add_parser("verify", help="compare a Hugging Face folder with a Megatron checkpoint")
     check.add_argument("hf_dir", type=Path, help="Hugging Face folder")
     check.add_argument("checkpoint", type=Path, help="Megatron checkpoint")
+    check.add_argument("--logits", action="store_true", help="run both models, a layer at a time, and compare logits")
+    check.add_argument("--text", type=Path, metavar="FILE", help="text to run them on (default: random tokens)")
+    check.add_argument("--num-tokens", type=int, default=512, metavar="N", help="tokens to run them on (512)")
+    check.add_argument(
+        "--tolerance", type=float, default=0.01, metavar="X", help="largest mean |difference| of logits in fp32 (0.01)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int | None:
@@ -102,4 +108,12 @@ def _verify(arguments: argparse.Namespace) -> int:
     checkpoint = find_checkpoint(arguments.checkpoint)
     tensors = compare_weights(arguments.hf_dir, checkpoint)
     sys.stdout.write(f"{len(tensors)} tensors are equal bit by bit\n")
+    if arguments.logits:
+        from megatron_cpt.checkpoint.mcore import manifest_model, read_manifest
+        from megatron_cpt.evaluate.logits import compare_logits, text_tokens  # transformers, megatron-core
+
+        model = manifest_model(read_manifest(checkpoint), checkpoint)
+        length = min(arguments.num_tokens, model.max_position_embeddings)
+        tokens = text_tokens(arguments.hf_dir, arguments.text, length, model.vocab_size)
+        sys.stdout.write(compare_logits(arguments.hf_dir, checkpoint, tokens, arguments.tolerance).table())
     return 0

@@ -63,7 +63,11 @@ MODELS = {
     ),
     "deepseek-v2": (
         "deepseek_v2",
-        {**LATENT, "q_lora_rank": None, "n_shared_experts": 2, "norm_topk_prob": False, "rope_parameters": YARN_ROPE},
+        {**LATENT, "q_lora_rank": 12, "n_shared_experts": 2, "norm_topk_prob": False, "rope_parameters": YARN_ROPE},
+    ),
+    "deepseek-v2-lite": (
+        "deepseek_v2",
+        {**LATENT, "q_lora_rank": None, "n_shared_experts": 2, "norm_topk_prob": False},
     ),
     "deepseek-v3": (
         "deepseek_v3",
