@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_cpt.config.schema import CorpusConfig, DataConfig, ModelConfig, PathsConfig, RunConfig, TrainingConfig
@@ -50,6 +50,7 @@ def two_corpora(tmp_path):
     return {"D0": ["D0"], "D1": ["D1/c_text_document"]}
 
 
+@settings(max_examples=40, deadline=None)
 @given(
     total=st.integers(0, 10**15),
     weights=st.lists(st.one_of(st.integers(0, 10**13), st.fractions(0, 1)), min_size=1, max_size=20).filter(any),
@@ -62,6 +63,7 @@ def test_apportioned_amounts_sum_to_the_total_and_are_within_one_of_their_quota(
     )
 
 
+@settings(max_examples=40, deadline=None)
 @given(tokens=st.lists(st.integers(1, 10**9), min_size=1, max_size=60), samples=st.integers(0, 10**7), data=st.data())
 def test_samples_of_every_entry_and_of_every_run_of_entries_are_within_one_of_their_share(tokens, samples, data):
     counts = spread_samples(tokens, samples)
@@ -72,6 +74,7 @@ def test_samples_of_every_entry_and_of_every_run_of_entries_are_within_one_of_th
         assert abs(sum(counts[start:end]) - Fraction(samples * sum(tokens[start:end]), sum(tokens))) < 1
 
 
+@settings(max_examples=40, deadline=None)
 @given(tokens=st.integers(1, 10**15), digits=st.integers(1, 99999))
 def test_a_ratio_rounds_up_exactly(tokens, digits):
     scaled = scale_tokens(tokens, exact(f"0.{digits:05d}"))

@@ -1,12 +1,13 @@
 """The order of samples is exact at the end and smooth on the way."""
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_cpt.data.blend_order import blend_order
 
 
+@settings(max_examples=40, deadline=None)
 @given(
     counts=st.lists(st.integers(0, 60), min_size=1, max_size=12).filter(any),
     owners=st.lists(st.integers(0, 3), min_size=12, max_size=12),
@@ -19,6 +20,7 @@ def test_every_entry_gives_exactly_its_samples_each_once_and_in_order(counts, ow
         assert sample_index[entry_index == entry].tolist() == list(range(count))
 
 
+@settings(max_examples=40, deadline=None)
 @given(counts=st.lists(st.integers(1, 300), min_size=1, max_size=6))
 def test_at_every_point_each_corpus_has_given_its_part(counts):
     entry_index, _ = blend_order(counts, range(len(counts)))

@@ -1,6 +1,8 @@
 """`megatron-cpt blend ...` does from the command line what the library does."""
 
 import json
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,8 @@ from megatron_cpt.data.datalist import read_data_list
 from megatron_cpt.data.indexed import bin_path, idx_path, manifest_path, write_index
 from megatron_cpt.data.tokenizer import load_tokenizer
 from megatron_cpt.files import write_json
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -133,3 +137,21 @@ def test_replay_plans_from_lists_and_buffer_and_appends(project, capsys):
 def test_formats_shows_every_format(project, capsys):
     _, out, _ = run(capsys, "formats")
     assert "llm-jp" in out and "export TRAIN_DATA_PATH=(" in out
+
+
+def test_the_shell_tools_list_a_tree_and_rescale_it_to_a_size(project):
+    def tool(name, *words):
+        return subprocess.run([ROOT / "tools" / name, *words], capture_output=True, text=True, check=False)
+
+    done = tool("build_train_data.sh", "data/tok")
+    assert (done.returncode, done.stdout) == (0, "train_data.all.sh: 2 shards, 16,000 tokens\n"), done.stderr
+    done = tool("update_train_data.sh", "10K", "--ratio", "/D0/=0.25", "--ratio", "*=1")
+    assert done.returncode == 0, done.stderr
+    entries = read_data_list(project / "train_data_10K.sh")
+    assert sum(entry.tokens for entry in entries) == 10000
+    assert [entry.tokens for entry in entries] == [2727, 7273]  # 2400 to 6400
+    manifest_path(project / "data/tok/D1/a_text_document").unlink()
+    done = tool("build_train_data.sh", "data/tok", "other.sh")
+    assert done.returncode == 2 and "incomplete shard data/tok/D1/a_text_document" in done.stderr
+    assert not (project / "other.sh").exists()
+    assert tool("update_train_data.sh").returncode == 2

@@ -3,7 +3,7 @@
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_cpt.data.datalist import (
@@ -32,6 +32,7 @@ def test_every_format_is_recognised_by_its_content_and_reads_its_own_sample(name
 
 
 @pytest.mark.parametrize("name", FORMATS)
+@settings(max_examples=40, deadline=None)
 @given(rows=st.lists(st.tuples(_TOKENS, _PREFIXES, _CORPORA), min_size=1, max_size=5))
 def test_token_counts_survive_every_format_to_the_last_digit(name, rows):
     entries = [DataEntry(tokens=tokens, prefix=prefix, corpus=corpus) for tokens, prefix, corpus in rows]
@@ -44,6 +45,7 @@ def test_token_counts_survive_every_format_to_the_last_digit(name, rows):
 
 
 @pytest.mark.parametrize("name", FORMATS)
+@settings(max_examples=40, deadline=None)
 @given(rows=st.lists(st.tuples(_WEIGHTS, _PREFIXES), min_size=1, max_size=5))
 def test_weights_survive_every_format_as_the_same_double(name, rows):
     entries = [DataEntry(weight=Fraction(weight), prefix=prefix, corpus="c") for weight, prefix in rows]

@@ -6,7 +6,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_cpt.data.list_formats import DataEntry
@@ -83,6 +83,7 @@ def test_a_shard_without_a_rule_and_a_rule_without_a_shard_are_refused():
         rescale(AVAILABLE, [rule("fran", "ratio", 1), rule("*", "ratio", 1)])
 
 
+@settings(max_examples=40, deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 10**13), min_size=2, max_size=12),
     ratios=st.lists(st.fractions("1/1000", 8), min_size=12, max_size=12),
@@ -102,6 +103,7 @@ def test_a_budget_is_always_met_to_the_token_and_proportions_within_one(sizes, r
     assert abs(pools.get("p00", 0) - budget * base) < 1
 
 
+@settings(max_examples=40, deadline=None)
 @given(sizes=st.lists(st.integers(10, 10**9), min_size=1, max_size=8), cap=st.integers(1, 5), part=st.fractions(0, 1))
 def test_no_shard_exceeds_its_cap_and_the_budget_is_still_met(sizes, cap, part):
     entries = [DataEntry(prefix=f"p{index}", tokens=size) for index, size in enumerate(sizes)]
@@ -121,6 +123,7 @@ def test_the_table_counts_and_refuses_too_many_epochs():
     assert "total 1,000 tokens (1K), budget 1,000: 4 iterations, 16 samples of 64" in table
 
 
+@settings(max_examples=40, deadline=None)
 @given(
     lists=st.lists(
         st.tuples(
