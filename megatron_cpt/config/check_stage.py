@@ -148,12 +148,6 @@ def _run_problems(config: RunConfig) -> Iterator[Problem]:
             ("checkpoint.keep_every", "checkpoint.keep_last"),
             f"checkpoint.keep_every is {checkpoint.keep_every} without keep_last, so all are kept. Set keep_last.",
         )
-    if checkpoint.async_save:
-        yield Problem(
-            ("checkpoint.async_save",),
-            "checkpoint.async_save is true. Training waits for its checkpoints: they cannot be written behind it yet. "
-            "Set it to false.",
-        )
     if launch.exit_before_walltime >= launch.walltime:
         yield Problem(
             ("launch.exit_before_walltime", "launch.walltime"),

@@ -5,10 +5,12 @@ checkpoint complete (manifest, then tracker) is in `checkpoint/mcore.py`.
 """
 
 import dataclasses
+import functools
 import logging
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,11 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint import CheckpointException
 
 from megatron_cpt.checkpoint.mcore import (
     MANIFEST,
@@ -30,7 +34,7 @@ from megatron_cpt.checkpoint.mcore import (
 )
 from megatron_cpt.config.schema import ModelConfig, RunConfig
 from megatron_cpt.errors import CheckpointError, ConfigError
-from megatron_cpt.files import file_hash
+from megatron_cpt.files import file_hash, read_json, write_json
 from megatron_cpt.train.model import unwrap
 
 logger = logging.getLogger(__name__)
@@ -46,11 +50,20 @@ def save_checkpoint(
     model: list[Any],
     optimizer: MegatronOptimizer,
     manifest: dict[str, Any],
+    *,
+    queue: AsyncCallsQueue | None = None,
+    after: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write `<root>/iter_%07d` from all ranks, then its manifest, then the tracker; return the folder.
 
-    Every rank hashes the files it wrote. Raises: CheckpointError when the disk has too little room.
+    Every rank hashes the files it wrote. With `queue` the files are written by forked processes while training goes on:
+    the call returns at once, and the checkpoint is complete when the queue has finalized it. `after` runs on rank 0
+    then. An earlier save still in the queue is waited for.
+
+    Raises: CheckpointError when the disk has too little room.
     """
+    if queue is not None:
+        queue.maybe_finalize_async_calls(blocking=True)
     directory = checkpoint_dir(root, iteration)
     rank = torch.distributed.get_rank()
     if rank == 0:
@@ -63,22 +76,73 @@ def save_checkpoint(
     state |= {"iteration": iteration, "checkpoint_version": 3.0}
     # The default queue starts a process that imports this program again (3 to 6 s); a forked one takes 0.3 s.
     filesystem_async.get_write_results_queue("fork")
-    strategy: Any = TorchDistSaveShardedStrategy()
-    if parallel_state.get_data_parallel_world_size(with_context_parallel=True) > 1:
-        strategy = FullyParallelSaveStrategyWrapper(
-            strategy, parallel_state.get_data_parallel_group(with_context_parallel=True)
-        )
     content = {name: value for name, value in _metadata().items() if name != "dp_cp_group"}
-    dist_checkpointing.save(state, os.fspath(directory), strategy, content_metadata=content)
+    try:
+        request = dist_checkpointing.save(
+            state,
+            os.fspath(directory),
+            _save_strategy(),
+            content_metadata=content,
+            async_sharded_save=queue is not None,
+            async_strategy="mcore",
+        )
+    except CheckpointException as problem:
+        raise CheckpointError(
+            f"{directory}: could not be written ({' '.join(str(problem).split())[-400:]}). Look at the disk; "
+            "the checkpoint before it is whole, and the same command continues from there."
+        ) from problem
+
+    def complete() -> None:
+        hashes = _gathered_hashes(directory, rank)
+        if rank == 0:
+            write_manifest(directory, manifest, hashes=hashes)
+            write_tracker(root, iteration)
+            if after is not None:
+                after(directory)
+        torch.distributed.barrier()
+
+    if queue is None:
+        _hash_files(directory, rank)
+        complete()
+    else:
+        writer = functools.partial(_write_and_hash, request.async_fn, directory, rank)
+        request = request._replace(async_fn=writer)
+        request.add_finalize_fn(complete)
+        queue.schedule_async_request(request)
+    return directory
+
+
+def _save_strategy() -> Any:
+    strategy = TorchDistSaveShardedStrategy()
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return FullyParallelSaveStrategyWrapper(strategy, group) if group.size() > 1 else strategy
+
+
+def _write_and_hash(
+    write: Callable[..., None] | None, directory: Path, rank: int, *arguments: Any, **options: Any
+) -> None:
+    """Write a rank's files in the writer process, then hash them there."""
+    if write is not None:
+        write(*arguments, **options)
+    _hash_files(directory, rank)
+
+
+def _hash_files(directory: Path, rank: int) -> None:
     hashes = {path.name: file_hash(path) for path in directory.glob(f"__{rank}_*.distcp")}
+    write_json(_hashes_path(directory, rank), hashes)
+
+
+def _gathered_hashes(directory: Path, rank: int) -> dict[str, str]:
+    path = _hashes_path(directory, rank)
+    hashes = read_json(path, CheckpointError)
+    path.unlink()
     gathered: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(gathered, hashes)
-    if rank == 0:
-        merged = {name: value for part in gathered for name, value in part.items()}
-        write_manifest(directory, manifest, hashes=merged)
-        write_tracker(root, iteration)
-    torch.distributed.barrier()
-    return directory
+    return {name: value for part in gathered for name, value in part.items()}
+
+
+def _hashes_path(directory: Path, rank: int) -> Path:
+    return directory / f".hashes_{rank}.json"
 
 
 def load_checkpoint(directory: Path, model: list[Any], optimizer: MegatronOptimizer | None) -> None:

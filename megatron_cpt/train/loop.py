@@ -13,6 +13,8 @@ from typing import Any
 import numpy
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from torch.distributed.checkpoint import CheckpointException
 
 from megatron_cpt.checkpoint.mcore import newest_good_checkpoint, read_manifest
 from megatron_cpt.checkpoint.retention import prune
@@ -22,7 +24,7 @@ from megatron_cpt.config.schema import RunConfig
 from megatron_cpt.data.blend import finish_stage, plan_blend
 from megatron_cpt.data.datalist import DataEntry, read_data_list, write_data_list
 from megatron_cpt.data.tokenizer import load_tokenizer
-from megatron_cpt.errors import DataError
+from megatron_cpt.errors import CheckpointError, DataError
 from megatron_cpt.launch.run_dir import RunDir, run_dir
 from megatron_cpt.train.batches import DatasetTokenizer, build_train_dataset, microbatches
 from megatron_cpt.train.checkpointing import (
@@ -126,15 +128,34 @@ def _train(loaded: LoadedConfig, config: RunConfig, run: RunDir) -> str:
                 values["bits_per_byte"],
             )
 
-    def save() -> None:
-        started = time.monotonic()
+    queue = AsyncCallsQueue() if config.checkpoint.async_save else None
+
+    def save(*, is_async: bool = queue is not None) -> None:
+        started, saved_iteration = time.monotonic(), iteration
         state = _manifest(config, entries, dataset, iteration) | {"tokenizer": tokenizer.identity, "hf": hf_config}
-        directory = save_checkpoint(run.checkpoints, iteration, model, optimizer, state)
-        seconds = time.monotonic() - started
-        writer.write("save", iteration=iteration, seconds=round(seconds, 3))
-        logger.info("saved %s in %.1f s", directory, seconds)
-        if rank == 0 and config.checkpoint.keep_last is not None:
-            prune(run.checkpoints, config.checkpoint.keep_last, config.checkpoint.keep_every)
+
+        def after(directory: Path) -> None:
+            seconds = time.monotonic() - started
+            writer.write("save", iteration=saved_iteration, seconds=round(seconds, 3), stall_seconds=round(stall, 3))
+            logger.info("saved %s in %.1f s, %.1f s of them stalled", directory, seconds, stall or seconds)
+            if config.checkpoint.keep_last is not None:
+                prune(run.checkpoints, config.checkpoint.keep_last, config.checkpoint.keep_every)
+
+        stall = 0.0
+        save_checkpoint(
+            run.checkpoints, iteration, model, optimizer, state, queue=queue if is_async else None, after=after
+        )
+        stall = time.monotonic() - started
+
+    def finish_saves(*, blocking: bool) -> None:
+        """Complete saves whose files are written; a save whose writer failed is done again at once, while we wait."""
+        if queue is None or not queue.get_num_unfinalized_calls():
+            return
+        try:
+            queue.maybe_finalize_async_calls(blocking=blocking)
+        except (CheckpointException, CheckpointError) as problem:
+            logger.error("an asynchronous save FAILED (%s); saving iteration %d now", str(problem)[:500], iteration)
+            save(is_async=False)
 
     reason = "finished"
     num_skipped = 0
@@ -195,10 +216,12 @@ def _train(loaded: LoadedConfig, config: RunConfig, run: RunDir) -> str:
         request = _on_rank_0(interrupts.poll)
         if iteration % config.checkpoint.save_interval == 0 or iteration == iterations or request is not None:
             save()
+        finish_saves(blocking=False)
         window_started += time.monotonic() - paused
         if request is not None and request != "save_now" and iteration < iterations:
             reason = request
             break
+    finish_saves(blocking=True)
     if reason == "finished" and rank == 0:
         finish_stage(config, entries)
     writer.write("end", iteration=iteration, reason=reason)

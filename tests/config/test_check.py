@@ -141,7 +141,6 @@ IMPOSSIBLE = {
     "optimizer state of nothing": ("init.load=full", "init.load is full without init.from_path"),
     "itself as start": ("init.from_path=variant:main", "init.from_path is variant:main, the run itself"),
     "keep_every alone": ("checkpoint.keep_every=10", "checkpoint.keep_every is 10 without keep_last"),
-    "checkpoints behind the training": ("checkpoint.async_save=true", "checkpoint.async_save is true. Training waits"),
     "exit before the start": (
         "launch.walltime=60 launch.exit_before_walltime=60",
         "is 60 s, not less than launch.walltime",

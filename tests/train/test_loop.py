@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cpt.checkpoint.mcore import read_manifest
+from megatron_cpt.checkpoint.mcore import list_checkpoints, read_manifest, verify_checkpoint
 from tests.distributed import RankFailure
 
 TP2 = ("parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true", "launch.gpus_per_node=2")
@@ -158,3 +158,44 @@ def test_a_damaged_newest_checkpoint_is_walked_back_over(ranks, after_base):
     assert records(after_base, "base", "start")[-1]["iteration"] == 4
     assert losses(after_base, "base") == pytest.approx(whole, rel=1e-6)
     assert list((run / "checkpoints").glob("replaced_iter_0000008_*"))  # the damaged one is kept aside
+
+
+def test_an_asynchronous_run_saves_the_same_and_continues(ranks, experiment):
+    overrides = ("checkpoint.async_save=true", "checkpoint.save_interval=2")
+    assert ranks.run(run_stage, 2, str(experiment), "base", (*overrides, *TP2)) == ["finished"] * 2
+    saves = records(experiment, "base", "save")
+    assert [save["iteration"] for save in saves] == [2, 4, 6, 8]
+    root = run_path(experiment, "base") / "checkpoints"
+    for save in saves:
+        verify_checkpoint(root / f"iter_{save['iteration']:07d}", "full")
+    whole = losses(experiment, "base")
+    for iteration in (6, 8):
+        shutil.rmtree(root / f"iter_{iteration:07d}")
+    (root / "latest_checkpointed_iteration.txt").write_text("4\n")
+    assert ranks.run(run_stage, 1, str(experiment), "base", overrides) == ["finished"]
+    assert losses(experiment, "base") == pytest.approx(whole, rel=2e-5)
+
+
+def stage_with_a_failing_writer(task: str) -> str:
+    from megatron_cpt.train import checkpointing
+
+    original = checkpointing._write_and_hash
+
+    def fail(write, directory, rank, *arguments, **options):
+        if directory.name == "iter_0000004":
+            raise OSError("no space left")
+        original(write, directory, rank, *arguments, **options)
+
+    checkpointing._write_and_hash = fail
+    try:
+        return run_stage(task, "base", ("checkpoint.async_save=true",))
+    finally:
+        checkpointing._write_and_hash = original
+
+
+def test_a_writer_that_fails_is_followed_by_a_save_that_waits(ranks, experiment):
+    assert ranks.run(stage_with_a_failing_writer, 1, str(experiment)) == ["finished"]
+    good = list_checkpoints(run_path(experiment, "base") / "checkpoints")
+    assert good[-1] == 8 and set(good) & {4, 5, 6, 7}
+    for iteration in good:
+        verify_checkpoint(run_path(experiment, "base") / "checkpoints" / f"iter_{iteration:07d}", "full")
