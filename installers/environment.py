@@ -68,7 +68,7 @@ def build(venv: Path, profile: Profile, bundle: Path | None = None) -> None:
         if profile.source:
             install_source(venv, profile, bundle)
         pip = [*pip_command(venv), "install", "--no-deps", "--no-build-isolation", "--no-index", "--force-reinstall"]
-        run_pip([*pip, "-e", str(REPOSITORY)], venv, "megatron-cpt")
+        run_pip([*pip, "-e", str(REPOSITORY)], venv, "installing megatron-cpt")
         (venv / STAMP).write_text(key)
         say(f"{venv} is ready ({time.monotonic() - started:.0f} s)")
 
@@ -87,7 +87,7 @@ def install_wheels(venv: Path, profile: Profile, bundle: Path | None) -> None:
     requirements.write_text(profile.wheels_text())
     pip = [*pip_command(venv), "install", "--require-hashes", "--no-deps", *only_from(bundle)]
     num_packages = profile.wheels_text().count("==")
-    run_pip([*pip, "-r", str(requirements)], venv, f"{num_packages} packages")
+    run_pip([*pip, "-r", str(requirements)], venv, f"installing {num_packages} packages")
 
 
 def install_source(venv: Path, profile: Profile, bundle: Path | None) -> None:
@@ -104,7 +104,7 @@ def install_source(venv: Path, profile: Profile, bundle: Path | None) -> None:
     pip = [*pip_command(venv), "install", "--require-hashes", "--no-deps", "--no-build-isolation", *only_from(bundle)]
     locked = [argument for name in profile.source for argument in ("-r", str(REQUIREMENTS / name))]
     # by itself its setup looks for a wheel on a code host first
-    run_pip([*pip, *locked], venv, "Transformer Engine from source", {"NVTE_PYTORCH_FORCE_BUILD": "TRUE"})
+    run_pip([*pip, *locked], venv, "building Transformer Engine", {"NVTE_PYTORCH_FORCE_BUILD": "TRUE"})
 
 
 def only_from(bundle: Path | None) -> list[str]:
@@ -184,7 +184,7 @@ def run_pip(command: list[str], venv: Path, what: str, variables: dict[str, str]
     """
     log = venv / LOG
     started = said = time.monotonic()
-    say(f"installing {what} (log: {log})")
+    say(f"{what} (log: {log})")
     with log.open("a") as output:
         environment = {
             **os.environ,
@@ -208,7 +208,7 @@ def run_pip(command: list[str], venv: Path, what: str, variables: dict[str, str]
     if process.returncode:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
         raise InstallError(
-            f"{tail}\npip could not install {what} (exit {process.returncode}). The log is {log}; run again to continue."
+            f"{tail}\npip failed at {what} (exit {process.returncode}). The log is {log}; run again to continue."
         )
 
 
@@ -216,7 +216,9 @@ def progress(venv: Path, log: Path) -> str:
     """Return how many packages are in place and pip's last line."""
     packages = sum(1 for site in site_packages(venv) for _ in site.glob("*.dist-info"))
     lines = [line for line in log.read_text(errors="replace").splitlines() if not line.startswith("WARNING")]
-    return f"{packages} packages in place; {lines[-1].strip()[:70] if lines else 'starting'}"
+    last = lines[-1].strip() if lines else "starting"
+    last = "unpacking" if last.startswith("Installing collected") else last
+    return f"{packages} packages in place; {last[:70]}"
 
 
 @contextlib.contextmanager

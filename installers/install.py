@@ -89,11 +89,11 @@ def download(target: Path, bundle: Path, profile: Profile) -> None:
         requirements = venv / "requirements.txt"
         requirements.write_text(profile.wheels_text())
         pip = [*pip_command(venv), "download", "--require-hashes", "--no-deps", "--dest", str(bundle)]
-        run_pip([*pip, "-r", str(requirements)], venv, f"nothing, downloading to {bundle}")
+        run_pip([*pip, "-r", str(requirements)], venv, f"downloading to {bundle}")
         if profile.source:
             install_wheels(venv, profile, bundle)
             locked = [argument for name in profile.source for argument in ("-r", str(REQUIREMENTS / name))]
-            run_pip([*pip, "--no-build-isolation", *locked], venv, f"nothing, downloading source to {bundle}")
+            run_pip([*pip, "--no-build-isolation", *locked], venv, f"downloading source archives to {bundle}")
     size = sum(file.stat().st_size for file in bundle.iterdir())
     say(f"{bundle}: {sum(1 for _ in bundle.iterdir())} files, {size / 1e9:.1f} GB. Next: install.sh {target} --offline")
 
