@@ -32,6 +32,7 @@ from megatron_cpt.checkpoint.hf_config import (
 from megatron_cpt.checkpoint.mapping import Unit, check_coverage, family_of, units
 from megatron_cpt.checkpoint.sources import MegatronWeights, TorchDistWeights
 from megatron_cpt.checkpoint.verify import verify_against_hf
+from megatron_cpt.checkpoint.vocabulary import ExtendedFolder, VocabExtension
 from megatron_cpt.config.schema import ModelConfig
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.files import file_hash, read_json, text_hash, whole_dir, write_json
@@ -57,15 +58,17 @@ def hf_to_mcore(
     num_workers: int = 2,
     skip_tensors: Sequence[str] = (),
     ignore_config: Sequence[str] = (),
+    extension: VocabExtension | None = None,
 ) -> Path:
     """Convert the model in `hf_dir` to `<output>/release`; return that folder.
 
     `model`, when given, must describe the same weights; its vocabulary padding is used. `dtype` is fp32, bf16 or fp16 (None:
-    as it is; the router's bias keeps its type). `verify` reads everything back and compares it bit by bit.
+    as it is; the router's bias keeps its type). `verify` reads everything back and compares it bit by bit. `extension` adds
+    rows to the vocabulary.
 
     Raises: CheckpointError when a tensor or a key has no place, when sizes differ, or when there is something else already.
     """
-    source = HFFolder(hf_dir)
+    source = HFFolder(hf_dir) if extension is None else ExtendedFolder(hf_dir, extension)
     described = model_config_from_hf(source.config, ignore=ignore_config)
     model = _agreed_model(described, model, make_vocab_size_divisible_by, hf_dir)
     family = family_of(architecture_name(source.config))

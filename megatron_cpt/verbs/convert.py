@@ -10,12 +10,19 @@ Examples:
   megatron-cpt convert verify models/Qwen3-0.6B converted/qwen3-0.6b --logits --text sample.txt
 """
 
+from __future__ import annotations
+
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_cpt.checkpoint.arguments import params_model, parse_bytes
 from megatron_cpt.config.load import add_run_arguments, load_from_arguments
+from megatron_cpt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_cpt.checkpoint.vocabulary import VocabExtension
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     to_mcore.add_argument(
         "--ignore-config", action="append", default=[], metavar="KEY", help="config.json keys that change nothing"
     )
+    to_mcore.add_argument("--extend-vocab", type=int, metavar="ROWS", help="grow the vocabulary to this size")
+    to_mcore.add_argument(
+        "--extend-method",
+        choices=("mean", "noise", "subtokens"),
+        default="mean",
+        help="new rows: mean of the old ones, that plus noise, or mean of the old sub-tokens (needs --new-tokenizer)",
+    )
+    to_mcore.add_argument("--new-tokenizer", type=Path, metavar="DIR", help="tokenizer with the new tokens")
     _add_options(to_mcore)
     to_hf = directions.add_parser("mcore-to-hf", help="a Megatron checkpoint to a Hugging Face folder")
     to_hf.add_argument("checkpoint", type=Path, help="iter_NNNNNNN, release, or the folder above (newest good one)")
@@ -40,6 +55,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     to_hf.add_argument("--tokenizer", type=Path, help="tokenizer folder, tokenizer.json or SentencePiece model to copy")
     to_hf.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file (5GB)")
     _add_options(to_hf)
+    foreign = directions.add_parser(
+        "foreign-to-hf", help="Megatron torch format or DeepSpeed universal weights to Hugging Face"
+    )
+    foreign.add_argument("source", type=Path, help="folder with mp_rank_*/, or with zero/<parameter>/fp32.pt")
+    foreign.add_argument("output", type=Path, help="Hugging Face folder to make")
+    foreign.add_argument("--params", required=True, help="params file that describes the model (a name or a path)")
+    foreign.add_argument(
+        "--tokenizer", type=Path, help="tokenizer folder, tokenizer.json or SentencePiece model to copy"
+    )
+    _add_options(foreign)
     latest = directions.add_parser("latest", help="a run's newest good checkpoint to <run>/checkpoints_hf")
     every = directions.add_parser("all", help="every kept checkpoint of a run that is not converted yet")
     every.add_argument("--every", type=int, default=1, metavar="N", help="only iterations that are multiples of N")
@@ -74,6 +99,7 @@ def run(arguments: argparse.Namespace) -> int | None:
                 make_vocab_size_divisible_by=arguments.make_vocab_size_divisible_by,
                 skip_tensors=arguments.skip_tensors,
                 ignore_config=arguments.ignore_config,
+                extension=_extension(arguments),
                 **options,
             )
         ]
@@ -87,6 +113,11 @@ def run(arguments: argparse.Namespace) -> int | None:
                 **options,
             )
         ]
+    elif arguments.direction == "foreign-to-hf":
+        from megatron_cpt.checkpoint.foreign_export import foreign_to_hf
+
+        model = params_model(arguments.params)
+        outputs = [foreign_to_hf(arguments.source, arguments.output, model, tokenizer=arguments.tokenizer, **options)]
     elif arguments.direction == "latest":
         outputs = [export_latest(load_from_arguments(arguments).config, **options)]
     else:
@@ -117,3 +148,18 @@ def _verify(arguments: argparse.Namespace) -> int:
         tokens = text_tokens(arguments.hf_dir, arguments.text, length, model.vocab_size)
         sys.stdout.write(compare_logits(arguments.hf_dir, checkpoint, tokens, arguments.tolerance).table())
     return 0
+
+
+def _extension(arguments: argparse.Namespace) -> VocabExtension | None:
+    from megatron_cpt.checkpoint.vocabulary import VocabExtension, subtokens_of_new_tokens
+    from megatron_cpt.files import read_json
+
+    if arguments.extend_vocab is None:
+        return None
+    subtokens: dict[int, list[int]] = {}
+    if arguments.extend_method == "subtokens":
+        if arguments.new_tokenizer is None:
+            raise ConfigError("--extend-method subtokens: spells new tokens with old ones. Give --new-tokenizer.")
+        old_size = read_json(arguments.hf_dir / "config.json")["vocab_size"]
+        subtokens = subtokens_of_new_tokens(arguments.hf_dir, arguments.new_tokenizer, old_size)
+    return VocabExtension(vocab_size=arguments.extend_vocab, method=arguments.extend_method, subtokens=subtokens)
