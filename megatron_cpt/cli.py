@@ -25,7 +25,6 @@ VERBS = {
     "convert": "convert models between Hugging Face folders and Megatron checkpoints, on a CPU, and prove it",
     "soup": "merge models: a run's last checkpoints, several runs, or any Hugging Face folders",
     "checkpoint": "list, verify, inspect, compare, prune, protect, copy, adopt checkpoints",
-    "verify-logits": "compare a Hugging Face folder with a Megatron checkpoint by what they compute",
     "evaluate": "bits per byte, learned and forgotten, samples, weight divergence of models",
     "analyze": "statistics of every tensor of a model",
     "report": "draw a one-page report of one or several stages",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.evaluate.folders import hf_folder
@@ -56,6 +57,7 @@ def loaded_model(name: str, path: Path, tokenizer_path: Path | None = None) -> I
 
 def load_hf_model(path: Path) -> PreTrainedModel:
     """Return the causal language model of a Hugging Face folder, in the precision it is stored in, fp32 on CPU."""
+    disable_progress_bar()
     dtype = "auto" if torch.cuda.is_available() else torch.float32
     try:
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)

@@ -33,6 +33,9 @@ def main() -> None:
     # imported here: they take seconds to start, which a wrong argument need not wait for
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
 
     eod_id = load_tokenizer(tokenizer_folder).eod_id
     settings = hf_config_from_model(config.model, dtype="float32", token_ids={"eos_token_id": eod_id})

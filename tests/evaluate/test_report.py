@@ -28,9 +28,20 @@ def test_a_report_is_one_page_with_its_charts(write_run, tmp_path):
     replay = write_run("replay", records(4, 5.0), parent="base", blend={"D1": 3600, "D0": 400})
     results = [
         {
-            "model": model, "text": text, "bits_per_byte": 2.0, "low": 1.9, "high": 2.1, "perplexity": 9.0,
-            "documents": 2, "tokens": 10, "bytes": 30, "context": 32, "stride": 32, "start_token": "eos",
-            "document_nats": [10.0, 20.0 + len(model)], "document_bytes": [10, 20],
+            "model": model,
+            "text": text,
+            "bits_per_byte": 2.0,
+            "low": 1.9,
+            "high": 2.1,
+            "perplexity": 9.0,
+            "documents": 2,
+            "tokens": 10,
+            "bytes": 30,
+            "context": 32,
+            "stride": 32,
+            "start_token": "eos",
+            "document_nats": [10.0, 20.0 + len(model)],
+            "document_bytes": [10, 20],
         }
         for model in ("base", "replay")
         for text in ("D0", "D1")
