@@ -3,6 +3,8 @@
 Works on a login node, without a GPU and without torch. The throughput is the one the run has measured already, or the
 one that you state.
 
+--search proposes TP, PP, CP, EP, micro-batch and recomputation for the run's nodes, the likely fastest first.
+
 Example: megatron-cpt plan --task tasks/demo --params demo-5m --size 2M --variant base --tokens-per-second 9000
 """
 
@@ -15,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the run's arguments and what is known of the machine."""
     from megatron_cpt.config.load import add_run_arguments  # yaml is not needed to list the verbs
 
+    parser.add_argument("--search", action="store_true", help="propose layouts for the run's nodes instead")
     parser.add_argument("--tokens-per-second", type=float, metavar="N", help="throughput of the whole job")
     parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="memory of one GPU in GiB")
     add_run_arguments(parser)
@@ -23,10 +26,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan; return 1 when the run does not fit."""
     from megatron_cpt.config.load import load_from_arguments
+    from megatron_cpt.errors import LaunchError
     from megatron_cpt.launch.plan import GIB, plan_run, plan_text
+    from megatron_cpt.launch.search import search_text
+    from megatron_cpt.launch.site import read_site
 
     config = load_from_arguments(arguments).config
-    gpu_memory = None if arguments.gpu_memory is None else int(arguments.gpu_memory * GIB)
+    gib = arguments.gpu_memory or read_site(arguments.site).gpu_memory_gib
+    gpu_memory = None if gib is None else int(gib * GIB)
+    if arguments.search:
+        if gpu_memory is None:
+            raise LaunchError("plan --search: no GPU memory. Give --gpu-memory GIB or site.gpu_memory_gib.")
+        sys.stdout.write(search_text(config, gpu_memory))
+        return 0
     is_on_cpu = config.launch.scheduler == "local" and gpu_memory is None and not Path("/dev/nvidiactl").exists()
     plan = plan_run(
         config,

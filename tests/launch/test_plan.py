@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from megatron_cpt.config.check_parallel import parallel_problems
 from megatron_cpt.config.schema import (
     CheckpointConfig,
     LaunchConfig,
@@ -19,6 +20,7 @@ from megatron_cpt.config.schema import (
 from megatron_cpt.launch.memory import stage_memories
 from megatron_cpt.launch.model_size import num_active_parameters, num_parameters, stage_layers
 from megatron_cpt.launch.plan import GIB, measured_tokens_per_second, num_checkpoints, plan_run, plan_text
+from megatron_cpt.launch.search import search_layouts, search_text
 
 LLAMA_3_8B = ModelConfig(
     num_layers=32,
@@ -90,7 +92,7 @@ finish_parallel()
 """
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_the_estimate_agrees_with_the_memory_of_a_real_model_on_cpu(tmp_path, precision):
     config = run_config(precision=precision)
     (tmp_path / "tests_config.py").write_text(f"from megatron_cpt.config.schema import *\nconfig = {config!r}\n")
@@ -173,6 +175,23 @@ def test_time_links_and_node_hours_follow_from_a_stated_throughput(tmp_path):
     assert plan.node_hours == pytest.approx(16 * 80e9 / 1e6 / 3600, rel=1e-3)
     text = plan_text(plan)
     assert "9,537 iterations" in text and "TP4 PP1 CP1 EP1 DP32" in text and "3 of 10h00m on 16 nodes" in text
+
+
+def test_a_search_finds_layouts_that_fit_and_puts_the_plain_ones_first():
+    launch = {"nodes": 2, "gpus_per_node": 8, "scheduler": "slurm"}
+    options = {"seq_length": 8192, "global_batch_size": 128, "precision": "bf16"}
+    config = run_config(LLAMA_3_8B, None, launch, **options)
+    layouts = search_layouts(config, 80 * GIB)
+    assert all(layout.peak_bytes <= 74 * GIB for layout in layouts)
+    assert all(not any(parallel_problems(layout.config)) for layout in layouts)
+    best = layouts[0].config.parallel
+    assert best.pipeline_model_parallel_size == 1 and best.tensor_model_parallel_size <= 2
+    tight = search_layouts(config, 24 * GIB)
+    assert 0 < len(tight) < len(layouts)
+    assert search_layouts(config, 8 * GIB) == []
+    assert "parallel.tensor_model_parallel_size=" in search_text(config, 80 * GIB)
+    moe = search_layouts(run_config(MIXTRAL_8X7B, None, launch, **options), 80 * GIB)
+    assert any(layout.config.parallel.expert_model_parallel_size == 8 for layout in moe)
 
 
 def test_throughput_is_read_from_the_runs_own_metrics(tmp_path):
