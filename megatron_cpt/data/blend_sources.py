@@ -71,7 +71,7 @@ def parts_from_mix(config: RunConfig, begun: Mapping[str, int | None], problems:
             parts[corpus].append(Part(shard=shard, available=available, weight=weight, first_sample=position))
         if prefixes and not incomplete and not parts[corpus]:
             problems.append(f"corpus {corpus}: its shards hold no token.")
-    problems += _shared_shards(parts)
+    problems += _shared_shards(parts) + _held_out_shards(config, parts)
     return parts, {corpus: share / total for corpus, share in mix.items() if share > 0 and total}
 
 
@@ -166,6 +166,21 @@ def _resolve(prefix: str, data_dir: Path) -> str:
     below = data_dir / prefix
     is_below = bin_path(below).exists() or idx_path(below).exists()
     return str(below) if is_below or not idx_path(Path(prefix)).exists() else prefix
+
+
+def _held_out_shards(config: RunConfig, parts: Parts) -> list[str]:
+    held_out = {
+        str(Path(config.paths.data_dir) / prefix): name
+        for name, corpus in config.data.corpora.items()
+        for prefix in corpus.validation
+    }
+    return [
+        f"{part.shard.prefix} is in the blend and is the validation set of {held_out[part.shard.prefix]}. A model must "
+        "not train on what it is measured with. Narrow the corpus's tokens."
+        for group in parts.values()
+        for part in group
+        if part.shard.prefix in held_out
+    ]
 
 
 def _shared_shards(parts: Parts) -> list[str]:

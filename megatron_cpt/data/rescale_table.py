@@ -12,6 +12,7 @@ from megatron_cpt.log import format_count
 
 def rescale_table(
     available: Sequence[DataEntry],
+    requested: Sequence[DataEntry],
     drawn: Sequence[DataEntry],
     budget: int | None,
     *,
@@ -19,11 +20,14 @@ def rescale_table(
     seq_length: int,
     global_batch_size: int,
 ) -> str:
-    """Return the table: per corpus the available and drawn tokens, epochs, share; then totals and iterations.
+    """Return the table: per corpus the available, requested and drawn tokens, epochs, share; then the totals.
+
+    `requested` is what the rules ask for before a cap moves tokens to other shards.
 
     Raises: DataError naming each shard that would be read more than `max_epochs` times.
     """
     tokens = {entry.prefix: entry.tokens or 0 for entry in drawn}
+    wanted = {entry.prefix: entry.tokens or 0 for entry in requested}
     often = [
         f"{entry.prefix} ({tokens[entry.prefix] / entry.tokens:.4g})"
         for entry in available
@@ -38,12 +42,13 @@ def rescale_table(
     groups: dict[str, list[DataEntry]] = {}
     for entry in available:
         groups.setdefault(entry.corpus or Path(entry.prefix).parent.name or entry.prefix, []).append(entry)
-    rows = [("corpus", "shards", "available", "taken", "epochs", "share")]
+    rows = [("corpus", "shards", "available", "requested", "taken", "epochs", "share")]
     for corpus, group in groups.items():
         has = sum(entry.tokens or 0 for entry in group)
         taken = sum(tokens.get(entry.prefix, 0) for entry in group)
-        share = taken / total if total else 0.0
-        rows.append((corpus, f"{len(group):,}", f"{has:,}", f"{taken:,}", f"{taken / has:.4g}", f"{share:.4%}"))
+        asked = sum(wanted.get(entry.prefix, 0) for entry in group)
+        share = f"{taken / total if total else 0.0:.4%}"
+        rows.append((corpus, f"{len(group):,}", f"{has:,}", f"{asked:,}", f"{taken:,}", f"{taken / has:.4g}", share))
     lines = align(rows)
     iterations = -(-total // (seq_length * global_batch_size))
     lines.append(

@@ -16,6 +16,8 @@ import logging
 import os
 import resource
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +88,28 @@ def build_train_samples(
     )
 
 
+def build_train_indexes(
+    config: RunConfig, entries: Sequence[DataEntry], dataset_config: GPTDatasetConfig, cache: Path, workers: int
+) -> None:
+    """Build the shards' indexes that `build_train_samples` will read, in `workers` processes.
+
+    Raises: what a worker raises.
+    """
+    skip = stage_skip_list(config)
+    samples = spread_samples([entry.tokens or 0 for entry in entries], train_samples(config.training))
+    # fork: a process of its own would spend longer on importing torch and megatron than on a shard
+    with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
+        jobs = [
+            pool.submit(_build_indexes_of, entry, count, dataset_config, cache, skip)
+            for entry, count in zip(entries, samples, strict=True)
+            if count
+        ]
+        progress = Progress("indexes", len(jobs), "shards")
+        for job in jobs:
+            job.result()
+            progress.add(1)
+
+
 def build_blended_samples(
     entries: Sequence[DataEntry],
     num_samples: int,
@@ -123,6 +147,12 @@ def build_blended_samples(
     return BlendedSamples(shards, *order)
 
 
+def _build_indexes_of(
+    entry: DataEntry, num_samples: int, config: GPTDatasetConfig, cache: Path, skip: SkipList
+) -> None:
+    _shard_samples(entry, num_samples, config, cache, skip)
+
+
 def _shard_samples(
     entry: DataEntry, num_samples: int, config: GPTDatasetConfig, cache: Path, skip: SkipList
 ) -> ShardSamples:
@@ -140,6 +170,7 @@ def _shard_samples(
         "sequence_length": config.sequence_length,
         "num_samples": None if per_epoch else last_sample,
         "megatron": importlib.metadata.version("megatron-core"),
+        "tokenizer": config.tokenizer.unique_identifiers,
     }
     datasets = []
     for epoch in epochs:

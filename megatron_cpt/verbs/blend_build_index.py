@@ -1,4 +1,4 @@
-"""Build the index cache of a stage ahead of training, in a CPU job of one process.
+"""Build the index cache of a stage ahead of training, in a CPU job.
 
 The cache is content-addressed (shard, seed, sequence length, epoch) and appears whole: training, or a second builder, that
 starts meanwhile does no harm. What is there already is not built again.
@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_arguments(parser)
+    parser.add_argument("--workers", type=int, default=1, help="processes, each for a shard at a time (default: 1)")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -27,8 +28,9 @@ def run(arguments: argparse.Namespace) -> None:
     from megatron_cpt.data.blend import plan_blend
     from megatron_cpt.data.tokenizer import load_tokenizer
     from megatron_cpt.launch.run_dir import run_dir
-    from megatron_cpt.train.batches import DatasetTokenizer, build_train_dataset
+    from megatron_cpt.train.batches import DatasetTokenizer, build_train_dataset, dataset_config
     from megatron_cpt.train.evaluation import build_validation_sets
+    from megatron_cpt.train.samples import build_train_indexes
 
     config = load_from_arguments(arguments).config
     if config.data.tokenizer is None:
@@ -39,6 +41,10 @@ def run(arguments: argparse.Namespace) -> None:
     found = load_tokenizer(data_dir / config.data.tokenizer)
     tokenizer = DatasetTokenizer(found.eod_id, found.vocab_size, found.identity)
     started = time.monotonic()
+    if arguments.workers > 1:
+        blend = ([entry.prefix for entry in plan.entries], None)
+        settings = dataset_config(config, tokenizer, blend=blend)
+        build_train_indexes(config, plan.entries, settings, run.cache, arguments.workers)
     dataset = build_train_dataset(config, plan.entries, tokenizer, run.cache)
     build_validation_sets(config, tokenizer, run.cache, data_dir)
     seconds = time.monotonic() - started

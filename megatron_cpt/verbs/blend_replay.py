@@ -82,7 +82,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     budget = parse_count(arguments.tokens)
     drawn = rescale(available, rules, budget)
     batch = {"seq_length": arguments.seq_length, "global_batch_size": 1}
-    sys.stdout.write(rescale_table(available, drawn, budget, max_epochs=arguments.max_epochs, **batch))
+    sys.stdout.write(rescale_table(available, drawn, drawn, budget, max_epochs=arguments.max_epochs, **batch))
     if arguments.output is not None:
         placed = [
             DataEntry(

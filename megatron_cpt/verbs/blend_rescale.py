@@ -55,16 +55,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     available = weights_as_tokens(read_data_list(arguments.list), str(arguments.list))
     budget = None if arguments.budget is None else _count(arguments.budget)
-    drawn = rescale(
-        available,
-        arguments.rules,
-        budget,
-        base=arguments.base,
-        base_ratio=arguments.base_ratio,
-        cap=arguments.cap,
+    pools = {"base": arguments.base, "base_ratio": arguments.base_ratio}
+    requested = rescale(available, arguments.rules, budget, **pools)
+    drawn = (
+        requested if arguments.cap is None else rescale(available, arguments.rules, budget, cap=arguments.cap, **pools)
     )
     table = rescale_table(
         available,
+        requested,
         drawn,
         budget,
         max_epochs=arguments.max_epochs,

@@ -173,6 +173,14 @@ def test_one_shard_in_two_corpora_is_refused(tmp_path, two_corpora):
         plan_blend(run_config(tmp_path, mix={"D0": 0.5, "again": 0.5}, corpora=corpora))
 
 
+def test_training_on_a_validation_set_is_refused(tmp_path, two_corpora):
+    config = run_config(tmp_path, mix={"D0": 0.7, "D1": 0.3}, corpora=two_corpora)
+    held_out = CorpusConfig(tokens=("D1",), validation=("D0/b_text_document",))
+    data = dataclasses.replace(config.data, corpora=config.data.corpora | {"D1": held_out})
+    with pytest.raises(DataError, match="D0/b_text_document is in the blend and is the validation set of D1"):
+        plan_blend(dataclasses.replace(config, data=data))
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -112,6 +112,17 @@ def test_build_index_builds_once(project, capsys):
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*")} == before
 
 
+def test_build_index_with_several_processes_builds_what_one_builds(project, capsys):
+    assert run(capsys, "build-index", *STAGE, "paths.runs_dir=one")[0] == 0
+    code, _, err = run(capsys, "build-index", *STAGE, "--workers", "2", "paths.runs_dir=two")
+    assert code == 0, err
+    files = [
+        {path.relative_to(project / runs): path.read_bytes() for path in (project / runs).rglob("*.npy")}
+        for runs in ("one", "two")
+    ]
+    assert files[0] == files[1] and files[0]
+
+
 def test_replay_plans_from_lists_and_buffer_and_appends(project, capsys):
     run(capsys, "list", "data/tok/D0", "--output", "D0.yaml")
     run(capsys, "list", "data/tok/D1", "--output", "D1.yaml")

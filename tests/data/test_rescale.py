@@ -118,8 +118,8 @@ def test_the_table_counts_and_refuses_too_many_epochs():
     drawn = rescale(AVAILABLE, [rule("math", "share", "0.5"), rule("*", "share", "0.5")], 1000)
     options = {"seq_length": 64, "global_batch_size": 4}
     with pytest.raises(DataError, match=r"1 shards would be read more than 4 times: tok/math/d \(5.051\)"):
-        rescale_table(AVAILABLE, drawn, 1000, max_epochs=Fraction(4), **options)
-    table = rescale_table(AVAILABLE, drawn, 1000, max_epochs=Fraction(6), **options)
+        rescale_table(AVAILABLE, drawn, drawn, 1000, max_epochs=Fraction(4), **options)
+    table = rescale_table(AVAILABLE, drawn, drawn, 1000, max_epochs=Fraction(6), **options)
     assert "total 1,000 tokens (1K), budget 1,000: 4 iterations, 16 samples of 64" in table
 
 
