@@ -36,6 +36,7 @@ from megatron_cpt.config.schema import ModelConfig, RunConfig
 from megatron_cpt.errors import CheckpointError, ConfigError
 from megatron_cpt.files import file_hash, read_json, write_json
 from megatron_cpt.train.model import unwrap
+from megatron_cpt.train.parallel import on_rank_0
 
 logger = logging.getLogger(__name__)
 
@@ -66,11 +67,8 @@ def save_checkpoint(
         queue.maybe_finalize_async_calls(blocking=True)
     directory = checkpoint_dir(root, iteration)
     rank = torch.distributed.get_rank()
-    if rank == 0:
-        check_free_space(root, _expected_bytes(model))
-        _make_room(directory)
-        directory.mkdir(parents=True)
-    torch.distributed.barrier()
+    needed_bytes = _expected_bytes(model)
+    on_rank_0(lambda: _prepare_folder(directory, needed_bytes))
     state = _sharded_model(model)
     state["optimizer"] = optimizer.sharded_state_dict(_flat(state), metadata=_metadata())
     state |= {"iteration": iteration, "checkpoint_version": 3.0}
@@ -299,13 +297,14 @@ def _expected_bytes(model: list[Any]) -> int:
     return weights * model_ranks
 
 
-def _make_room(directory: Path) -> None:
-    """Clear an unfinished save out of the way; move a finished checkpoint that is saved anew aside."""
-    if not directory.exists():
-        return
-    if not (directory / MANIFEST).exists():
-        shutil.rmtree(directory)
-        return
-    aside = directory.with_name(f"replaced_{directory.name}_{time.strftime('%Y%m%dT%H%M%S')}")
-    directory.rename(aside)
-    logger.warning("%s: existed and is written anew; the old one is kept as %s", directory, aside.name)
+def _prepare_folder(directory: Path, needed_bytes: int) -> None:
+    """Make an empty folder for a save. An unfinished save in its place is cleared, a finished one moved aside."""
+    check_free_space(directory.parent, needed_bytes)
+    if directory.exists():
+        if (directory / MANIFEST).exists():
+            aside = directory.with_name(f"replaced_{directory.name}_{time.strftime('%Y%m%dT%H%M%S')}")
+            directory.rename(aside)
+            logger.warning("%s: existed and is written anew; the old one is kept as %s", directory, aside.name)
+        else:
+            shutil.rmtree(directory)
+    directory.mkdir(parents=True)

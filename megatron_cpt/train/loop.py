@@ -38,7 +38,7 @@ from megatron_cpt.train.init import initial_checkpoint
 from megatron_cpt.train.interrupt import Interrupts
 from megatron_cpt.train.metrics import MetricsWriter, flops_per_token, peak_flops, train_line
 from megatron_cpt.train.model import build_training_model
-from megatron_cpt.train.parallel import finish_parallel, initialize_parallel
+from megatron_cpt.train.parallel import finish_parallel, initialize_parallel, on_rank_0
 from megatron_cpt.train.revision import code_revision
 from megatron_cpt.train.samples import BlendedSamples
 from megatron_cpt.train.schedule import schedule
@@ -71,7 +71,7 @@ def _train(loaded: LoadedConfig, config: RunConfig, run: RunDir) -> str:
     if training.deterministic:
         torch.use_deterministic_algorithms(True)
     interrupts = Interrupts(config.launch, run.path)
-    resume = _on_rank_0(lambda: newest_good_checkpoint(run.checkpoints, config.checkpoint.verify_on_load))
+    resume = on_rank_0(lambda: newest_good_checkpoint(run.checkpoints, config.checkpoint.verify_on_load))
     manifest = read_manifest(resume) if resume else None
     iteration = int(manifest["iteration"]) if manifest else 0
     if iteration >= iterations:
@@ -80,7 +80,7 @@ def _train(loaded: LoadedConfig, config: RunConfig, run: RunDir) -> str:
     differences = check_unchanged(manifest["config"] if manifest else None, config, resume or run.path)
 
     may_change_list = resume is None or config.checkpoint.accept_changes
-    entries = _on_rank_0(lambda: _prepare_run_dir(loaded, run, may_change_list=may_change_list))
+    entries = on_rank_0(lambda: _prepare_run_dir(loaded, run, may_change_list=may_change_list))
     data_dir = Path(config.paths.data_dir)
     tokenizer = load_tokenizer(data_dir / config.data.tokenizer) if config.data.tokenizer else None
     if tokenizer is None:
@@ -213,7 +213,7 @@ def _train(loaded: LoadedConfig, config: RunConfig, run: RunDir) -> str:
             iteration % config.evaluation.eval_interval == 0 or iteration == iterations
         ):
             evaluate()
-        request = _on_rank_0(interrupts.poll)
+        request = on_rank_0(interrupts.poll)
         if iteration % config.checkpoint.save_interval == 0 or iteration == iterations or request is not None:
             save()
         finish_saves(blocking=False)
@@ -237,7 +237,7 @@ def _load(config: RunConfig, run: RunDir, resume: Path | None, model: list[Any],
         check_model_fits(resume, config.model)
         load_checkpoint(resume, model, optimizer)
     else:
-        source = _on_rank_0(lambda: initial_checkpoint(config, run))
+        source = on_rank_0(lambda: initial_checkpoint(config, run))
         if source is None:
             logger.warning("init.from_path is not set: training starts from random weights")
             return None
@@ -304,11 +304,3 @@ def _check_learning_rate(optimizer: Any, learning_rate: float) -> None:
     used = {group["lr"] / group.get("lr_mult", 1.0) for group in optimizer.param_groups}
     if used != {learning_rate}:
         raise AssertionError(f"the optimizer uses the learning rates {used}, the schedule says {learning_rate}")
-
-
-def _on_rank_0(function: Any) -> Any:
-    """Return on every rank what `function` returns on rank 0."""
-    value = [function() if torch.distributed.get_rank() == 0 else None]
-    if torch.distributed.get_world_size() > 1:
-        torch.distributed.broadcast_object_list(value, src=0)
-    return value[0]

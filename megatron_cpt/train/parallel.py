@@ -2,6 +2,8 @@
 
 import datetime
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
@@ -12,7 +14,7 @@ from megatron.core.num_microbatches_calculator import (
 
 from megatron_cpt.config.derived import model_parallel_size
 from megatron_cpt.config.schema import RunConfig
-from megatron_cpt.errors import ConfigError
+from megatron_cpt.errors import ConfigError, CptError
 from megatron_cpt.train import cpu
 
 
@@ -63,6 +65,25 @@ def finish_parallel() -> None:
     parallel_state.destroy_model_parallel()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def on_rank_0(function: Callable[[], Any]) -> Any:
+    """Return on every rank what `function` returns on rank 0, or raise on every rank the CptError it raises there.
+
+    So a mistake that only rank 0 can see ends all ranks with the same exit code, instead of one with the mistake's and
+    the others with a lost connection.
+    """
+    answer: list[Any] = [None, None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            answer[0] = function()
+        except CptError as error:
+            answer[1] = error
+    if torch.distributed.get_world_size() > 1:
+        torch.distributed.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
 
 
 def _initialize_distributed(timeout_seconds: int) -> None:

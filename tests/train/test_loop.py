@@ -199,3 +199,17 @@ def test_a_writer_that_fails_is_followed_by_a_save_that_waits(ranks, experiment)
     assert good[-1] == 8 and set(good) & {4, 5, 6, 7}
     for iteration in good:
         verify_checkpoint(run_path(experiment, "base") / "checkpoints" / f"iter_{iteration:07d}", "full")
+
+
+def stage_error(task: str, variant: str) -> str:
+    """Return the class of the error that ends a stage on this rank."""
+    from megatron_cpt.errors import CptError
+
+    try:
+        return run_stage(task, variant, TP2)
+    except CptError as error:
+        return type(error).__name__
+
+
+def test_a_mistake_that_rank_0_finds_ends_every_rank_with_it(ranks, experiment):
+    assert ranks.run(stage_error, 2, str(experiment), "replay") == ["CheckpointError"] * 2
