@@ -422,6 +422,7 @@ _RUN = (
         flag_value=_exit_minutes,
         honoured_by="train/interrupt.py",
     ),
+    Row("launch.hang_timeout", honoured_by="train/loop.py"),
     Row("launch.max_restarts", honoured_by="verbs/submit.py"),
     Row("task", honoured_by="launch/run_dir.py"),
     Row("params", honoured_by="launch/run_dir.py"),

@@ -337,6 +337,9 @@ class LaunchConfig:
     """Longest run of one job in seconds (`24:00:00` in YAML)."""
     exit_before_walltime: int = 0
     """Seconds before the walltime at which a run saves and ends; 0: only when signalled."""
+    hang_timeout: int = 1800
+    """Seconds without a step (an evaluation and a save count as one) after which a rank writes its stacks to its log
+    and ends with exit code 85; 0: never."""
     max_restarts: int = 0
     """local: how often a training job that died is continued from its last checkpoint at once."""
 

@@ -43,6 +43,7 @@ from megatron_cpt.train.revision import code_revision
 from megatron_cpt.train.samples import BlendedSamples
 from megatron_cpt.train.schedule import schedule
 from megatron_cpt.train.step import layout_text, train_step
+from megatron_cpt.train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +166,9 @@ def _train(loaded: LoadedConfig, config: RunConfig, run: RunDir) -> str:
         evaluate()
         window_started = time.monotonic()
     first_iteration = iteration
+    watchdog = Watchdog(config.launch.hang_timeout)
     while iteration < iterations:
+        watchdog.beat()
         consumed_samples = iteration * training.global_batch_size
         learning_rate = curve.learning_rate(consumed_samples)
         data_started = time.monotonic()
@@ -222,6 +225,7 @@ def _train(loaded: LoadedConfig, config: RunConfig, run: RunDir) -> str:
             reason = request
             break
     finish_saves(blocking=True)
+    watchdog.stop()
     if reason == "finished" and rank == 0:
         finish_stage(config, entries)
     writer.write("end", iteration=iteration, reason=reason)

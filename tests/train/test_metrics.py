@@ -1,0 +1,60 @@
+"""What a run reports: FLOPs by formula, lines that align, records that survive a kill."""
+
+import dataclasses
+import json
+
+import pytest
+
+from megatron_cpt.config.schema import ModelConfig
+from megatron_cpt.launch.run_dir import RunDir
+from megatron_cpt.train.metrics import MetricsWriter, flops_per_token, train_line
+
+LLAMA = ModelConfig(
+    num_layers=32, hidden_size=4096, ffn_hidden_size=14336, num_attention_heads=32, num_query_groups=8,
+    vocab_size=128256, max_position_embeddings=8192,
+)  # fmt: skip
+
+
+def test_dense_flops_are_six_per_matrix_parameter_plus_causal_attention():
+    layer = 4096 * 128 * (2 * 32 + 2 * 8) + 3 * 4096 * 14336
+    matrices = 32 * layer + 4096 * 128256
+    attention = 32 * 2 * 32 * 128 * 8192 / 2  # QK^T and AV, the causal half
+    assert flops_per_token(LLAMA, 8192) == pytest.approx(6 * (matrices + attention))
+    assert 6 * matrices == pytest.approx(6 * 7.5e9, rel=0.01)  # Llama-3 8B without its input embedding
+
+
+def test_a_mixture_counts_the_experts_a_token_visits():
+    moe = dataclasses.replace(LLAMA, num_moe_experts=8, moe_ffn_hidden_size=14336, moe_router_topk=2)
+    extra = flops_per_token(moe, 8192) - flops_per_token(LLAMA, 8192)
+    assert extra == pytest.approx(6 * 32 * (3 * 4096 * 14336 + 4096 * 8))
+
+
+def test_a_window_bounds_the_attention():
+    assert flops_per_token(dataclasses.replace(LLAMA, window_size=1024), 8192) < flops_per_token(LLAMA, 8192)
+
+
+def test_lines_of_a_run_align():
+    record = {
+        "iteration": 5, "consumed_tokens": 20480, "loss": 8.81, "lr": 5e-4, "grad_norm": 1.7,
+        "tokens_per_second": 1590.0, "tflops_per_gpu": 0.02, "mfu": None, "data_seconds": 0.004,
+    }  # fmt: skip
+    short, long = (train_line(record | {"iteration": n, "loss": n * 1.0}, 1470, 60.0) for n in (5, 15))
+    assert [i for i, c in enumerate(short) if c == "|"] == [i for i, c in enumerate(long) if c == "|"]
+    assert "MFU 41.0%" in train_line(record | {"mfu": 0.41}, 1470, 60.0)
+
+
+def test_a_record_cut_short_by_a_kill_is_dropped(tmp_path):
+    run = RunDir(tmp_path)
+    run.metrics_path.write_text('{"kind": "start"}\n{"kind": "tra')
+    writer = MetricsWriter(run, is_writer=True, tensorboard=False)
+    writer.write("end", reason="finished")
+    writer.close()
+    kinds = [json.loads(line)["kind"] for line in run.metrics_path.read_text().splitlines()]
+    assert kinds == ["start", "end"]
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    writer = MetricsWriter(RunDir(tmp_path), is_writer=False, tensorboard=True)
+    writer.write("end", reason="finished")
+    writer.close()
+    assert not list(tmp_path.iterdir())
