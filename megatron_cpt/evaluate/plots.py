@@ -4,51 +4,26 @@ A stage or model has one colour in all charts of a report. Lines and bars carry 
 counts what the weights have seen since the first stage.
 """
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from megatron_cpt.evaluate.drawing import (
+    CORPUS_PALETTE,
+    STYLE,
+    Line,
+    colours,
+    label_lines,
+    limit_to_bulk,
+    mark_interruptions,
+    plt,
+    save_chart,
+    token_axis,
+)
 from megatron_cpt.evaluate.forgetting import Change
 from megatron_cpt.evaluate.stages import Stage, smoothed
-from megatron_cpt.files import whole_file
 from megatron_cpt.log import format_count
-
-# Okabe and Ito's palette, distinguishable with colour-blindness; grey for the first, the reference.
-PALETTE = ("#555555", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#882255")
-CORPUS_PALETTE = ("#88A6C8", "#E3A869", "#8FBC8F", "#C69ABF", "#B8B0A0", "#D98880")
-STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#888888",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#E4E4E4",
-    "grid.linewidth": 0.7,
-    "xtick.color": "#444444",
-    "ytick.color": "#444444",
-    "lines.linewidth": 1.6,
-    "figure.dpi": 160,
-    "savefig.dpi": 160,
-}
-
-
-def colours(names: Iterable[str]) -> dict[str, str]:
-    """Return a colour per name, the same for the same order of first appearance."""
-    distinct = dict.fromkeys(names)
-    return {name: PALETTE[index % len(PALETTE)] for index, name in enumerate(distinct)}
 
 
 def plot_training(stages: Sequence[Stage], colour: dict[str, str], path: Path) -> None:
@@ -57,46 +32,37 @@ def plot_training(stages: Sequence[Stage], colour: dict[str, str], path: Path) -
         figure, (loss, rate) = plt.subplots(
             2, 1, figsize=(8, 5.6), sharex=True, height_ratios=(3, 1.2), layout="constrained"
         )
-        rates: set[tuple[float, ...]] = set()
+        lines: list[Line] = []
         for stage in stages:
+            if not stage.train:
+                continue
             tokens = [stage.offset_tokens + record["consumed_tokens"] for record in stage.train]
             values = [record["loss"] for record in stage.train]
-            if not tokens:
-                continue
-            loss.plot(tokens, values, color=colour[stage.name], alpha=0.25, linewidth=0.8)
-            smooth = smoothed(values, max(1, len(values) // 25))
-            loss.plot(tokens, smooth, color=colour[stage.name])
-            lrs = [record["lr"] for record in stage.train]
-            # Stages with the same schedule lie on one another: the later one is dashed so that both are seen.
-            rate.plot(tokens, lrs, color=colour[stage.name], linestyle="--" if tuple(lrs) in rates else "-")
-            rates.add(tuple(lrs))
-        _limit_to_bulk(loss, [record["loss"] for stage in stages for record in stage.train])
+            line = Line(tokens, smoothed(values, max(3, len(values) // 25)), stage.name, colour[stage.name])
+            loss.plot(tokens, values, color=line.colour, alpha=0.25, linewidth=0.8)
+            loss.plot(tokens, line.y, color=line.colour)
+            # Stages that fork from one checkpoint often share a schedule: the later one is dashed so that both are seen.
+            is_covered = any(other.x[0] == tokens[0] for other in lines)
+            rate.plot(
+                tokens,
+                [record["lr"] for record in stage.train],
+                color=line.colour,
+                linestyle=(0, (3, 3)) if is_covered else "-",
+            )
+            lines.append(line)
+        limit_to_bulk(loss, [record["loss"] for stage in stages for record in stage.train])
         for stage in stages:
-            _mark_interruptions(loss, stage, colour[stage.name])
-        _label_ends(
-            loss,
-            [
-                (
-                    stage.offset_tokens + stage.tokens,
-                    smoothed([record["loss"] for record in stage.train], max(1, len(stage.train) // 25))[-1],
-                    stage.name,
-                    colour[stage.name],
-                )
-                for stage in stages
-                if stage.train
-            ],
-        )
+            mark_interruptions(loss, stage, colour[stage.name])
+        label_lines(loss, lines)
         loss.set_title("Training loss")
         loss.set_ylabel("nats per token")
         rate.set_title("Learning rate")
         rate.set_xlabel("tokens seen since the first stage began")
         rate.set_ylim(bottom=0)
         rate.yaxis.set_major_locator(MaxNLocator(4))
-        rate.yaxis.set_major_formatter(
-            FuncFormatter(lambda value, _: f"{value:.1e}".replace("e-0", "e-") if value else "0")
-        )
-        _token_axis(rate)
-        _save(figure, path)
+        rate.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
+        token_axis(rate)
+        save_chart(figure, path)
 
 
 def plot_validation(stages: Sequence[Stage], colour: dict[str, str], path: Path) -> None:
@@ -110,7 +76,7 @@ def plot_validation(stages: Sequence[Stage], colour: dict[str, str], path: Path)
             1, len(corpora), figsize=(4.2 * max(len(corpora), 1.6), 3.6), squeeze=False, layout="constrained"
         )
         for panel, corpus in zip(axes[0], corpora, strict=True):
-            ends = []
+            lines = []
             for stage in stages:
                 points = [record for record in stage.validation if record["corpus"] == corpus]
                 if not points:
@@ -118,16 +84,16 @@ def plot_validation(stages: Sequence[Stage], colour: dict[str, str], path: Path)
                 tokens = [stage.offset_tokens + record["consumed_tokens"] for record in points]
                 values = [record[key] for record in points]
                 panel.plot(tokens, values, color=colour[stage.name], marker="o", markersize=3)
-                ends.append((tokens[-1], values[-1], stage.name, colour[stage.name]))
-            _limit_to_bulk(
+                lines.append(Line(tokens, values, stage.name, colour[stage.name]))
+            limit_to_bulk(
                 panel, [record[key] for stage in stages for record in stage.validation if record["corpus"] == corpus]
             )
-            _label_ends(panel, ends)
+            label_lines(panel, lines)
             panel.set_title(f"Held-out {corpus}")
             panel.set_xlabel("tokens seen")
-            _token_axis(panel)
+            token_axis(panel)
         axes[0][0].set_ylabel("bits per byte" if key == "bits_per_byte" else "nats per token")
-        _save(figure, path)
+        save_chart(figure, path)
 
 
 def plot_blend(stages: Sequence[Stage], path: Path) -> None:
@@ -164,8 +130,8 @@ def plot_blend(stages: Sequence[Stage], path: Path) -> None:
         axis.set_xlabel("tokens")
         axis.grid(axis="y", visible=False)
         axis.tick_params(axis="y", length=0)
-        _token_axis(axis)
-        _save(figure, path)
+        token_axis(axis)
+        save_chart(figure, path)
 
 
 def plot_forgetting(changes: Sequence[Change], colour: dict[str, str], path: Path) -> None:
@@ -212,7 +178,7 @@ def plot_forgetting(changes: Sequence[Change], colour: dict[str, str], path: Pat
             panel.tick_params(axis="y", length=0)
         axes[0][0].set_yticks(range(len(drawn)), drawn)
         axes[0][0].invert_yaxis()
-        _save(figure, path)
+        save_chart(figure, path)
 
 
 def plot_divergence(divergence: dict[str, dict[str, list[float]]], path: Path) -> None:
@@ -224,93 +190,16 @@ def plot_divergence(divergence: dict[str, dict[str, list[float]]], path: Path) -
             1, len(groups), figsize=(3.2 * max(len(groups), 2), 3.3), sharey=True, squeeze=False, layout="constrained"
         )
         for panel, group in zip(axes[0], groups, strict=True):
-            ends = []
+            lines = []
             for model, values in divergence.items():
                 layers = list(range(len(values.get(group, []))))
                 if layers:
                     panel.plot(layers, values[group], color=colour[model], marker="o", markersize=3.5)
-                    ends.append((layers[-1], values[group][-1], model, colour[model]))
-            _label_ends(panel, ends)
+                    lines.append(Line(layers, values[group], model, colour[model]))
+            label_lines(panel, lines)
             panel.set_title(group)
             panel.set_xlabel("layer")
             panel.set_ylim(bottom=0)
             panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes[0][0].set_ylabel("|| w - w base || / || w base ||")
-        _save(figure, path)
-
-
-def _mark_interruptions(axis: Axes, stage: Stage, colour: str) -> None:
-    for number, found in enumerate(stage.interruptions):
-        resumed = stage.offset_tokens + found.resumed_tokens
-        stopped = stage.offset_tokens + found.stopped_tokens
-        axis.axvspan(resumed, stopped, color=colour, alpha=0.12, linewidth=0)
-        axis.axvline(resumed, color=colour, linewidth=0.9, linestyle=(0, (4, 2)))
-        change = f"\n{found.layout_before} → {found.layout_after}" if found.layout_before != found.layout_after else ""
-        axis.annotate(
-            f"{stage.name}: {found.reason} at {format_count(stopped)}, resumed from {format_count(resumed)}{change}",
-            (resumed, 1 - 0.13 * number),
-            xycoords=("data", "axes fraction"),
-            xytext=(-5, -2),
-            textcoords="offset points",
-            ha="right",
-            va="top",
-            fontsize=8,
-            color=colour,
-        )
-
-
-def _label_ends(axis: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Write names at line ends (x, y, name, colour): at the right, moved apart where they would overlap; above the end
-    of a line that others continue."""
-    axis.figure.canvas.draw()
-    height = axis.get_window_extent().height * 72 / axis.figure.dpi
-    low, high = axis.get_ylim()
-    rightmost = max((x for x, *_ in ends), default=0)
-    highest = -height
-    for x, y, name, colour in sorted(ends, key=lambda end: end[1]):
-        is_last = x > 0.9 * rightmost
-        at = (y - low) / (high - low) * height
-        shift = max(highest + 13 - at, 0.0) if is_last else 9.0
-        if is_last:
-            highest = at + shift
-        axis.annotate(
-            name,
-            (x, y),
-            xytext=(6 if is_last else 0, shift),
-            textcoords="offset points",
-            color=colour,
-            ha="left" if is_last else "right",
-            va="center",
-            fontsize=9,
-            fontweight="bold",
-            annotation_clip=False,
-        )
-
-
-def short_layouts(before: str, after: str) -> tuple[str, str]:
-    """Return two layouts such as `TP2 PP1 CP1 DP1` without the parts that are 1 in both."""
-    pairs = list(zip(before.split(), after.split(), strict=False))
-    pairs = [pair for pair in pairs if {re.sub(r"[A-Z]+", "", part) for part in pair} != {"1"}]
-    return " ".join(one for one, _ in pairs), " ".join(other for _, other in pairs)
-
-
-def _limit_to_bulk(axis: Axes, values: Sequence[float]) -> None:
-    """Leave out the steep beginning of a model trained from scratch, which would flatten everything else."""
-    ordered = sorted(values)
-    if len(ordered) > 4:
-        low, most, top = ordered[0], ordered[int(0.95 * (len(ordered) - 1))], ordered[-1]
-        if top - low > 2 * (most - low) > 0:
-            axis.set_ylim(low - 0.08 * (most - low), most + 0.25 * (most - low))
-
-
-def _token_axis(axis: Axes) -> None:
-    axis.xaxis.set_major_locator(MaxNLocator(7))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
-
-
-def _save(figure: Figure, path: Path) -> None:
-    with whole_file(path, "wb") as file:
-        # no date inside: the same numbers make the same bytes
-        options: dict[str, Any] = {"metadata": {"Software": None}}
-        figure.savefig(file, format="png", bbox_inches="tight", **options)
-    plt.close(figure)
+        save_chart(figure, path)

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_cpt.errors import DataError
+from megatron_cpt.evaluate.drawing import colours
 from megatron_cpt.evaluate.forgetting import compare_with_first, forgetting_table, markdown_table, results_from_json
-from megatron_cpt.evaluate.plots import colours, plot_blend, plot_forgetting, plot_training, plot_validation
+from megatron_cpt.evaluate.plots import plot_blend, plot_forgetting, plot_training, plot_validation
 from megatron_cpt.evaluate.stages import Stage, read_stages, setting
 from megatron_cpt.files import read_json, write_text
 from megatron_cpt.log import format_count

@@ -65,8 +65,9 @@ def _perplexity(arguments: argparse.Namespace) -> None:
 
 
 def _forgetting(arguments: argparse.Namespace) -> None:
+    from megatron_cpt.evaluate.drawing import colours
     from megatron_cpt.evaluate.forgetting import as_json, compare_with_first, forgetting_table
-    from megatron_cpt.evaluate.plots import colours, plot_forgetting
+    from megatron_cpt.evaluate.plots import plot_forgetting
     from megatron_cpt.files import write_json, write_text
 
     results = _measure(arguments)

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from megatron_cpt.errors import DataError
-from megatron_cpt.evaluate.plots import colours, short_layouts
+from megatron_cpt.evaluate.drawing import colours, short_layouts
 from megatron_cpt.evaluate.report import write_report
 
 
