@@ -18,6 +18,7 @@ VERBS = {
     "doctor": "say what is missing or incompatible on this machine",
     "train": "train one stage; what each rank of a job runs (see submit)",
     "plan": "say what a run needs before it is queued: tokens, iterations, memory per rank, disk, time, node hours",
+    "preflight": "measure every rank of a job in seconds before it trains, and name the nodes that are not fit",
     "submit": "start a run on this machine, PBS or Slurm, after checking everything that can be checked beforehand",
     "status": "show a run's jobs and progress, and why a job waits or died",
     "tokenize": "turn documents into .bin/.idx token files, restartable, with a manifest beside each",

@@ -22,6 +22,7 @@ from megatron_cpt.errors import CptError, LaunchError
 from megatron_cpt.launch.chain import BROKEN_EXIT_CODE, NOT_FINISHED_EXIT_CODE, chain_verdict
 from megatron_cpt.launch.ledger import append_record, read_jobs
 from megatron_cpt.launch.lock import run_lock
+from megatron_cpt.launch.preflight import BAD_NODES_EXIT_CODE, read_excluded
 from megatron_cpt.launch.processes import (
     SHUTDOWN_SECONDS,
     Outcome,
@@ -63,6 +64,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--must-finish", action="store_true", help=f"exit {NOT_FINISHED_EXIT_CODE} if it is not finished"
     )
+    parser.add_argument("--preflight", action="store_true", help="measure the nodes first; bad ones end the job")
     parser.add_argument("--max-failures", type=int, default=2, help="links without progress that break the chain")
     options, program = list(argv), []
     if "--" in options:
@@ -179,6 +181,11 @@ def _run_ranks(arguments: argparse.Namespace, signals: Signals) -> int:
             run.jobs, job, state="running", hosts=hosts, iteration_start=iteration, stage=arguments.stage,
             chain=arguments.chain, log_dir=str(arguments.log_dir),
         )  # fmt: skip
+        if arguments.preflight and (bad := _failed_preflight(arguments, run, job, hosts[0], signals)):
+            append_record(
+                run.jobs, job, state="failed", exit_code=bad, iteration_end=iteration, reason="preflight failed"
+            )
+            return bad
         outcome = _start(arguments, run, job, hosts[0], signals)
         iteration = last_checkpoint(run)
         code = outcome.exit_code
@@ -205,6 +212,23 @@ def _start(arguments: argparse.Namespace, run: RunDir, job: str, host: str, sign
             return outcome
         logger.warning("port %d on %s is in use; trying another one.", port, host)
     raise LaunchError(f"{host}: {PORT_ATTEMPTS} ports were in use. See {arguments.log_dir / 'launcher.log'}.")
+
+
+def _failed_preflight(arguments: argparse.Namespace, run: RunDir, job: str, host: str, signals: Signals) -> int:
+    """Measure the nodes with the job's own launcher; return 0, or the exit code after the next links know bad nodes."""
+    program = [arguments.program[0], "-m", "megatron_cpt", "preflight", "--run-dir", str(run.path)]
+    program += ["--gpus-per-node", str(arguments.gpus_per_node)]
+    measured = argparse.Namespace(**{**vars(arguments), "program": program, "log_dir": arguments.log_dir / "preflight"})
+    measured.log_dir.mkdir(parents=True, exist_ok=True)
+    outcome = _start(measured, run, job, host, signals)
+    if outcome.exit_code == BAD_NODES_EXIT_CODE and os.environ.get("SLURM_JOB_ID"):
+        nodes = ",".join(read_excluded(run.jobs))
+        for other, record in read_jobs(run.jobs).items():
+            if record.get("chain") == arguments.chain and record.get("state") == "submitted" and other != job:
+                subprocess.run(["scontrol", "update", f"jobid={other}", f"excnodelist={nodes}"], check=False)
+    if outcome.exit_code:
+        logger.error("preflight: %s", outcome.text(measured.log_dir))
+    return outcome.exit_code
 
 
 def _run_once(arguments: argparse.Namespace, signals: Signals) -> int:

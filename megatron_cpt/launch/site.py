@@ -66,6 +66,8 @@ class Site:
     """Most tasks of one array job."""
     gpu_memory_gib: float | None = None
     """Memory of one GPU, for `plan`."""
+    preflight: bool = False
+    """Measure the nodes before each training job; bad ones end it early and are avoided by the next."""
     stages: dict[str, StageResources] = field(default_factory=dict)
     """Per stage (tokenize, convert, evaluate ...): queue, walltime, select, options."""
 
@@ -133,6 +135,10 @@ def _parse(key: str, kind: Any, value: Any) -> Any:
         if not isinstance(value, dict):
             raise ValueError(f"{value!r} is not a mapping of names to values")
         return {str(name): str(item) for name, item in value.items()}
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise ValueError(f"{value!r} is not true or false")
+        return value
     if "int" in kind_text:
         return parse_walltime(value)
     if "float" in kind_text:

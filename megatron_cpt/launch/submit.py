@@ -18,6 +18,7 @@ from megatron_cpt.launch.batch import HOSTFILE
 from megatron_cpt.launch.job import Dependency, Job, parse_dependency
 from megatron_cpt.launch.ledger import append_record, read_jobs
 from megatron_cpt.launch.lock import run_lock
+from megatron_cpt.launch.preflight import excluded_path, read_excluded
 from megatron_cpt.launch.render import render_job
 from megatron_cpt.launch.run_dir import RunDir, run_dir
 from megatron_cpt.launch.site import Site
@@ -157,9 +158,16 @@ def training_job(submission: Submission, link: int, *, must_finish: bool, max_fa
     options += ["--gpus-per-node", str(launch.gpus_per_node), "--chain", submission.chain or submission.stamp]
     options += ["--train-iters", str(train_iters(config.training)), "--max-failures", str(max_failures)]
     options += ["--must-finish"] if must_finish else []
+    options += ["--preflight"] if site.preflight else []
     options += ["--forward", ",".join(site.environment)] if site.environment else []
     command = [submission.python, "-m", "megatron_cpt", "train", *submission.run_arguments]
     job = _job(submission, "train", f"train-{submission.stamp}-{link:03d}", options, command)
+    excluded = read_excluded(submission.run.jobs)
+    avoid = (f"--exclude={','.join(excluded)}",) if excluded and submission.scheduler == "slurm" else ()
+    if excluded and submission.scheduler == "pbs":
+        logger.warning(
+            "%s: PBS has no list of hosts to avoid. Choose hosts in site.select.", excluded_path(submission.run.jobs)
+        )
     return dataclasses.replace(
         job,
         nodes=launch.nodes,
@@ -168,7 +176,7 @@ def training_job(submission: Submission, link: int, *, must_finish: bool, max_fa
         walltime=launch.walltime,
         queue=site.queue,
         select=_filled(site.select, launch.nodes, launch.gpus_per_node),
-        options=tuple(_filled(option, launch.nodes, launch.gpus_per_node) for option in site.options),
+        options=(*(_filled(option, launch.nodes, launch.gpus_per_node) for option in site.options), *avoid),
         signal_seconds=min(site.signal_seconds, launch.walltime // 2),
         may_requeue=True,
     )

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -110,6 +111,29 @@ def test_the_schedulers_own_refusal_is_shown(slurm_run):
     with pytest.raises(LaunchError, match="invalid partition"):
         submit_chain(dataclasses.replace(slurm_run.submission, site=site))
     assert slurm_run.jobs() == {}
+
+
+def test_a_node_that_fails_the_preflight_is_avoided_by_the_next_link(slurm_run):
+    python = Path(slurm_run.submission.python)
+    seen, excluded = python.with_name("preflight_ran"), slurm_run.run.jobs / "excluded_nodes.txt"
+    first_line, rest = python.read_text().split("\n", 1)
+    stand_in = (
+        'if [[ "$*" == "-m megatron_cpt preflight "* ]]; then\n'
+        f"  [[ -e {seen} ]] && exit 0\n"
+        f'  touch {seen}; echo "$SLURMD_NODENAME too slow" >>{excluded}; exit 5\nfi\n'
+    )
+    python.write_text(f"{first_line}\n{stand_in}{rest}")
+    submission = slurm_run.submission
+    launch = dataclasses.replace(submission.loaded.config.launch, nodes=1)
+    loaded = dataclasses.replace(submission.loaded, config=dataclasses.replace(submission.loaded.config, launch=launch))
+    site = dataclasses.replace(submission.site, preflight=True)
+    first, second = submit_chain(dataclasses.replace(submission, loaded=loaded, site=site), num_links=2)
+    states = slurm_run.wait(first, second)
+    assert [state.exit_code for state in states] == [5, 0], slurm_run.logs()
+    jobs = slurm_run.jobs()
+    assert jobs[first]["reason"] == "preflight failed"
+    assert excluded.read_text() == f"{jobs[first]['hosts'][0]} too slow\n"
+    assert jobs[second]["hosts"] != jobs[first]["hosts"] and slurm_run.iteration() == 40
 
 
 def test_a_killed_rank_ends_the_job_on_every_node_within_seconds(slurm_run):
