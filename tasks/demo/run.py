@@ -1,6 +1,6 @@
 """The whole way, once, on real text: `make demo` runs this list of steps and prints each command before it runs it.
 
-    python tasks/demo/run.py [--size 300K] [--clean]
+    python tasks/demo/run.py [--size 245K] [--clean]
 
 What has been done already is passed over, so an interrupted demo continues where it stopped. Everything is written below
 `runs/demo`. The commands are the ones that a cluster runs, with another site and another params file.
@@ -48,7 +48,7 @@ class Step:
 def main() -> None:
     """Run the steps that are not done."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="300K", help="a size of tasks/demo/task.yaml")
+    parser.add_argument("--size", default="245K", help="a size of tasks/demo/task.yaml")
     parser.add_argument("--clean", action="store_true", help="remove runs/demo first")
     arguments = parser.parse_args()
     os.chdir(ROOT)
