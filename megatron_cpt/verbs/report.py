@@ -4,7 +4,7 @@ Reads the run directories alone (metrics.jsonl, train_data.yaml, config.yaml), s
 stage still trains, and on a machine without a GPU. A stage that was forked from another one (`init.from_path:
 variant:NAME`) is drawn after it. Steps that were trained again after a crash are drawn once.
 
-Example: megatron-cpt report runs/demo/demo-5m/245K/base runs/demo/demo-5m/245K/replay --output report
+Example: megatron-cpt report runs/demo/demo-5m/300K/base runs/demo/demo-5m/300K/replay --output report
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """The whole way, once, on real text: `make demo` runs this list of steps and prints each command before it runs it.
 
-    python tasks/demo/run.py [--size 245K] [--clean]
+    python tasks/demo/run.py [--size 300K] [--clean]
 
 What has been done already is passed over, so an interrupted demo continues where it stopped. Everything is written below
 `runs/demo`. The commands are the ones that a cluster runs, with another site and another params file.
@@ -28,7 +28,7 @@ DEMO = Path("runs/demo")
 DATA, MODELS, REPORT = DEMO / "data", DEMO / "models", DEMO / "report"
 RESULTS = DEMO / "evaluation" / "forgetting.json"
 PARAMS = "demo-5m"
-KILL_AT_FRACTION = 0.55
+KILL_AT_FRACTION = 0.6
 FIRST_LAYOUT = ("parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true")
 SECOND_LAYOUT = ("parallel.pipeline_model_parallel_size=2",)
 
@@ -48,7 +48,7 @@ class Step:
 def main() -> None:
     """Run the steps that are not done."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="245K", help="a size of tasks/demo/task.yaml")
+    parser.add_argument("--size", default="300K", help="a size of tasks/demo/task.yaml")
     parser.add_argument("--clean", action="store_true", help="remove runs/demo first")
     arguments = parser.parse_args()
     os.chdir(ROOT)

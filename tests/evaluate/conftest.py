@@ -51,7 +51,7 @@ def write_run(tmp_path):
     def write(
         variant: str, records: list[dict], *, parent: str | None = None, blend: dict[str, int] | None = None
     ) -> Path:
-        run = tmp_path / "runs" / "demo" / "demo-5m" / "245K" / variant
+        run = tmp_path / "runs" / "demo" / "demo-5m" / "300K" / variant
         run.mkdir(parents=True)
         (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         source = f"variant:{parent}" if parent else "models/base"

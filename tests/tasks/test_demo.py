@@ -104,7 +104,7 @@ def test_the_tokenizer_is_the_same_each_time_and_loads_as_a_hugging_face_tokeniz
 
 def test_the_untrained_base_has_the_shape_that_the_params_say_and_one_seed(corpora, tmp_path):
     corpora.train_tokenizer([PROSE], tmp_path / "data" / "tokenizer")
-    config = load_config(DEMO, "demo-5m", "245K", "base").config
+    config = load_config(DEMO, "demo-5m", "300K", "base").config
     task = tmp_path / "task"
     task.mkdir()
     text = (DEMO / "task.yaml").read_text().replace("data_dir: runs/demo/data", f"data_dir: {tmp_path / 'data'}")
@@ -112,7 +112,7 @@ def test_the_untrained_base_has_the_shape_that_the_params_say_and_one_seed(corpo
     hashes = set()
     for name in "ab":
         output = tmp_path / name
-        command = [sys.executable, DEMO / "make_base.py", task, "demo-5m", "245K", "base", output]
+        command = [sys.executable, DEMO / "make_base.py", task, "demo-5m", "300K", "base", output]
         subprocess.run(command, check=True, capture_output=True, cwd=DEMO.parents[1], env=_environment())
         hashes.add((output / "model.safetensors").read_bytes())
     settings = json.loads((tmp_path / "a" / "config.json").read_text())
@@ -126,14 +126,14 @@ def test_the_untrained_base_has_the_shape_that_the_params_say_and_one_seed(corpo
 @pytest.mark.parametrize("overrides", ["FIRST_LAYOUT", "SECOND_LAYOUT", None])
 def test_every_variant_is_a_valid_run_in_every_layout_of_the_demo(driver, variant, overrides):
     layout = getattr(driver, overrides) if overrides else ()
-    config = load_config(DEMO, "demo-5m", "245K", variant, overrides=layout).config
+    config = load_config(DEMO, "demo-5m", "300K", variant, overrides=layout).config
     assert sum(config.data.mix.values()) == pytest.approx(1)
 
 
 def test_each_verb_of_the_demo_exists_and_the_replay_command_is_the_same_before_and_after_the_kill(driver):
     from megatron_cpt.cli import VERBS
 
-    steps = driver.steps("245K")
+    steps = driver.steps("300K")
     commands = [command for step in steps for command in step.commands]
     assert {command[1] for command in commands if command[0] == "megatron-cpt"} <= set(VERBS)
     assert all((DEMO.parents[1] / command[1]).exists() for command in commands if command[0] == "python")
