@@ -49,7 +49,9 @@ class Progress:
         rate = self.done / max(time.monotonic() - self.started, 1e-9)
         parts = [f"{_short(rate)} {self.unit}/s"]
         if self.total:
-            share = f"{self.label}: {self.done / self.total:.0%} ({_short(self.done)} of {_short(self.total)} {self.unit})"
+            share = (
+                f"{self.label}: {self.done / self.total:.0%} ({_short(self.done)} of {_short(self.total)} {self.unit})"
+            )
             if rate > 0:
                 parts.append(f"{format_seconds(max(self.total - self.done, 0) / rate)} left")
         else:
