@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 FIRST_PORT, NUM_PORTS = 15000, 15000
 """Rendezvous ports lie below the range that the system gives to clients (32768 on)."""
 PORT_ATTEMPTS = 4
+LOCK_WAIT_SECONDS = 120
+"""Longer than a lock lives: the link before may have died on another node a moment ago."""
 HOSTFILE = "%hostfile%"
 """Stands for the job's node file in the launcher's command."""
 FORWARDED = ("PATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
@@ -144,8 +146,10 @@ def main(argv: Sequence[str]) -> int:
             return _run_ranks(arguments, signals)
     except CptError as error:
         sys.stderr.write(f"{arguments.stage}: {error}\n")
-        append_record(arguments.run / "jobs", job_id(os.environ), state="failed", exit_code=2, error=str(error))
-        return 2
+        # 2 would say that every next link fails alike; what goes wrong in launching may go right on other nodes
+        code = 1 if isinstance(error, LaunchError) else 2
+        append_record(arguments.run / "jobs", job_id(os.environ), state="failed", exit_code=code, reason=str(error))
+        return code
 
 
 def _run_ranks(arguments: argparse.Namespace, signals: Signals) -> int:
@@ -170,7 +174,7 @@ def _run_ranks(arguments: argparse.Namespace, signals: Signals) -> int:
             state = "failed" if verdict == "broken" else verdict
             append_record(run.jobs, job, state=state, exit_code=code, reason=reason)
             return code
-    with run_lock(run.jobs / "lock.json", f"job {job}"):
+    with run_lock(run.jobs / "lock.json", f"job {job}", wait_seconds=LOCK_WAIT_SECONDS):
         hosts = job_hosts(os.environ)
         if len(hosts) < arguments.nodes:
             raise LaunchError(
@@ -180,6 +184,7 @@ def _run_ranks(arguments: argparse.Namespace, signals: Signals) -> int:
         append_record(
             run.jobs, job, state="running", hosts=hosts, iteration_start=iteration, stage=arguments.stage,
             chain=arguments.chain, log_dir=str(arguments.log_dir),
+            restarts=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         )  # fmt: skip
         if arguments.preflight and (bad := _failed_preflight(arguments, run, job, hosts[0], signals)):
             append_record(

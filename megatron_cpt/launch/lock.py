@@ -7,6 +7,7 @@ process of this machine that is gone, is taken over. A `flock` on a file beside 
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import socket
 import threading
@@ -18,15 +19,28 @@ from typing import Any
 from megatron_cpt.errors import LaunchError
 from megatron_cpt.files import write_json
 
+logger = logging.getLogger(__name__)
+
 
 @contextlib.contextmanager
-def run_lock(path: Path, owner: str, expiry_seconds: float = 90.0) -> Iterator[None]:
+def run_lock(path: Path, owner: str, expiry_seconds: float = 90.0, wait_seconds: float = 0.0) -> Iterator[None]:
     """Hold the lock `path` in the name of `owner` while the block runs, renewing it every third of its expiry.
+
+    `wait_seconds`: how long to wait for a holder, who may have died on another machine, to let go or expire.
 
     Raises: LaunchError naming the holder and what to do, when somebody else holds it.
     """
     claim = {"owner": owner, "host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
-    _take(path, claim, expiry_seconds)
+    deadline = time.monotonic() + wait_seconds
+    while True:
+        try:
+            _take(path, claim, expiry_seconds)
+            break
+        except LaunchError as held:
+            if time.monotonic() >= deadline:
+                raise
+            logger.info("waiting: %s", held)
+            time.sleep(min(10.0, max(deadline - time.monotonic(), 0.1)))
     released = threading.Event()
     renewer = threading.Thread(target=_renew, args=(path, claim, expiry_seconds, released), daemon=True)
     renewer.start()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megatron_cpt.config.load import LoadedConfig
 from megatron_cpt.config.schema import RunConfig
-from megatron_cpt.errors import ConfigError, CptError, LaunchError
+from megatron_cpt.errors import CptError, LaunchError
 from megatron_cpt.launch.job import format_walltime
 from megatron_cpt.launch.plan import plan_run
 from megatron_cpt.launch.progress import last_checkpoint
@@ -68,12 +68,10 @@ def check_training(loaded: LoadedConfig, run: RunDir, *, data_will_exist: bool =
 def check_data(config: RunConfig) -> None:
     """Plan the blend, as the first rank will.
 
-    Raises: ConfigError when nothing is to be read; DataError when a corpus is missing, damaged or too small.
+    Raises: DataError when a corpus is missing, damaged or too small.
     """
     from megatron_cpt.data.blend import plan_blend  # only here: it reads indices with numpy
 
-    if not config.data.mix and not config.data.train_data_path:
-        raise ConfigError("data.mix: the task has no data. Shares of corpora, or data.train_data_path, are needed.")
     plan_blend(config)
 
 
