@@ -51,7 +51,7 @@ def describe_checkpoint(directory: Path, *, with_tensors: bool = False) -> str:
         ("consumed samples", str(manifest.get("consumed_samples"))),
         ("consumed tokens", format_count(manifest.get("consumed_tokens") or 0)),
         *((f"  {name}", format_count(count)) for name, count in (manifest.get("tokens_per_corpus") or {}).items()),
-        ("layout at save", " ".join(f"{key.upper()}{value}" for key, value in (manifest.get("layout") or {}).items())),
+        ("layout at save", _layout(manifest.get("layout") or {})),
         ("tokenizer", str((manifest.get("tokenizer") or {}).get("name"))),
         ("parameters", format_count(sum(math.prod(reader.shape(key)) for key in weights))),
         ("tensors", f"{len(weights)} weights, {len(reader.tensor_keys()) - len(weights)} of the optimizer"),
@@ -149,6 +149,10 @@ def aligned(rows: Sequence[tuple[str, ...]]) -> str:
     widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join(lines) + "\n"
+
+
+def _layout(layout: dict[str, Any]) -> str:
+    return layout.get("text") or " ".join(f"{key.upper()}{value}" for key, value in layout.items())
 
 
 def _changes(key: str, left: Any, right: Any) -> list[str]:
