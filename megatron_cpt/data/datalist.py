@@ -67,7 +67,7 @@ def detect_format(text: str, name: str = "data list") -> str:
     """Return the key in `FORMATS` that a text's content fits."""
     if text.lstrip().startswith("{"):
         return "json"
-    if re.search(r"^\s*(?:export\s+|declare\s+(?:-\w+\s+)?)?\w+=\(", text, re.MULTILINE):
+    if re.search(r"^\s*(?:export\s+|declare\s+(?:-\w+\s+)?)?(?:\w+=\(|\w*DATA_PATH=)", text, re.MULTILINE):
         return "llm-jp"
     lines = [line for _, line in content_lines(text)]
     if not lines:

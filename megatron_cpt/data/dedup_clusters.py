@@ -151,7 +151,10 @@ def _exact_pairs(members: np.ndarray, files: Sequence[np.ndarray], starts: np.nd
 def _near_pairs(
     members: np.ndarray, files: Sequence[np.ndarray], starts: np.ndarray, options: MinHashOptions
 ) -> np.ndarray:
-    """Join members to leaders: the first, then the first of those that are unlike it, and so on."""
+    """Join members to leaders: the first, then the first of those that are unlike it, and so on.
+
+    A bucket of more than 64 groups holds boilerplate; what is left then can still meet in another band.
+    """
     signatures = _gather(members, files, starts, "minhash")
     pairs = [np.empty((0, 3), dtype=np.int64)]
     for _ in range(_MAX_LEADERS):

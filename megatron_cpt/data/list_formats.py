@@ -61,9 +61,13 @@ def format_number(number: Fraction | int) -> str:
     """
     if Fraction(number).denominator == 1:
         return str(int(number))
-    if float(number) <= 0:
+    try:
+        value = float(number)
+    except OverflowError:
+        raise DataError(f"weight {number}: too large. State smaller weights.") from None
+    if value <= 0:
         raise DataError(f"weight {number}: rounds away to 0. State larger weights.")
-    return repr(float(number))
+    return repr(value)
 
 
 def read_llm_jp(text: str, name: str, _split: str) -> list[DataEntry]:
@@ -188,7 +192,9 @@ def read_yaml(text: str, name: str, _split: str) -> list[DataEntry]:
         rows = yaml.load(text, Loader=yaml.BaseLoader)
     except yaml.YAMLError as problem:
         raise DataError(f"{name}: not valid YAML ({problem}).") from None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+    if not isinstance(rows, list) or not all(
+        isinstance(row, dict) and all(isinstance(value, str) for value in row.values()) for row in rows
+    ):
         raise DataError(f"{name}: not a list of mappings. `- {{tokens: N, prefix: PATH, corpus: NAME}}` is needed.")
     return [_entry(row, f"{name}: entry {index}") for index, row in enumerate(rows, 1)]
 
@@ -277,7 +283,7 @@ def _number(text: str, where: str) -> Fraction:
 
 def is_number(text: str) -> bool:
     """Return whether a word is a decimal number or a fraction such as 1/3."""
-    return re.fullmatch(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?|\d+/\d+", text) is not None
+    return re.fullmatch(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d{1,3})?|\d+/0*[1-9]\d*", text) is not None
 
 
 def _bare(text: str, quote: Callable[[str], str] | None = None) -> str:

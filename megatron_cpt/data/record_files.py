@@ -66,7 +66,7 @@ def text_of(value: Any) -> str:
     """Return a field's text: itself, or the contents of chat messages, a line each."""
     if isinstance(value, str):
         return value
-    return "\n".join(str(message.get("content", "")) for message in value)
+    return "\n".join(str(message.get("content", message.get("value", ""))) for message in value)
 
 
 def prompt_of(value: Any) -> str:

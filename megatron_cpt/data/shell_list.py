@@ -2,7 +2,8 @@
 
 What is understood: `NAME=value` assignments and `${NAME}` in what follows, comments, quotes, one array
 `[export] NAME=( ... )`, and the helper their lists define, `$(calc REPEAT TOKENS PATH)`, as REPEAT x TOKENS and PATH
-(nothing where the product is 0). Anything else in the array is an error, never skipped.
+(nothing where the product is 0). Where there is no array, a string that grows line by line,
+`TRAIN_DATA_PATH="${TRAIN_DATA_PATH} TOKENS PATH"`. Anything else in the list is an error, never skipped.
 """
 
 import os
@@ -18,12 +19,13 @@ _CALC = re.compile(r"\$\(\s*calc\s+(\S+)\s+(\S+)\s+([^\s)]+)\s*\)")
 
 
 def read_shell_array(text: str, name: str) -> list[tuple[int, str]]:
-    """Return the words of the file's one array, each with its line number.
+    """Return the words of the file's one array, or of its growing DATA_PATH string, each with its line number.
 
     Raises: DataError for a missing end, an unset variable, a second array or a shell construct that is not understood.
     """
     variables: dict[str, str] = {}
     words: list[tuple[int, str]] = []
+    string: list[tuple[int, str]] = []
     state = "before"
     for number, line in enumerate(text.splitlines(), 1):
         where = f"{name}:{number}"
@@ -34,7 +36,16 @@ def read_shell_array(text: str, name: str) -> list[tuple[int, str]]:
                 raise DataError(f"{where}: a second array. One list per file is needed.")
             state = _read_words(start[1], number, where, variables, words)
         elif assignment := _ASSIGNMENT.fullmatch(line):
-            variables[assignment[1]] = _expand(assignment[2].strip("\"'"), where, variables)
+            variable, value = assignment[1], assignment[2].strip("\"'")
+            if variable.endswith("DATA_PATH"):
+                begin = re.match(rf"\$(?:{variable}\b|{{{variable}}})", value)
+                if begin is None:
+                    string.clear()
+                _read_words(value[begin.end() :] if begin else value, number, where, variables, string)
+            else:
+                variables[variable] = _expand(value, where, variables)
+    if state == "before":
+        return string
     if state != "after":
         raise DataError(f"{name}: the array has no closing `)`. The file is cut off.")
     return words
@@ -58,7 +69,7 @@ def _read_words(line: str, number: int, where: str, variables: dict[str, str], w
 def _calc(match: re.Match[str], where: str) -> str:
     try:
         tokens = Fraction(match[1]) * Fraction(match[2])
-    except ValueError:
+    except (ValueError, ZeroDivisionError):
         raise DataError(
             f"{where}: '{match[0]}' does not multiply numbers. `$(calc REPEAT TOKENS PATH)` is needed."
         ) from None

@@ -1,5 +1,6 @@
 """Data lists in every format keep their numbers and name the line that is wrong."""
 
+import contextlib
 from fractions import Fraction
 
 import pytest
@@ -95,6 +96,34 @@ export TRAIN_DATA_PATH=(
         DataEntry(tokens=51572633747, prefix="/data/v4/en_text_document"),
         DataEntry(tokens=9242740000, prefix="rounded_by_awk"),
     ]
+
+
+def test_a_shell_string_that_grows_line_by_line_is_a_list_too():
+    text = """DATASET_DIR=/data/v3
+export TRAIN_DATA_PATH=""
+# code
+TRAIN_DATA_PATH="${TRAIN_DATA_PATH} 14486363187 ${DATASET_DIR}/stack_0000.jsonl_text_document"
+TRAIN_DATA_PATH="$TRAIN_DATA_PATH 12799385151 ${DATASET_DIR}/stack_0001.jsonl_text_document"
+"""
+    assert parse_data_list(text) == [
+        DataEntry(tokens=14486363187, prefix="/data/v3/stack_0000.jsonl_text_document"),
+        DataEntry(tokens=12799385151, prefix="/data/v3/stack_0001.jsonl_text_document"),
+    ]
+    with pytest.raises(DataError, match="line.txt:3: '5' is left over"):
+        parse_data_list('VALID_DATA_PATH=""\n\nVALID_DATA_PATH="${VALID_DATA_PATH} 5"\n', "line.txt")
+
+
+_LINES = st.one_of(
+    st.text(max_size=30),
+    st.sampled_from(["export X=(", ")", "5 a", "0.5 a b", "- {tokens: 5, prefix: a}", '{"train": [1, "a"]}', "a,b,5"]),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(lines=st.lists(_LINES, max_size=5))
+def test_whatever_a_file_holds_it_is_a_list_or_an_error_that_says_why(lines):
+    with contextlib.suppress(DataError):
+        assert parse_data_list("\n".join(lines))
 
 
 def test_fractions_in_a_shell_list_are_weights():
