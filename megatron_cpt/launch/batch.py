@@ -186,11 +186,12 @@ def _run_ranks(arguments: argparse.Namespace, signals: Signals) -> int:
             chain=arguments.chain, log_dir=str(arguments.log_dir),
             restarts=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         )  # fmt: skip
-        if arguments.preflight and (bad := _failed_preflight(arguments, run, job, hosts[0], signals)):
-            append_record(
-                run.jobs, job, state="failed", exit_code=bad, iteration_end=iteration, reason="preflight failed"
-            )
-            return bad
+        if arguments.preflight:
+            code, reason = _preflight(arguments, run, job, hosts[0], signals)
+            if code:
+                logger.error("%s", reason)
+                append_record(run.jobs, job, state="failed", exit_code=code, iteration_end=iteration, reason=reason)
+                return code
         outcome = _start(arguments, run, job, hosts[0], signals)
         iteration = last_checkpoint(run)
         code = outcome.exit_code
@@ -219,21 +220,27 @@ def _start(arguments: argparse.Namespace, run: RunDir, job: str, host: str, sign
     raise LaunchError(f"{host}: {PORT_ATTEMPTS} ports were in use. See {arguments.log_dir / 'launcher.log'}.")
 
 
-def _failed_preflight(arguments: argparse.Namespace, run: RunDir, job: str, host: str, signals: Signals) -> int:
-    """Measure the nodes with the job's own launcher; return 0, or the exit code after the next links know bad nodes."""
+def _preflight(arguments: argparse.Namespace, run: RunDir, job: str, host: str, signals: Signals) -> tuple[int, str]:
+    """Measure the nodes with the job's own launcher; return 0, or an exit code and what is wrong.
+
+    Bad nodes are kept from the chain's next links, where the scheduler can (Slurm).
+    """
     program = [arguments.program[0], "-m", "megatron_cpt", "preflight", "--run-dir", str(run.path)]
     program += ["--gpus-per-node", str(arguments.gpus_per_node)]
     measured = argparse.Namespace(**{**vars(arguments), "program": program, "log_dir": arguments.log_dir / "preflight"})
     measured.log_dir.mkdir(parents=True, exist_ok=True)
+    before = read_excluded(run.jobs)
     outcome = _start(measured, run, job, host, signals)
-    if outcome.exit_code == BAD_NODES_EXIT_CODE and os.environ.get("SLURM_JOB_ID"):
-        nodes = ",".join(read_excluded(run.jobs))
-        for other, record in read_jobs(run.jobs).items():
-            if record.get("chain") == arguments.chain and record.get("state") == "submitted" and other != job:
-                subprocess.run(["scontrol", "update", f"jobid={other}", f"excnodelist={nodes}"], check=False)
-    if outcome.exit_code:
-        logger.error("preflight: %s", outcome.text(measured.log_dir))
-    return outcome.exit_code
+    if outcome.exit_code != BAD_NODES_EXIT_CODE:
+        return outcome.exit_code, f"preflight: {outcome.text(measured.log_dir)}"
+    excluded = read_excluded(run.jobs)
+    for other, record in read_jobs(run.jobs).items():
+        if os.environ.get("SLURM_JOB_ID") and record.get("chain") == arguments.chain and other != job:
+            if record.get("state") == "submitted":
+                command = ["scontrol", "update", f"jobid={other}", f"excnodelist={','.join(excluded)}"]
+                subprocess.run(command, check=False)
+    bad = [node for node in excluded if node not in before]
+    return BAD_NODES_EXIT_CODE, f"preflight: bad nodes: {', '.join(bad) or 'those listed already'}"
 
 
 def _run_once(arguments: argparse.Namespace, signals: Signals) -> int:

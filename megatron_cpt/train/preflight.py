@@ -47,7 +47,7 @@ def _measure(directory: Path, device: torch.device) -> RankReport:
     torch.distributed.barrier()
     return RankReport(
         rank=torch.distributed.get_rank(),
-        host=socket.gethostname(),
+        host=os.environ.get("SLURMD_NODENAME") or socket.gethostname(),  # as the scheduler calls it
         device=torch.cuda.get_device_name(device) if on_gpu else "cpu",
         num_devices=torch.cuda.device_count(),
         matmul_flops=flops,

@@ -131,7 +131,7 @@ def test_a_node_that_fails_the_preflight_is_avoided_by_the_next_link(slurm_run):
     states = slurm_run.wait(first, second)
     assert [state.exit_code for state in states] == [5, 0], slurm_run.logs()
     jobs = slurm_run.jobs()
-    assert jobs[first]["reason"] == "preflight failed"
+    assert jobs[first]["reason"] == f"preflight: bad nodes: {jobs[first]['hosts'][0]}"
     assert excluded.read_text() == f"{jobs[first]['hosts'][0]} too slow\n"
     assert jobs[second]["hosts"] != jobs[first]["hosts"] and slurm_run.iteration() == 40
 
