@@ -6,6 +6,7 @@ text set is a .jsonl or .txt file (plain or compressed), a folder or a glob, wri
   perplexity   bits per byte with 95 % intervals, per model and text set
   forgetting   the same, compared with the first model: learned, forgotten; a table, a chart, JSON
   generate     continuations of prompts, side by side
+  harness      tasks of lm-evaluation-harness, where it is installed; options after -- are its own
   divergence   how far each layer's weights moved from the first model's; a table and a chart
 
 Example: megatron-cpt evaluate forgetting --model base=hf/base --model cpt=runs/ja/8b/80B/main/checkpoints
@@ -26,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("forgetting", _forgetting),
         ("generate", _generate),
         ("divergence", _divergence),
+        ("harness", _harness),
     ):
         part = subparsers.add_parser(name)
         part.set_defaults(function=function)
@@ -41,8 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             part.add_argument("--max-documents", type=int, metavar="N", help="first N documents of each set only")
         if name == "perplexity":
             part.add_argument("--output", type=Path, metavar="FILE", help="write the results as JSON")
-        if name in ("forgetting", "divergence"):
-            part.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for JSON and chart")
+        if name in ("forgetting", "divergence", "harness"):
+            part.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for results")
+        if name == "harness":
+            part.add_argument("--tasks", required=True, metavar="TASK,TASK", help="names of the harness's tasks")
+            part.add_argument("options", nargs="*", metavar="-- OPTION", help="options of lm_eval itself")
         if name == "generate":
             part.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="a text to continue")
             part.add_argument("--tokens", type=int, default=64, metavar="N", help="length of a continuation (64)")
@@ -51,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    # every measure imports what it needs itself: torch, transformers and matplotlib take seconds to start
     arguments.function(arguments)
 
 
@@ -96,6 +102,15 @@ def _generate(arguments: argparse.Namespace) -> None:
     sys.stdout.write(side_by_side(arguments.prompt, texts))
 
 
+def _harness(arguments: argparse.Namespace) -> None:
+    from megatron_cpt.evaluate.harness import run_harness
+
+    for name, path in named_paths(arguments.model, "--model").items():
+        output = arguments.output / name
+        run_harness(path, arguments.tasks.split(","), output, tokenizer=arguments.tokenizer, options=arguments.options)
+        sys.stdout.write(f"{output}\n")
+
+
 def _divergence(arguments: argparse.Namespace) -> None:
     from megatron_cpt.evaluate.plots import plot_divergence
     from megatron_cpt.evaluate.weights import divergence_table, layer_divergence
@@ -112,7 +127,6 @@ def _divergence(arguments: argparse.Namespace) -> None:
 
 
 def _measure(arguments: argparse.Namespace) -> list:
-    # imported here: torch and transformers take seconds to start, --help needs neither
     from megatron_cpt.evaluate.models import loaded_model
     from megatron_cpt.evaluate.perplexity import measure_perplexity
     from megatron_cpt.evaluate.texts import read_text_set
