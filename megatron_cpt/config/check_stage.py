@@ -113,7 +113,7 @@ def _data_problems(config: RunConfig) -> Iterator[Problem]:
             "neither data.mix nor data.train_data_path is given. One of them says what is read. Set data.mix.",
         )
     for name, share in data.mix.items():
-        if name not in data.corpora:
+        if name not in data.corpora and (name != "buffer" or data.buffer is None):
             yield Problem(
                 ("data.mix", "data.corpora"),
                 f"data.mix names {name}, which is no corpus of data.corpora. {nearest(name, list(data.corpora))}",

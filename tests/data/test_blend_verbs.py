@@ -145,6 +145,16 @@ def test_replay_plans_from_lists_and_buffer_and_appends(project, capsys):
     assert read_data_list(project / "two.yaml")[-1].first_sample == 20
 
 
+def test_a_mix_may_name_the_buffer_only_where_there_is_one(project, capsys):
+    shard = '{prefix: "data/tok/D0/a_text_document", corpus: D0, added_by: one, drawn_tokens: 640}'
+    (project / "data" / "buffer.yaml").write_text(f"format: 1\nstages: [one]\nshards:\n- {shard}\n")
+    code, out, err = run(capsys, "plan", *STAGE, "data.mix={D1: 0.9, buffer: 0.1}")
+    assert code == 0, err
+    assert "goes on after 20 samples" in out
+    code, _, err = run(capsys, "plan", *STAGE, "data.mix={D1: 0.9, buffer: 0.1}", "data.buffer=null")
+    assert code == 2 and "names buffer, which is no corpus" in err
+
+
 def test_formats_shows_every_format(project, capsys):
     _, out, _ = run(capsys, "formats")
     assert "llm-jp" in out and "export TRAIN_DATA_PATH=(" in out
