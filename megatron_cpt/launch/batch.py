@@ -15,6 +15,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -45,7 +46,7 @@ LOCK_WAIT_SECONDS = 120
 """Longer than a lock lives: the link before may have died on another node a moment ago."""
 HOSTFILE = "%hostfile%"
 """Stands for the job's node file in the launcher's command."""
-FORWARDED = ("PATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
+FORWARDED = ("PATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "MEGATRON_CPT_JOB_START")
 """Variables of the job that launchers such as mpirun do not carry to other nodes by themselves."""
 
 
@@ -138,6 +139,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the job; return its exit code."""
     arguments = parse_arguments(argv)
     configure_logging()
+    os.environ["MEGATRON_CPT_JOB_START"] = f"{time.time():.0f}"  # the walltime counts from here, not from the training
     arguments.log_dir.mkdir(parents=True, exist_ok=True)
     try:
         with caught_signals() as signals:

@@ -80,7 +80,7 @@ def stage_memories(config: RunConfig, *, is_fused: bool = True) -> list[StageMem
 def layer_activation_bytes(config: RunConfig, layer: int, is_fused: bool) -> int:
     """Return what the backward pass of one layer and micro-batch keeps on a rank, without recomputation."""
     norms = 2 * _norm_bytes(config, is_fused)
-    return norms + _attention_activations(config) + _feed_forward_activations(config, layer, is_fused)
+    return norms + _attention_activations(config, is_fused) + _feed_forward_activations(config, layer, is_fused)
 
 
 def _stage_activations(config: RunConfig, stage: int, layers: list[int], is_fused: bool) -> int:
@@ -132,7 +132,7 @@ def _norm_bytes(config: RunConfig, is_fused: bool) -> int:
     return _boundary_bytes(config) * (2 * element if is_fused else 8 + element) // element
 
 
-def _attention_activations(config: RunConfig) -> int:
+def _attention_activations(config: RunConfig, is_fused: bool) -> int:
     """Queries, keys, values; the attention's output and its log-sum-exp (fp32)."""
     model, tp = config.model, config.parallel.tensor_model_parallel_size
     tokens, element = _tokens(config), _element_bytes(config)
@@ -143,6 +143,8 @@ def _attention_activations(config: RunConfig) -> int:
         down = 2 * (model.q_lora_rank or 0) + 2 * model.kv_lora_rank + model.qk_pos_emb_head_dim
         up = heads * (model.qk_head_dim + model.v_head_dim)
         width = down + (up + heads * (2 * query_dim + model.v_head_dim)) / tp
+        if not is_fused and query_dim != model.v_head_dim:  # SDPA on CPU then keeps its [s, s] weights
+            width += heads / tp * config.training.seq_length
     else:
         channels = kv_channels(model)
         queries, keys = heads * channels, num_query_groups(model) * channels

@@ -17,6 +17,7 @@ from megatron_cpt.config.schema import (
     RunConfig,
     TrainingConfig,
 )
+from megatron_cpt.config.sources import CHECKOUT
 from megatron_cpt.launch.memory import stage_memories
 from megatron_cpt.launch.model_size import num_active_parameters, num_parameters, stage_layers
 from megatron_cpt.launch.plan import GIB, measured_tokens_per_second, num_checkpoints, plan_run, plan_text
@@ -65,58 +66,66 @@ def test_parameters_equal_the_published_counts():
 
 
 MEASURE = """
-import json, sys, torch
-from tests_config import config
+import json, torch
+from configs import configs
 from megatron_cpt.train.parallel import finish_parallel, initialize_parallel
 from megatron_cpt.train.model import build_model_chunks
-initialize_parallel(config)
-(chunk,) = build_model_chunks(config)
-own = {t.untyped_storage().data_ptr() for t in [*chunk.parameters(), *chunk.buffers()]}
-kept = {}
-def pack(tensor):
-    storage = tensor.untyped_storage()
-    if storage.data_ptr() not in own:
-        kept[storage.data_ptr()] = (storage.nbytes(), tensor)
-    return tensor
-training = config.training
-tokens = torch.randint(0, 500, (training.micro_batch_size, training.seq_length))
-positions = torch.arange(training.seq_length).expand_as(tokens)
-with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-    loss = chunk(tokens, positions, None, labels=tokens)
-vocabulary_tensors = [size for size, tensor in kept.values() if 512 in tensor.shape]
-print(json.dumps({
-    "parameters": sum(p.numel() for p in chunk.parameters()),
-    "activations": sum(size for size, _ in kept.values()) - sum(vocabulary_tensors),
-}))
+initialize_parallel(configs[0])
+numbers = []
+for config in configs:
+    (chunk,) = build_model_chunks(config)
+    own = {t.untyped_storage().data_ptr() for t in [*chunk.parameters(), *chunk.buffers()]}
+    kept = {}
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+    training = config.training
+    tokens = torch.randint(0, 500, (training.micro_batch_size, training.seq_length))
+    positions = torch.arange(training.seq_length).expand_as(tokens)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = chunk(tokens, positions, None, labels=tokens)
+    activations = sum(size for size, tensor in kept.values() if 512 not in tensor.shape)  # the vocabulary's apart
+    numbers.append({"parameters": sum(p.numel() for p in chunk.parameters()), "activations": activations})
+print(json.dumps(numbers))
 finish_parallel()
 """
+TINY_MOE = dataclasses.replace(
+    TINY, num_layers=3, num_moe_experts=4, moe_ffn_hidden_size=96, moe_num_dense_layers=1,
+    moe_shared_expert_intermediate_size=64,
+)  # fmt: skip
+TINY_MLA = dataclasses.replace(
+    TINY, num_query_groups=None, multi_latent_attention=True,
+    qk_layernorm=True, q_lora_rank=32, kv_lora_rank=32, qk_head_dim=16,
+    qk_pos_emb_head_dim=8, v_head_dim=16,
+)  # fmt: skip
+TINY_QWEN = dataclasses.replace(TINY, untie_embeddings_and_output_weights=False, qk_layernorm=True, add_qkv_bias=True)
 
 
-@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
-def test_the_estimate_agrees_with_the_memory_of_a_real_model_on_cpu(tmp_path, precision):
-    config = run_config(precision=precision)
-    (tmp_path / "tests_config.py").write_text(f"from megatron_cpt.config.schema import *\nconfig = {config!r}\n")
-    source = "from megatron_cpt.config.values import Duration\n"
-    (tmp_path / "tests_config.py").write_text(source + (tmp_path / "tests_config.py").read_text())
+def test_the_estimate_agrees_with_the_memory_of_real_models_on_cpu(tmp_path):
+    configs = [run_config(TINY, precision="fp32"), run_config(TINY, precision="bf16")]
+    configs += [run_config(model, precision="fp32") for model in (TINY_QWEN, TINY_MOE, TINY_MLA)]
+    imports = "from megatron_cpt.config.schema import *\nfrom megatron_cpt.config.values import Duration\n"
+    (tmp_path / "configs.py").write_text(f"{imports}configs = {configs!r}\n")
     (tmp_path / "measure.py").write_text(MEASURE)
-    root = __file__.rsplit("/tests/", 1)[0]
     measured = subprocess.run(
         [sys.executable, str(tmp_path / "measure.py")],
         env={
-            "PYTHONPATH": f"{root}:{tmp_path}",
+            "PYTHONPATH": f"{CHECKOUT}:{tmp_path}",
             "OMP_NUM_THREADS": "1",
             "PATH": "/usr/bin:/bin",
             "HOME": str(tmp_path),
         },
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=200,
     )
     assert measured.returncode == 0, measured.stderr[-2000:]
-    numbers = json.loads(measured.stdout.strip().splitlines()[-1])
-    (estimate,) = stage_memories(config, is_fused=False)
-    assert estimate.parameters == numbers["parameters"] == num_parameters(TINY)
-    assert estimate.activations == pytest.approx(numbers["activations"], rel=0.1)
+    for config, numbers in zip(configs, json.loads(measured.stdout.strip().splitlines()[-1]), strict=True):
+        (estimate,) = stage_memories(config, is_fused=False)
+        assert estimate.parameters == numbers["parameters"] == num_parameters(config.model)
+        assert estimate.activations == pytest.approx(numbers["activations"], rel=0.1), config.model
 
 
 def test_bf16_costs_6_bytes_a_parameter_and_12_shared_among_data_parallel_ranks():
