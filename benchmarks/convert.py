@@ -83,7 +83,8 @@ def step(arguments: argparse.Namespace, *words: object) -> list[object]:
 def run_step(words: list[str], workers: int) -> None:
     """Run one step."""
     from megatron_cpt.checkpoint.convert import hf_to_mcore, mcore_to_hf
-    from megatron_cpt.checkpoint.soup import average_hf, mergekit_config, run_mergekit
+    from megatron_cpt.checkpoint.mergekit import mergekit_config, run_mergekit
+    from megatron_cpt.checkpoint.soup import average_hf
 
     name, first, *others = words
     paths = [Path(word) for word in others]

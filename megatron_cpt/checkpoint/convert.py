@@ -20,7 +20,7 @@ import torch
 
 from megatron_cpt.checkpoint import mcore
 from megatron_cpt.checkpoint.dcp import Slice, write_dcp
-from megatron_cpt.checkpoint.hf import SIDE_FILES, HFFolder, OutputGroup, copy_side_files, write_safetensors
+from megatron_cpt.checkpoint.hf import HFFolder, OutputGroup, write_safetensors
 from megatron_cpt.checkpoint.hf_config import (
     POSITION_FIELDS,
     TRAINING_FIELDS,
@@ -30,6 +30,7 @@ from megatron_cpt.checkpoint.hf_config import (
     model_config_from_hf,
 )
 from megatron_cpt.checkpoint.mapping import Unit, check_coverage, family_of, units
+from megatron_cpt.checkpoint.side_files import copy_tokenizer, tokenizer_hash, write_configs
 from megatron_cpt.checkpoint.sources import MegatronWeights, TorchDistWeights
 from megatron_cpt.checkpoint.verify import verify_against_hf
 from megatron_cpt.checkpoint.vocabulary import ExtendedFolder, VocabExtension
@@ -138,7 +139,7 @@ def mcore_to_hf(
     manifest = mcore.read_manifest(checkpoint) if manifest is None else manifest
     model = mcore.manifest_model(manifest, checkpoint)
     weights = weights or TorchDistWeights(checkpoint)
-    options = {"dtype": dtype, "max_shard_bytes": max_shard_bytes, "tokenizer": _tokenizer_hash(tokenizer)}
+    options = {"dtype": dtype, "max_shard_bytes": max_shard_bytes, "tokenizer": tokenizer_hash(tokenizer)}
     identity = {"kind": "megatron", "files": text_hash(json.dumps(manifest.get("files"), sort_keys=True)), **options}
     if _is_exported(output, identity):
         logger.info("%s: converted already from the same weights", output)
@@ -167,8 +168,8 @@ def mcore_to_hf(
         hashes = write_safetensors(
             directory, groups, max_shard_bytes=max_shard_bytes, num_workers=num_workers, progress=progress
         )
-        copied = _copy_tokenizer(tokenizer, directory, manifest)
-        _write_configs(directory, config, copied)
+        copied = copy_tokenizer(tokenizer, directory, token_ids["eos_token_id"])
+        write_configs(directory, config, copied)
         for name, value in (extra_files or {}).items():
             write_json(directory / name, value)
         record: dict[str, Any] = {"direction": "mcore_to_hf", "source": identity}
@@ -324,66 +325,6 @@ def _remove_partial(target: Path) -> None:
     for leftover in target.parent.glob(f".{target.name}.*.partial"):
         logger.warning("%s: left by an interrupted conversion, removed", leftover)
         shutil.rmtree(leftover)
-
-
-def _tokenizer_hash(tokenizer: Path | None) -> str | None:
-    if tokenizer is None:
-        return None
-    files = sorted(tokenizer.glob("*token*")) if tokenizer.is_dir() else [tokenizer]
-    return text_hash("".join(f"{file.name} {file_hash(file)}\n" for file in files if file.is_file()))
-
-
-def _copy_tokenizer(tokenizer: Path | None, directory: Path, manifest: dict[str, Any]) -> list[str]:
-    if tokenizer is None:
-        return []
-    if not tokenizer.exists():
-        raise CheckpointError(
-            f"{tokenizer}: no such tokenizer. Name its folder, tokenizer.json or SentencePiece model."
-        )
-    if tokenizer.is_dir():
-        return copy_side_files(
-            tokenizer,
-            directory,
-            (*SIDE_FILES, "generation_config.json", "*.model", "configuration_*.py", "modeling_*.py"),
-        )
-    name = "tokenizer.json" if tokenizer.suffix == ".json" else "tokenizer.model"
-    shutil.copyfile(tokenizer, directory / name)
-    is_fast = name == "tokenizer.json"
-    write_json(
-        directory / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast" if is_fast else "LlamaTokenizer",
-            **_end_token(tokenizer, manifest),
-        },
-    )
-    return [name, "tokenizer_config.json"]
-
-
-def _end_token(tokenizer: Path, manifest: dict[str, Any]) -> dict[str, str]:
-    end = (manifest.get("tokenizer") or {}).get("eod_id")
-    if tokenizer.suffix != ".json" or end is None:
-        return {}
-    content = read_json(tokenizer, CheckpointError)
-    names = {token["id"]: token["content"] for token in content.get("added_tokens", [])}
-    return {"eos_token": names[end]} if end in names else {}
-
-
-def _write_configs(directory: Path, config: dict[str, Any], copied: Sequence[str]) -> None:
-    modules = {
-        str(entry).split(".")[0] + ".py" for entry in config.get("auto_map", {}).values() if isinstance(entry, str)
-    }
-    if modules - set(copied):
-        logger.warning(
-            "config.json: auto_map dropped, %s is not beside the tokenizer; transformers knows the architecture itself",
-            ", ".join(sorted(modules - set(copied))),
-        )
-        config.pop("auto_map")
-    write_json(directory / "config.json", config)
-    if "generation_config.json" not in copied:
-        ids = {
-            key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None
-        }
-        write_json(directory / "generation_config.json", {"_from_model_config": True, **ids})
 
 
 def _progress(label: str, total: int) -> Callable[[int], None]:

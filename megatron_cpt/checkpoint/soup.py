@@ -1,8 +1,7 @@
-"""Model soups: which tensors of several models can be merged, our own fp32 average, and mergekit for everything else.
+"""Model soups: which tensors of several models can be merged, and their mean.
 
-mergekit drops tensors that only some models have without a word, and stops at others; here the comparison comes first and
-is written into `merge_info.json` with every input's hash. The own average streams tensor by tensor: the weighted sum in
-float32, divided once (weights of 1/3 applied before the sum differ in 0.75 % of bf16 elements), then rounded.
+The mean streams tensor by tensor: the weighted sum in float32, divided once (weights of 1/3 applied before the sum differ
+in 0.75 % of bf16 elements), then rounded. What matched and what did not goes into `merge_info.json` with every input's hash.
 """
 
 import hashlib
@@ -10,8 +9,6 @@ import json
 import logging
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from megatron_cpt.checkpoint.convert import DEFAULT_SHARD_BYTES, DTYPES, NAMES_IN_CONFIG
 from megatron_cpt.checkpoint.hf import SIDE_FILES, HFFolder, OutputGroup, copy_side_files, write_safetensors
@@ -151,74 +147,6 @@ def weighted_mean(reads: Sequence[Callable[[], torch.Tensor]], weights: Sequence
     return total if not total.is_floating_point() else total.div_(sum(weights))
 
 
-def mergekit_config(
-    models: Sequence[Path],
-    *,
-    method: str = "linear",
-    weights: Sequence[float] | None = None,
-    base: Path | None = None,
-    parameters: dict[str, float] | None = None,
-    dtype: str = "bfloat16",
-) -> dict[str, Any]:
-    """Return a mergekit configuration with absolute paths, computing in float32.
-
-    `base` is one more model in a linear merge and the `base_model` of every other method.
-    """
-    included = [base, *models] if base is not None and method == "linear" else list(models)
-    shares = normalised_weights(included, weights, has_base=base is not None and method == "linear")
-    config: dict[str, Any] = {
-        "merge_method": method,
-        "models": [
-            {"model": os.fspath(path.resolve()), "parameters": {"weight": share}}
-            for path, share in zip(included, shares, strict=True)
-        ],
-        "dtype": "float32",
-        "out_dtype": dtype,
-    }
-    if method in ("slerp", "model_stock", "nuslerp"):
-        for model in config["models"]:
-            model.pop("parameters")
-    if base is not None and method != "linear":
-        config["base_model"] = os.fspath(base.resolve())
-        if method == "slerp":
-            config["models"].insert(0, {"model": config["base_model"]})
-    if parameters:
-        config["parameters"] = parameters
-    return config
-
-
-def run_mergekit(config: dict[str, Any] | Path, output: Path, *, allow: Sequence[str] = ()) -> Path:
-    """Run `mergekit-yaml` of this Python environment; return `output`, whole or not there at all.
-
-    Raises: CheckpointError with mergekit's last lines when it fails, or when its output is no model.
-    """
-    settings = yaml.safe_load(config.read_text(encoding="utf-8")) if isinstance(config, Path) else config
-    paths = [Path(name) for name in _model_names(settings)]
-    folders = [HFFolder(path) for path in dict.fromkeys(paths)]
-    comparison = compare_models(folders)
-    check_mergeable(folders, comparison, allow)
-    with whole_dir(output) as directory, tempfile.TemporaryDirectory() as scratch:
-        recipe = Path(scratch) / "merge.yaml"
-        recipe.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-        command = [_mergekit(), os.fspath(recipe), os.fspath(directory.resolve()), "--quiet"]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if line.strip()]
-            raise CheckpointError(
-                f"mergekit-yaml: left with {done.returncode}: {' '.join(lines[-3:])[:600]}. Mend the merge configuration."
-            )
-        HFFolder(directory)
-        shutil.copyfile(recipe, directory / "mergekit_config.yml")
-        shares = [float((entry.get("parameters") or {}).get("weight", 1)) for entry in settings.get("models") or []]
-        write_json(
-            directory / MERGE_INFO,
-            merge_info(folders, shares, settings["merge_method"], comparison, engine="mergekit"),
-        )
-    logger.info("%s: %s, %s", output, settings["merge_method"], summary(comparison, len(folders)))
-    return output
-
-
 def uniform_soup(candidates: Sequence[Path], output: Path, **options: Any) -> Path:
     """Write the plain mean of all candidates to `output`; return it."""
     return average_hf(candidates, output, **options)
@@ -295,25 +223,6 @@ def normalised_weights(paths: Sequence[Path], weights: Sequence[float] | None, *
     if sum(shares) <= 0:
         raise CheckpointError(f"soup: the weights sum to {sum(shares)}. A positive sum is needed.")
     return shares
-
-
-def _model_names(settings: dict[str, Any]) -> list[str]:
-    """Return the models of a mergekit configuration, base first, whichever of its three forms it uses."""
-    entries = [settings["base_model"]] if settings.get("base_model") else []
-    entries += [entry["model"] for entry in settings.get("models") or []]
-    for part in settings.get("slices") or []:
-        entries += [source["model"] for source in part["sources"]]
-    return [os.fspath(entry["model"]["path"]) if isinstance(entry, dict) else str(entry) for entry in entries]
-
-
-def _mergekit() -> str:
-    beside = Path(sys.executable).parent / "mergekit-yaml"
-    found = os.fspath(beside) if beside.exists() else shutil.which("mergekit-yaml")
-    if found is None:
-        raise CheckpointError(
-            "mergekit-yaml: not installed in this environment. Install mergekit, or use --method average."
-        )
-    return found
 
 
 def _tokenizer_hashes(path: Path) -> dict[str, str]:

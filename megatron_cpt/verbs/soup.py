@@ -66,13 +66,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int | None:
+    _check(arguments)
     # torch is imported only now
-    from megatron_cpt.checkpoint import soup
+    from megatron_cpt.checkpoint import mergekit
 
     allow = [*arguments.allow, *(("skipped", "mismatched") if arguments.match_names else ())]
     weights = [float(part) for part in arguments.weights.split(",")] if arguments.weights else None
     if arguments.config is not None:
-        output = soup.run_mergekit(arguments.config, arguments.output, allow=allow)
+        output = mergekit.run_mergekit(arguments.config, arguments.output, allow=allow)
     elif arguments.direct is not None:
         output = _direct(arguments, weights)
     else:
@@ -81,11 +82,23 @@ def run(arguments: argparse.Namespace) -> int | None:
     return 0
 
 
+def _check(arguments: argparse.Namespace) -> None:
+    """Raise ConfigError for options that do not go together."""
+    if arguments.set and arguments.method == "average":
+        raise ConfigError(f"--set: {arguments.set[0]} belongs to a method of mergekit. Name it with --method.")
+    if arguments.greedy and (arguments.weights or not arguments.text or arguments.method != "average"):
+        raise ConfigError(
+            "--greedy: averages, weighs all alike and scores on --text. Give --text, no --weights or --method."
+        )
+    if arguments.direct and (arguments.base or arguments.greedy or arguments.method != "average"):
+        raise ConfigError("--direct: averages Megatron checkpoints only. Leave out --base, --greedy and --method.")
+
+
 def _merge(arguments: argparse.Namespace, inputs: list[Path], weights: list[float] | None, allow: list[str]) -> Path:
-    from megatron_cpt.checkpoint import soup
+    from megatron_cpt.checkpoint import mergekit, soup
 
     if arguments.method != "average":
-        config = soup.mergekit_config(
+        config = mergekit.mergekit_config(
             inputs,
             method=arguments.method,
             weights=weights,
@@ -93,12 +106,8 @@ def _merge(arguments: argparse.Namespace, inputs: list[Path], weights: list[floa
             parameters=_numbers(arguments.set),
             dtype={"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[arguments.dtype or "bf16"],
         )
-        return soup.run_mergekit(config, arguments.output, allow=allow)
-    if arguments.set:
-        raise ConfigError(f"--set: {arguments.set[0]} belongs to a method of mergekit. Name it with --method.")
+        return mergekit.run_mergekit(config, arguments.output, allow=allow)
     if arguments.greedy:
-        if weights is not None or not arguments.text:
-            raise ConfigError("--greedy: scores models on --text and weighs all alike. Give --text and no --weights.")
         candidates = [*inputs, *([arguments.base] if arguments.base else [])]
         output, steps = soup.greedy_soup(
             candidates, arguments.output, _scorer(arguments.text), dtype=arguments.dtype, allow=allow

@@ -9,19 +9,13 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from megatron_cpt.checkpoint import soup
+from megatron_cpt.checkpoint import mergekit
 from megatron_cpt.checkpoint.convert import hf_to_mcore, mcore_to_hf
 from megatron_cpt.checkpoint.hf import HFFolder
 from megatron_cpt.checkpoint.mcore import read_tracker, verify_checkpoint
 from megatron_cpt.checkpoint.megatron_soup import average_checkpoints
-from megatron_cpt.checkpoint.soup import (
-    average_hf,
-    greedy_soup,
-    mergekit_config,
-    run_mergekit,
-    uniform_soup,
-    weighted_mean,
-)
+from megatron_cpt.checkpoint.mergekit import mergekit_config, run_mergekit
+from megatron_cpt.checkpoint.soup import average_hf, greedy_soup, uniform_soup, weighted_mean
 from megatron_cpt.errors import CheckpointError
 
 
@@ -163,7 +157,7 @@ def test_a_failing_mergekit_fails_the_soup_and_leaves_nothing(variants, tmp_path
     program = tmp_path / "mergekit-yaml"
     program.write_text("#!/bin/sh\ntouch $2/config.json\necho no such method >&2\nexit 3\n")
     program.chmod(0o755)
-    monkeypatch.setattr(soup, "_mergekit", lambda: str(program))
+    monkeypatch.setattr(mergekit, "_mergekit", lambda: str(program))
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({**mergekit_config(variants[:2]), "merge_method": "no-such-method"}))
     with pytest.raises(CheckpointError, match="mergekit-yaml: left with 3: no such method"):
