@@ -181,25 +181,27 @@ def plot_forgetting(changes: Sequence[Change], colour: dict[str, str], path: Pat
         save_chart(figure, path)
 
 
-def plot_divergence(divergence: dict[str, dict[str, list[float]]], path: Path) -> None:
-    """Draw relative weight change over layers: `divergence` is model -> group of weights -> value per layer."""
-    groups = list(dict.fromkeys(group for model in divergence.values() for group in model))
-    colour = colours(["", *divergence])
+def plot_divergence(divergence: dict[str, dict[str, list[float]]], base: str, path: Path) -> None:
+    """Draw how far weights moved from `base` over layers: `divergence` is model -> group of weights -> value per layer.
+
+    A panel per group that every layer has, each with a scale of its own.
+    """
+    groups = [group for group, values in next(iter(divergence.values())).items() if len(values) > 1]
+    colour = colours([base, *divergence])
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
-            1, len(groups), figsize=(3.2 * max(len(groups), 2), 3.3), sharey=True, squeeze=False, layout="constrained"
+            1, max(len(groups), 1), figsize=(3.3 * max(len(groups), 2), 3.3), squeeze=False, layout="constrained"
         )
-        for panel, group in zip(axes[0], groups, strict=True):
+        for panel, group in zip(axes[0], groups, strict=False):
             lines = []
             for model, values in divergence.items():
-                layers = list(range(len(values.get(group, []))))
-                if layers:
-                    panel.plot(layers, values[group], color=colour[model], marker="o", markersize=3.5)
-                    lines.append(Line(layers, values[group], model, colour[model]))
+                layers = list(range(len(values[group])))
+                panel.plot(layers, values[group], color=colour[model], marker="o", markersize=3.5)
+                lines.append(Line(layers, values[group], model, colour[model]))
+            panel.set_ylim(bottom=0)
             label_lines(panel, lines)
             panel.set_title(group)
             panel.set_xlabel("layer")
-            panel.set_ylim(bottom=0)
             panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        axes[0][0].set_ylabel("|| w - w base || / || w base ||")
+        axes[0][0].set_ylabel(f"distance from {base}, relative to its norm")
         save_chart(figure, path)

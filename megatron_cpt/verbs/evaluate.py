@@ -122,7 +122,7 @@ def _divergence(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--model {base}: one model only. A base and at least one other are needed. Add a --model.")
     divergence = {name: layer_divergence(path, base_path) for name, path in others}
     write_json(arguments.output / "divergence.json", {"format": 1, "base": base, "divergence": divergence})
-    plot_divergence(divergence, arguments.output / "divergence.png")
+    plot_divergence(divergence, base, arguments.output / "divergence.png")
     sys.stdout.write(divergence_table(divergence) + "\n")
 
 
