@@ -103,7 +103,7 @@ def make_model(path: Path, size: tuple[int, ...]) -> None:
     import torch
 
     from megatron_cpt.checkpoint.hf import OutputGroup, write_safetensors
-    from megatron_cpt.checkpoint.hf_config import hf_config_from_model
+    from megatron_cpt.checkpoint.hf_export_config import hf_config_from_model
     from megatron_cpt.checkpoint.mapping import family_of, units
     from megatron_cpt.config.schema import ModelConfig
 

@@ -19,16 +19,16 @@ from typing import Any
 import torch
 
 from megatron_cpt.checkpoint import mcore
-from megatron_cpt.checkpoint.dcp import Slice, write_dcp
+from megatron_cpt.checkpoint.dcp_writer import Slice, write_dcp
 from megatron_cpt.checkpoint.hf import HFFolder, OutputGroup, write_safetensors
 from megatron_cpt.checkpoint.hf_config import (
     POSITION_FIELDS,
     TRAINING_FIELDS,
     architecture_name,
     differing_fields,
-    hf_config_from_model,
     model_config_from_hf,
 )
+from megatron_cpt.checkpoint.hf_export_config import hf_config_from_model
 from megatron_cpt.checkpoint.mapping import Unit, check_coverage, family_of, units
 from megatron_cpt.checkpoint.side_files import copy_tokenizer, tokenizer_hash, write_configs
 from megatron_cpt.checkpoint.sources import MegatronWeights, TorchDistWeights

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from megatron_cpt.checkpoint.dcp import HashingWriter
+from megatron_cpt.checkpoint.dcp_writer import HashingWriter
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.files import read_json, write_json
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_cpt.checkpoint import dcp, mcore
+from megatron_cpt.checkpoint import dcp_writer, mcore
 from megatron_cpt.checkpoint.convert import hf_to_mcore, mcore_to_hf
 from megatron_cpt.checkpoint.hf import HFFolder, OutputGroup, write_safetensors
 
@@ -85,7 +85,7 @@ def forked(function, *arguments):
 
 def convert_and_stall(convert, source, output, reached, after):
     """Convert, but say so in `reached` and sleep at the write number `after`."""
-    original, counter = dcp.HashingWriter.write, itertools.count()
+    original, counter = dcp_writer.HashingWriter.write, itertools.count()
 
     def write(self, data):
         if next(counter) >= after:
@@ -93,7 +93,7 @@ def convert_and_stall(convert, source, output, reached, after):
             time.sleep(60)
         return original(self, data)
 
-    dcp.HashingWriter.write = write
+    dcp_writer.HashingWriter.write = write
     convert(source, output)
 
 
@@ -125,9 +125,9 @@ def test_a_killed_conversion_leaves_nothing_under_the_name_and_the_next_one_star
 def count_writes(source, tmp_path, monkeypatch):
     """Return how many writes a conversion of `source` takes."""
     counter = itertools.count()
-    original = dcp.HashingWriter.write
+    original = dcp_writer.HashingWriter.write
     with monkeypatch.context() as patch:
-        patch.setattr(dcp.HashingWriter, "write", lambda self, data: (next(counter), original(self, data))[1])
+        patch.setattr(dcp_writer.HashingWriter, "write", lambda self, data: (next(counter), original(self, data))[1])
         hf_to_mcore(source, tmp_path / "counted")
     return next(counter)
 

@@ -11,7 +11,7 @@ from megatron_cpt.checkpoint import mcore
 from megatron_cpt.checkpoint.arguments import params_model
 from megatron_cpt.checkpoint.convert import hf_to_mcore
 from megatron_cpt.checkpoint.hf import HFFolder
-from megatron_cpt.checkpoint.hf_config import hf_config_from_model
+from megatron_cpt.checkpoint.hf_export_config import hf_config_from_model
 from megatron_cpt.config.sources import CHECKOUT
 
 PARAMS = """

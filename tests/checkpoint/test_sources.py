@@ -9,7 +9,8 @@ import torch
 
 from megatron_cpt.checkpoint import mcore
 from megatron_cpt.checkpoint.convert import hf_to_mcore, mcore_to_hf
-from megatron_cpt.checkpoint.dcp import DcpReader, Slice, write_dcp
+from megatron_cpt.checkpoint.dcp import DcpReader
+from megatron_cpt.checkpoint.dcp_writer import Slice, write_dcp
 from megatron_cpt.checkpoint.hf import HFFolder
 from megatron_cpt.errors import CheckpointError
 
