@@ -124,8 +124,26 @@ def pipeline_stages(submission: Submission, *, num_array_tasks: int = 1, soup_la
     return stages
 
 
+def chosen_stages(stages: Sequence[Stage], only: Sequence[str]) -> list[Stage]:
+    """Return the stages named, or of the kinds named, in `only`; all of them when it is empty.
+
+    Raises: LaunchError naming the stages there are.
+    """
+    known = list(dict.fromkeys([*(stage.stage for stage in stages), *(stage.name for stage in stages)]))
+    unknown = [name for name in only if name not in known]
+    if unknown:
+        raise LaunchError(f"--only {unknown[0]}: no such stage in this run. There are {', '.join(known)}.")
+    return [stage for stage in stages if not only or stage.name in only or stage.stage in only]
+
+
 def submit_pipeline(
-    submission: Submission, *, num_links: int = 1, max_failures: int = 2, num_array_tasks: int = 1, soup_last: int = 0
+    submission: Submission,
+    *,
+    num_links: int = 1,
+    max_failures: int = 2,
+    num_array_tasks: int = 1,
+    soup_last: int = 0,
+    only: Sequence[str] = (),
 ) -> list[str]:
     """Submit what is missing of the graph; return the ids of the jobs submitted (none in a dry run).
 
@@ -133,6 +151,7 @@ def submit_pipeline(
     """
     scheduler, run = submission.scheduler, submission.run
     stages = pipeline_stages(submission, num_array_tasks=num_array_tasks, soup_last=soup_last)
+    stages = chosen_stages(stages, only)
     _check(submission, stages)
     first = parse_dependency(submission.depend, scheduler) if submission.depend else ()
     if submission.dry_run:
@@ -175,9 +194,9 @@ def submit_pipeline(
     return submitted
 
 
-def run_pipeline(submission: Submission, *, soup_last: int = 0) -> int:
+def run_pipeline(submission: Submission, *, soup_last: int = 0, only: Sequence[str] = ()) -> int:
     """Run what is missing of the graph on this machine, stage after stage; return the first exit code that is not 0."""
-    stages = pipeline_stages(submission, soup_last=soup_last)
+    stages = chosen_stages(pipeline_stages(submission, soup_last=soup_last), only)
     _check(submission, stages, needs_site=False)
     config = submission.loaded.config
     for stage in stages:
@@ -211,7 +230,8 @@ def _check(submission: Submission, stages: Sequence[Stage], needs_site: bool = T
     if needs_site:
         check_site(config, submission.site)
     makes_tokens = any(stage.stage == "tokenize" and not stage.is_done for stage in stages)
-    check_training(submission.loaded, submission.run, data_will_exist=makes_tokens)
+    if any(stage.name == "train" and not stage.is_done for stage in stages):
+        check_training(submission.loaded, submission.run, data_will_exist=makes_tokens)
     if makes_tokens:
         _check_documents(config)
 

@@ -38,6 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pipeline.add_argument(
         "--soup-last", type=int, default=0, metavar="K", help="average the last K exports (0: no soup)"
     )
+    pipeline.add_argument(
+        "--only", default="", metavar="STAGE[,STAGE]", help="of the graph only these, such as tokenize"
+    )
     for stage in (train, pipeline):
         stage.add_argument("--depend", metavar="KIND:ID[:ID]", help="wait for jobs, such as afterok:123:124")
         stage.add_argument("--dry-run", action="store_true", help="print scripts and commands; write and queue nothing")
@@ -72,11 +75,12 @@ def run(arguments: argparse.Namespace) -> int:
         depend=arguments.depend,
         dry_run=arguments.dry_run,
     )
+    only = [name for name in getattr(arguments, "only", "").split(",") if name]
     if config.launch.scheduler == "local":
         if arguments.depend:
             raise LaunchError(f"--depend {arguments.depend}: launch.scheduler is local. A batch scheduler is needed.")
         if arguments.stage == "pipeline":
-            return run_pipeline(submission, soup_last=arguments.soup_last)
+            return run_pipeline(submission, soup_last=arguments.soup_last, only=only)
         check_training(loaded, run_dir(config))
         if arguments.dry_run:
             sys.stdout.write(
@@ -96,6 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
             max_failures=arguments.max_failures,
             num_array_tasks=arguments.array_tasks,
             soup_last=arguments.soup_last,
+            only=only,
         )
     else:
         ids = submit_chain(submission, num_links=arguments.chain, max_failures=arguments.max_failures)

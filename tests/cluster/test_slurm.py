@@ -136,6 +136,19 @@ def test_a_node_that_fails_the_preflight_is_avoided_by_the_next_link(slurm_run):
     assert jobs[second]["hosts"] != jobs[first]["hosts"] and slurm_run.iteration() == 40
 
 
+def test_a_preempted_job_is_queued_again_and_continues(slurm_run):
+    slurm_run.behave(seconds=0.1)
+    (job,) = submit_chain(slurm_run.submission)
+    slurm_run.until(lambda: slurm_run.iteration() >= 10)
+    subprocess.run(["scontrol", "requeue", job], check=True)
+    slurm_run.until(lambda: queue.job_states("slurm", [job])[job].state == "queued")
+    slurm_run.behave()
+    subprocess.run(["scontrol", "update", f"jobid={job}", "starttime=now"], check=True)  # Slurm would wait 2 minutes
+    assert slurm_run.wait(job)[0].state == "finished", slurm_run.logs()
+    record = slurm_run.jobs()[job]
+    assert record["restarts"] == 1 and record["iteration_start"] >= 10 and slurm_run.iteration() == 40
+
+
 def test_a_killed_rank_ends_the_job_on_every_node_within_seconds(slurm_run):
     slurm_run.behave(seconds=30)
     (job,) = submit_chain(slurm_run.submission)

@@ -9,8 +9,9 @@ import pytest
 
 from megatron_cpt.config.load import load_config
 from megatron_cpt.config.sources import CHECKOUT
+from megatron_cpt.errors import LaunchError
 from megatron_cpt.launch.ledger import append_record
-from megatron_cpt.launch.pipeline import pipeline_stages
+from megatron_cpt.launch.pipeline import chosen_stages, pipeline_stages
 from megatron_cpt.launch.site import Site
 from megatron_cpt.launch.submit import Submission
 
@@ -92,7 +93,6 @@ def test_bad_input_is_refused_before_anything_is_queued(task, words, message):
 
 
 def test_a_checkpoint_that_cannot_fit_the_disk_is_refused_with_the_numbers(task, monkeypatch):
-    from megatron_cpt.errors import LaunchError
     from megatron_cpt.launch import plan, validate
 
     monkeypatch.setattr(plan, "free_bytes", lambda path: 10 << 20)
@@ -126,6 +126,18 @@ def test_the_graph_knows_what_needs_what_and_what_is_there(task):
     (chosen.run.checkpoints / "latest_checkpointed_iteration.txt").write_text("100")
     now = done(chosen)
     assert [name for name in now if not now[name]] == ["tokenize-D0-validation", "convert-out", "evaluate", "report"]
+
+
+def test_a_part_of_the_graph_can_be_chosen_by_kind_or_name(task):
+    stages = pipeline_stages(submission(task))
+    assert [stage.name for stage in chosen_stages(stages, ["tokenize-D1", "convert"])] == [
+        "tokenize-D1", "convert-in", "convert-out",
+    ]  # fmt: skip
+    assert chosen_stages(stages, []) == stages
+    with pytest.raises(LaunchError, match="--only tokenise: no such stage"):
+        chosen_stages(stages, ["tokenise"])
+    shown = submit("pipeline", task, "--only", "tokenize", "--dry-run")
+    assert shown.returncode == 0 and shown.stdout.count("$ megatron-cpt tokenize") == 3
 
 
 def done(chosen: Submission) -> dict[str, bool]:
