@@ -24,7 +24,6 @@ LAYERS = {
     **dict.fromkeys(("cli", "verbs", "__main__"), 5),
 }
 HEAVY = {"torch", "megatron", "transformers", "tokenizers", "numpy", "pyarrow", "matplotlib", "mergekit"}
-MEGATRON_OUTSIDE_TRAIN = {"megatron_cpt.evaluate.logits"}  # runs a checkpoint beside its Hugging Face model
 FORBIDDEN_STEMS = re.compile(r"(utils?|helpers?|common|misc|.*_v\d+|new_.*|process_.*|handle_.*|do_.*)$")
 SITE_PATH = re.compile(r"(?<![\w.{}$)/-])/(?:home|groups|gpfs|lustre|fs\d*|root|work|leonardo\w*|flare|eagle)/\w")
 HELP_CPU_SECONDS = 2.0
@@ -127,14 +126,14 @@ def is_inside_function(path: Path, line: int) -> bool:
     return any(node.lineno < line <= (node.end_lineno or 0) for node in functions)
 
 
-def test_megatron_is_imported_in_train_and_one_other_module_only():
+def test_megatron_is_imported_in_train_only():
     users = {
         module
         for module, path in library().items()
         for name, _ in imports(path)
         if name.split(".")[0] == "megatron" and layer_of(module) != "train"
     }
-    assert users == MEGATRON_OUTSIDE_TRAIN
+    assert not users
 
 
 @pytest.mark.parametrize(("layers", "heavy"), [(("config", "launch"), HEAVY), (("cli", "verbs"), HEAVY - {"numpy"})])

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.transformer import multi_latent_attention
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -93,7 +94,8 @@ def _local_layer_spec(config: TransformerConfig, *, is_moe: bool) -> ModuleSpec:
         # the attribute check in MLASelfAttention accepts a duplicated projection only under this name
         multi_latent_attention.TELinear = DuplicatedLinear
         attention.linear_q_down_proj = attention.linear_kv_down_proj = DuplicatedLinear
-        attention.q_layernorm = attention.kv_layernorm = LocalRMSNorm
+        attention.kv_layernorm = LocalRMSNorm
+        attention.q_layernorm = LocalRMSNorm if config.q_lora_rank else IdentityOp
         keys["self_attention.q_layernorm."] = "self_attention.linear_q_up_proj.layer_norm_"
         keys["self_attention.kv_layernorm."] = "self_attention.linear_kv_up_proj.layer_norm_"
     else:

@@ -141,7 +141,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     sys.stdout.write(f"{len(tensors)} tensors are equal bit by bit\n")
     if arguments.logits:
         from megatron_cpt.checkpoint.mcore import manifest_model, read_manifest
-        from megatron_cpt.evaluate.logits import compare_logits, text_tokens  # transformers, megatron-core
+        from megatron_cpt.train.logits import compare_logits, text_tokens  # transformers, megatron-core
 
         model = manifest_model(read_manifest(checkpoint), checkpoint)
         length = min(arguments.num_tokens, model.max_position_embeddings)

@@ -17,7 +17,7 @@ PROGRAM = """
 import json, sys
 from pathlib import Path
 from megatron_cpt.errors import CheckpointError
-from megatron_cpt.evaluate.logits import compare_logits, text_tokens
+from megatron_cpt.train.logits import compare_logits, text_tokens
 results = {}
 for name, hf_dir, checkpoint in json.loads(sys.argv[1]):
     try:
@@ -29,9 +29,9 @@ print("RESULTS" + json.dumps(results))
 """
 
 
-# "deepseek-v2-lite" is not in it: megatron-core 0.19.2 itself has no MLA that normalises keys but not direct queries
 ARCHITECTURES = (
-    "llama", "llama-tied-llama3", "mistral", "qwen2", "qwen3", "mixtral", "qwen3-moe", "deepseek-v2", "deepseek-v3",
+    "llama", "llama-tied-llama3", "mistral", "qwen2", "qwen3", "mixtral", "qwen3-moe", "deepseek-v2", "deepseek-v2-lite",
+    "deepseek-v3",
 )  # fmt: skip
 
 
