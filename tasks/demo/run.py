@@ -106,13 +106,13 @@ def steps(size: str) -> list[Step]:
             lambda: is_finished(runs / "replay"),
         ),
         step(
-            "Base: a Hugging Face model with random weights becomes a Megatron checkpoint",
-            [
-                python("tasks/demo/make_base.py", "tasks/demo", PARAMS, size, "base", MODELS / "base-hf"),
-                cpt(
-                    "convert", "hf-to-mcore", MODELS / "base-hf", MODELS / "base-mcore", "--params", PARAMS, "--verify"
-                ),
-            ],
+            "Base: a Hugging Face model with random weights",
+            [python("tasks/demo/make_base.py", "tasks/demo", PARAMS, size, "base", MODELS / "base-hf")],
+            exists(MODELS / "base-hf"),
+        ),
+        step(
+            "Base: converted to a Megatron checkpoint",
+            [cpt("convert", "hf-to-mcore", MODELS / "base-hf", MODELS / "base-mcore", "--params", PARAMS, "--verify")],
             exists(MODELS / "base-mcore" / "latest_checkpointed_iteration.txt"),
         ),
         step(
@@ -151,12 +151,14 @@ def steps(size: str) -> list[Step]:
             exists(MODELS / "soup"),  # no soup without this
         ),
         step(
-            "Soup: the last three checkpoints averaged, and the base with them",
-            [
-                [*soup, "--output", str(MODELS / "soup")],
-                [*soup, "--base", str(exported["base"]), "--output", str(MODELS / "soup-with-base")],
-            ],
-            exists(MODELS / "soup", MODELS / "soup-with-base"),
+            "Soup: the last three checkpoints averaged",
+            [[*soup, "--output", str(MODELS / "soup")]],
+            exists(MODELS / "soup"),
+        ),
+        step(
+            "Soup: the last three checkpoints and the base averaged",
+            [[*soup, "--base", str(exported["base"]), "--output", str(MODELS / "soup-with-base")]],
+            exists(MODELS / "soup-with-base"),
         ),
         step(
             "Evaluation: bits per byte on held-out text, what was learned and what forgotten",
@@ -234,7 +236,7 @@ def is_finished(run: Path) -> bool:
 
 def run_command(command: Command) -> None:
     """Print and run a command; end the demo with its exit code when it fails."""
-    code = start(command).wait()
+    code = wait_for(start(command))
     if code:
         sys.exit(f"The demo stopped: that command ended with exit code {code}. Rerun `make demo` to continue.")
 
@@ -252,7 +254,7 @@ def run_and_kill(command: Command, run: Path, iteration: int) -> None:
             was_killed = True
             break
         time.sleep(0.2)
-    code = job.wait()
+    code = wait_for(job)
     if not was_killed:
         sys.exit(f"The demo stopped: that command ended with exit code {code}. Rerun `make demo` to continue.")
     if code == 0:
@@ -272,6 +274,15 @@ def start(command: Command) -> subprocess.Popen:
     return subprocess.Popen([*program, *command[1:]], env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
+def wait_for(job: subprocess.Popen) -> int:
+    """Return a command's exit code; when the demo is interrupted, let the command end in order first (Ctrl-C reaches both)."""
+    try:
+        return job.wait()
+    except KeyboardInterrupt:
+        job.wait()
+        raise
+
+
 def say(text: str) -> None:
     """Print at once, in order with what the commands print."""
     sys.stdout.write(text + "\n")
@@ -279,4 +290,7 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("The demo was interrupted. Rerun `make demo` to continue.")
