@@ -29,6 +29,7 @@ LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+ENGINE_OF = {"bpe": "fastokens", "sp_bpe": "gigatoken", "sp_unigram": "reference"}
 LOOP = """
 import json, os, sys
 path, tokenizer, output, workers = sys.argv[1:]

@@ -198,6 +198,20 @@ def is_finished(plan: ShardPlan, keys: Sequence[str], tokenizer: dict[str, Any],
     return finished
 
 
+def check_neighbours(output_dir: Path, tokenizer: dict[str, Any]) -> None:
+    """Refuse an output folder that holds shards of another tokenizer, whatever they are called.
+
+    Raises: DataError naming the first.
+    """
+    for path in sorted(output_dir.rglob("*_document.json")):
+        manifest = read_json(path, DataError)
+        if isinstance(manifest, dict) and not same_tokenizer(manifest.get("tokenizer"), tokenizer):
+            raise DataError(
+                f"{path}: is of a shard tokenized with {_short(manifest.get('tokenizer') or {})}, not with "
+                f"{_short(tokenizer)}. Shards of one folder must not mix tokenizers. Choose another output."
+            )
+
+
 def bad_line(source: Source, line: int, problem: Problem, policy: str) -> DataError:
     """Return the error that names a bad line."""
     detail = f" ({problem.detail})" if problem.detail else ""

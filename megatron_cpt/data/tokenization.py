@@ -21,7 +21,7 @@ from megatron_cpt.data.engines import ENGINES
 from megatron_cpt.data.grouping import ShardPlan, plan_one, plan_tree, tokens_per_byte
 from megatron_cpt.data.indexed import read_shard_manifest, token_dtype
 from megatron_cpt.data.records import POLICIES
-from megatron_cpt.data.shard_writer import ShardWriter, is_finished, rejects_path
+from megatron_cpt.data.shard_writer import ShardWriter, check_neighbours, is_finished, rejects_path
 from megatron_cpt.data.streams import MAX_DOCUMENT_BYTES, PIECE_BYTES, Layout, Piece
 from megatron_cpt.data.task_feed import TaskFeed, close_pieces
 from megatron_cpt.data.tokenizer import Tokenizer, load_tokenizer
@@ -115,6 +115,7 @@ def tokenize(
         plans = plan_one(output_prefix, sources, part)
     else:
         assert output_dir is not None
+        check_neighbours(output_dir, tokenizer.identity)
         target = shard_tokens / tokens_per_byte(sources, tokenizer, layout) if shard_tokens else None
         plans = plan_tree(output_dir, sources, target, part)
     pending = [plan for plan in plans if not is_finished(plan, keys, tokenizer.identity, options)]

@@ -73,7 +73,7 @@ def test_a_mixed_corpus_becomes_the_reference_ids_with_an_end_after_each_documen
     assert [source["documents"] for source in manifest["sources"]] == [300] * 6
     assert sum(source["tokens"] for source in manifest["sources"]) == manifest["tokens"]
     assert manifest["tokenizer"] == tokenizer.identity
-    assert report.engine == "gigatoken" and "1,800 documents" in str(report)
+    assert report.engine == "fastokens" and "1,800 documents" in str(report)
     assert not [name for name in content(tmp_path) if "partial" in name]
 
 
@@ -92,7 +92,7 @@ def test_the_pair_equals_a_loop_over_megatron_cores_builder(corpus, bpe_dir, tmp
         assert (tmp_path / f"x_text_document{suffix}").read_bytes() == (tmp_path / f"loop{suffix}").read_bytes()
 
 
-@pytest.mark.parametrize("engine", ["fastokens", "reference"])
+@pytest.mark.parametrize("engine", ["gigatoken", "reference"])
 def test_the_output_depends_neither_on_workers_nor_on_the_engine(corpus, bpe_dir, tmp_path, engine):
     folder, _ = corpus
     tokenize([folder], bpe_dir, output_prefix=tmp_path / "one/x", workers=1, provenance=True)
@@ -260,10 +260,20 @@ def lying(tokenizer):
     return encode
 
 logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
-engines._ENCODERS["gigatoken"] = lying
+engines._ENCODERS["fastokens"] = lying
 corpus, tokenizer, output = map(Path, sys.argv[1:])
 print(tokenize([corpus], tokenizer, output_dir=output, workers=2).engine)
 """
+
+
+def test_a_folder_with_shards_of_another_tokenizer_is_refused_whatever_their_names(
+    bpe_dir, sentencepiece_model, tmp_path
+):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_bytes(as_jsonl(["a"]))
+    tokenize([tmp_path / "a.jsonl"], bpe_dir, output_dir=tmp_path / "o")
+    with pytest.raises(DataError, match=r"a_text_document\.json: is of a shard tokenized with"):
+        tokenize([tmp_path / "b.jsonl"], sentencepiece_model, output_dir=tmp_path / "o")
 
 
 def test_an_engine_that_differs_in_the_middle_of_a_run_falls_back_loudly(corpus, bpe_dir, tmp_path):
@@ -271,8 +281,8 @@ def test_an_engine_that_differs_in_the_middle_of_a_run_falls_back_loudly(corpus,
     environment = os.environ | {"PYTHONPATH": os.getcwd(), "OPENBLAS_NUM_THREADS": "1"}
     arguments = [sys.executable, "-c", LYING_ENGINE, folder, bpe_dir, tmp_path / "x"]
     done = subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=120)
-    assert done.stdout.strip() == "fastokens", done.stderr
-    assert "gigatoken gives other ids" in done.stderr and "falling back" in done.stderr
+    assert done.stdout.strip() == "gigatoken", done.stderr
+    assert "fastokens gives other ids" in done.stderr and "falling back" in done.stderr
     tokenize([folder], bpe_dir, output_dir=tmp_path / "y")
     assert content(tmp_path / "x") == content(tmp_path / "y")
 
