@@ -11,6 +11,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_cpt.config.schema import RunConfig
 from megatron_cpt.data.indexed import read_shard_manifest
+from megatron_cpt.errors import DataError
 from megatron_cpt.train.batches import DatasetTokenizer, build_validation_dataset, microbatches
 from megatron_cpt.train.step import forward_step
 
@@ -36,6 +37,12 @@ def build_validation_sets(
         if not prefixes:
             continue
         manifests = [read_shard_manifest(Path(prefix)) for prefix in prefixes]
+        unknown = [prefix for prefix, manifest in zip(prefixes, manifests, strict=True) if not manifest["bytes"]]
+        if unknown:
+            raise DataError(
+                f"{unknown[0]}: its manifest does not say how many bytes of text it holds. Bits per byte need them. "
+                "Adopt the shard again with `megatron-cpt data adopt --count-bytes`."
+            )
         num_bytes = sum(manifest["bytes"] for manifest in manifests)
         num_tokens = sum(manifest["tokens"] for manifest in manifests)
         dataset = build_validation_dataset(config, prefixes, tokenizer, cache)

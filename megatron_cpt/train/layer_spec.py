@@ -74,6 +74,17 @@ class DuplicatedLinear(torch.nn.Module):
         return torch.nn.functional.linear(inputs, self.weight), None
 
 
+class LocalMLASelfAttention(multi_latent_attention.MLASelfAttention):
+    """Latent attention with the norms that the spec names.
+
+    megatron-core 0.19 wants a fused norm on queries that are projected directly; DeepSeek-V2-Lite has none there.
+    """
+
+    def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
+        names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
+        return {name: getattr(submodules, name) for name in names}
+
+
 def _local_layer_spec(config: TransformerConfig, *, is_moe: bool) -> ModuleSpec:
     is_mla = config.multi_latent_attention
     # MLA names its norms itself: q_layernorm and kv_layernorm exist whenever qk_layernorm is on
@@ -93,6 +104,7 @@ def _local_layer_spec(config: TransformerConfig, *, is_moe: bool) -> ModuleSpec:
     if is_mla:
         # the attribute check in MLASelfAttention accepts a duplicated projection only under this name
         multi_latent_attention.TELinear = DuplicatedLinear
+        layer.self_attention.module = LocalMLASelfAttention
         attention.linear_q_down_proj = attention.linear_kv_down_proj = DuplicatedLinear
         attention.kv_layernorm = LocalRMSNorm
         attention.q_layernorm = LocalRMSNorm if config.q_lora_rank else IdentityOp

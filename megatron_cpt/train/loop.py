@@ -76,6 +76,8 @@ def _train(loaded: LoadedConfig, config: RunConfig, run: RunDir) -> str:
     manifest = read_manifest(resume) if resume else None
     iteration = int(manifest["iteration"]) if manifest else 0
     if iteration >= iterations:
+        if rank == 0 and run.data_list_path.exists():
+            finish_stage(config, read_data_list(run.data_list_path))  # a kill may have come just before it
         logger.info("%s: finished at iteration %d, nothing to do", run.path, iteration)
         return "finished"
     differences = check_unchanged(manifest["config"] if manifest else None, config, resume or run.path)
