@@ -19,6 +19,7 @@ from megatron_cpt.launch.job import Dependency, Job, parse_dependency
 from megatron_cpt.launch.ledger import append_record, read_jobs
 from megatron_cpt.launch.lock import run_lock
 from megatron_cpt.launch.preflight import excluded_path, read_excluded
+from megatron_cpt.launch.progress import last_checkpoint
 from megatron_cpt.launch.render import render_job
 from megatron_cpt.launch.run_dir import RunDir, run_dir
 from megatron_cpt.launch.site import Site
@@ -66,6 +67,10 @@ def submit_chain(submission: Submission, *, num_links: int = 1, max_failures: in
     if num_links < 1:
         raise LaunchError(f"--chain {num_links}: a chain has at least one link. Give 1 or more.")
     check_site(submission.loaded.config, submission.site)
+    iterations = train_iters(submission.loaded.config.training)
+    if last_checkpoint(submission.run) >= iterations:
+        logger.info("%s: finished at iteration %d, nothing to submit", submission.run.path, iterations)
+        return []
     check_training(submission.loaded, submission.run)
     dependencies = parse_dependency(submission.depend, submission.scheduler) if submission.depend else ()
     if submission.dry_run:

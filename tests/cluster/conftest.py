@@ -95,7 +95,7 @@ class Cluster:
         """Tell the stand-in for training what to do."""
         (self.run.path / "behaviour.json").write_text(json.dumps(behaviour))
 
-    def wait(self, *ids: str, seconds: float = 60) -> list[queue.JobState]:
+    def wait(self, *ids: str, seconds: float = 120) -> list[queue.JobState]:
         """Return the states of jobs once none may run any more."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
@@ -105,7 +105,7 @@ class Cluster:
             time.sleep(0.2)
         raise AssertionError(f"still there after {seconds} s: {queue.job_states(self.submission.scheduler, ids)}")
 
-    def until(self, condition, seconds: float = 30) -> None:
+    def until(self, condition, seconds: float = 60) -> None:
         """Wait until `condition()` is true."""
         deadline = time.monotonic() + seconds
         while not condition():

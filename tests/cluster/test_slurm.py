@@ -33,6 +33,7 @@ def test_a_chain_goes_on_after_a_crash_and_ends_when_the_run_is_finished(slurm_r
     log = slurm_run.run.logs / ids[1] / "rank_00000.log"
     assert log.read_text() == "start at 20\n"
     assert (log.parent / "rank_00001.log").exists()
+    assert submit_chain(slurm_run.submission) == [], "a finished run needs no job"
 
 
 def test_the_signal_before_the_walltime_saves_and_the_next_link_continues_there(slurm_run):

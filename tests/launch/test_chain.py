@@ -63,6 +63,7 @@ def test_ports_follow_from_the_job_and_move_when_taken():
 
 def run_batch(tmp_path: Path, monkeypatch, launcher: str, *options: str, program: str = "pass") -> int:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(batch, "configure_logging", lambda: None)  # it would keep this test's stderr beyond the test
     monkeypatch.delenv("SLURM_JOB_NODELIST", raising=False)
     arguments = ["--run", str(tmp_path), "--stage", "train", "--log-dir", str(tmp_path / "logs"), "--processes", "rank"]
     arguments += ["--launcher", launcher, *options, "--", sys.executable, "-c", program]
