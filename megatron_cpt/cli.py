@@ -6,13 +6,13 @@ verb modules import their library function inside `run`, so that `--help` stays 
 """
 
 import argparse
-import importlib
 import os
 import sys
 
 from megatron_cpt import __version__
 from megatron_cpt.errors import CptError
 from megatron_cpt.log import configure_logging
+from megatron_cpt.verbs.dispatch import load_verb
 
 VERBS = {
     "doctor": "say what is missing or incompatible on this machine",
@@ -52,14 +52,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _run_verb(verb: str, argv: list[str]) -> int:
-    module = importlib.import_module(f"megatron_cpt.verbs.{verb.replace('-', '_')}")
-    summary, _, description = (module.__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        prog=f"megatron-cpt {verb}",
-        description=f"{summary}\n{description}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    module.add_arguments(parser)
+    module, parser = load_verb(verb, f"megatron-cpt {verb}")
     arguments = parser.parse_args(argv)
     configure_logging()
     try:

@@ -6,7 +6,8 @@ Example: megatron-cpt blend plan --task tasks/demo --params demo-5m --size 8M
 """
 
 import argparse
-import importlib
+
+from megatron_cpt.verbs.dispatch import add_sub_verbs, run_sub_verb
 
 SUB_VERBS = {
     "plan": "show what a stage takes from each corpus, in tokens, epochs and samples",
@@ -21,20 +22,8 @@ SUB_VERBS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = "sub-verbs:\n" + "\n".join(f"  {name:<20} {text}" for name, text in SUB_VERBS.items())
-    parser.add_argument("sub_verb", choices=list(SUB_VERBS), metavar="SUB_VERB", help="what to do")
-    parser.add_argument("rest", nargs=argparse.REMAINDER, help="arguments of the sub-verb")
+    add_sub_verbs(parser, SUB_VERBS)
 
 
 def run(arguments: argparse.Namespace) -> int | None:
-    name = arguments.sub_verb
-    module = importlib.import_module(f"megatron_cpt.verbs.blend_{name.replace('-', '_')}")
-    summary, _, description = (module.__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        prog=f"megatron-cpt blend {name}",
-        description=f"{summary}\n{description}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    module.add_arguments(parser)
-    return module.run(parser.parse_args(arguments.rest))
+    return run_sub_verb("blend", arguments.sub_verb, arguments.rest)

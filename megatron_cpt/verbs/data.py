@@ -6,7 +6,8 @@ Example: megatron-cpt data validate --input 'corpora/**/*.jsonl.zst'
 """
 
 import argparse
-import importlib
+
+from megatron_cpt.verbs.dispatch import add_sub_verbs, run_sub_verb
 
 SUB_VERBS = {
     "validate": "read documents and report every bad line",
@@ -25,20 +26,8 @@ SUB_VERBS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = "sub-verbs:\n" + "\n".join(f"  {name:<20} {text}" for name, text in SUB_VERBS.items())
-    parser.add_argument("sub_verb", choices=list(SUB_VERBS), metavar="SUB_VERB", help="what to do")
-    parser.add_argument("rest", nargs=argparse.REMAINDER, help="arguments of the sub-verb")
+    add_sub_verbs(parser, SUB_VERBS)
 
 
 def run(arguments: argparse.Namespace) -> int | None:
-    name = arguments.sub_verb
-    module = importlib.import_module(f"megatron_cpt.verbs.data_{name.replace('-', '_')}")
-    summary, _, description = (module.__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        prog=f"megatron-cpt data {name}",
-        description=f"{summary}\n{description}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    module.add_arguments(parser)
-    return module.run(parser.parse_args(arguments.rest))
+    return run_sub_verb("data", arguments.sub_verb, arguments.rest)

@@ -1,0 +1,37 @@
+"""How a verb's module becomes a parser, and how a verb hands on to its sub-verbs.
+
+A verb module has `add_arguments(parser)` and `run(arguments) -> int | None`; its docstring's first line is the help, the
+rest, with an example, the description. A verb with sub-verbs has a table of them, and a module for each.
+"""
+
+import argparse
+import importlib
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+
+
+def load_verb(name: str, program: str) -> tuple[ModuleType, argparse.ArgumentParser]:
+    """Import the module of a verb (`data dedup` is `data_dedup`) and return it with its parser."""
+    module = importlib.import_module(f"megatron_cpt.verbs.{name.replace('-', '_').replace(' ', '_')}")
+    summary, _, description = (module.__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description=f"{summary}\n{description}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    return module, parser
+
+
+def add_sub_verbs(parser: argparse.ArgumentParser, sub_verbs: Mapping[str, str]) -> None:
+    """Let a verb's parser take one of `sub_verbs` (name -> help) and leave what follows to it."""
+    parser.epilog = "sub-verbs:\n" + "\n".join(f"  {name:<20} {text}" for name, text in sub_verbs.items())
+    parser.add_argument("sub_verb", choices=list(sub_verbs), metavar="SUB_VERB", help="what to do")
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help="arguments of the sub-verb")
+
+
+def run_sub_verb(verb: str, sub_verb: str, rest: Sequence[str]) -> int | None:
+    """Run `megatron-cpt VERB SUB_VERB REST`."""
+    module, parser = load_verb(f"{verb} {sub_verb}", f"megatron-cpt {verb} {sub_verb}")
+    code: int | None = module.run(parser.parse_args(rest))
+    return code
