@@ -5,14 +5,16 @@ and writes the result, so that memory holds a few tensors per worker. An output 
 """
 
 import argparse
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import json
 import logging
 import os
 import shutil
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,6 @@ from megatron_cpt.checkpoint.vocabulary import ExtendedFolder, VocabExtension
 from megatron_cpt.config.schema import ModelConfig
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.files import file_hash, read_json, text_hash, whole_dir, write_json
-from megatron_cpt.launch.lock import run_lock
 from megatron_cpt.log import Progress, format_bytes
 
 logger = logging.getLogger(__name__)
@@ -81,6 +82,8 @@ def hf_to_mcore(
     target = mcore.checkpoint_dir(output, "release")
     identity = {"kind": "huggingface", **source.fingerprint(), "dtype": dtype, "skipped": skipped}
     if _is_done(target, identity, model):
+        if mcore.read_tracker(output) is None:  # killed between the folder and the tracker
+            mcore.write_tracker(output, "release")
         logger.info("%s: converted already from the same weights", target)
         return target
     tracked = mcore.read_tracker(output)
@@ -89,24 +92,23 @@ def hf_to_mcore(
             f"{output}: holds a run at iteration {tracked}. Converted weights need a folder of their own. Choose another one."
         )
     mcore.check_free_space(output, int(source.num_bytes() * 1.01) + (1 << 20))
-    with run_lock(output / ".writer.lock", f"conversion of {hf_dir.name}"):
-        _remove_partial(target)
-        with whole_dir(target) as directory:
-            progress = _progress(f"{hf_dir.name} to Megatron", source.num_bytes())
-            cast = DTYPES[dtype] if dtype else None
-            hashes = write_dcp(
-                directory,
-                [_slice(step, source, model, cast) for step in steps],
-                num_workers=num_workers,
-                progress=progress,
-            )
-            write_megatron_metadata(directory, model)
-            if verify:
-                weights = TorchDistWeights(directory)
-                tensors = verify_against_hf(source, weights, steps, model, cast, num_workers)
-                write_json(directory / CONVERSION, {"direction": "hf_to_mcore", "bit_exact": True, "tensors": tensors})
-            mcore.write_manifest(directory, _release_manifest(model, source, identity), hashes)
-        mcore.write_tracker(output, "release")
+    _remove_partial(target)
+    with whole_dir(target) as directory, _claimed(directory):
+        progress = _progress(f"{hf_dir.name} to Megatron", source.num_bytes())
+        cast = DTYPES[dtype] if dtype else None
+        hashes = write_dcp(
+            directory,
+            [_slice(step, source, model, cast) for step in steps],
+            num_workers=num_workers,
+            progress=progress,
+        )
+        write_megatron_metadata(directory, model)
+        if verify:
+            weights = TorchDistWeights(directory)
+            tensors = verify_against_hf(source, weights, steps, model, cast, num_workers)
+            write_json(directory / CONVERSION, {"direction": "hf_to_mcore", "bit_exact": True, "tensors": tensors})
+        mcore.write_manifest(directory, _release_manifest(model, source, identity), hashes)
+    mcore.write_tracker(output, "release")
     logger.info("%s: %s in %d steps", target, format_bytes(source.num_bytes()), len(steps))
     return target
 
@@ -163,7 +165,7 @@ def mcore_to_hf(
     total = sum(group.num_bytes for group in groups)
     mcore.check_free_space(output, int(total * 1.01) + (1 << 20))
     _remove_partial(output)
-    with whole_dir(output) as directory:
+    with whole_dir(output) as directory, _claimed(directory):
         progress = _progress(f"{checkpoint.name} to Hugging Face", total)
         hashes = write_safetensors(
             directory, groups, max_shard_bytes=max_shard_bytes, num_workers=num_workers, progress=progress
@@ -321,10 +323,38 @@ def _is_exported(output: Path, identity: dict[str, Any]) -> bool:
 
 
 def _remove_partial(target: Path) -> None:
-    """Remove what killed conversions to the same name left behind."""
+    """Remove what killed conversions to the same name left behind.
+
+    Raises: CheckpointError when a conversion to that name is at work.
+    """
     for leftover in target.parent.glob(f".{target.name}.*.partial"):
-        logger.warning("%s: left by an interrupted conversion, removed", leftover)
-        shutil.rmtree(leftover)
+        try:
+            with _claimed(leftover):
+                logger.warning("%s: left by an interrupted conversion, removed", leftover)
+                shutil.rmtree(leftover)
+        except BlockingIOError:
+            raise CheckpointError(
+                f"{target}: another process converts to it ({leftover.name}). One at a time may. Wait for it."
+            ) from None
+
+
+@contextlib.contextmanager
+def _claimed(directory: Path) -> Iterator[None]:
+    """Hold a lock on a partial folder that ends with this process, however it ends.
+
+    Raises: BlockingIOError when another process holds it.
+    """
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:
+            logger.debug("%s: this file system has no locks", directory)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _progress(label: str, total: int) -> Callable[[int], None]:

@@ -161,7 +161,9 @@ def test_a_second_conversion_of_the_same_weights_says_done_and_of_others_is_refu
     source = hf_models("llama")
     release = hf_to_mcore(source, tmp_path / "mcore")
     written = (release / "manifest.json").stat().st_mtime_ns
+    (tmp_path / "mcore" / mcore.TRACKER).unlink()
     assert hf_to_mcore(source, tmp_path / "mcore") == release
+    assert mcore.read_tracker(tmp_path / "mcore") == "release"
     assert "converted already" in caplog.text and (release / "manifest.json").stat().st_mtime_ns == written
     with pytest.raises(CheckpointError, match="exists already"):
         hf_to_mcore(hf_models("qwen2"), tmp_path / "mcore")

@@ -16,6 +16,7 @@ import torch
 from megatron_cpt.checkpoint import dcp_writer, mcore
 from megatron_cpt.checkpoint.convert import hf_to_mcore, mcore_to_hf
 from megatron_cpt.checkpoint.hf import HFFolder, OutputGroup, write_safetensors
+from megatron_cpt.errors import CheckpointError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 ROOT = Path(__file__).resolve().parents[2]
@@ -132,6 +133,20 @@ def count_writes(source, tmp_path, monkeypatch):
     return next(counter)
 
 
+def test_a_second_conversion_to_the_same_name_does_not_disturb_the_first(hf_models, tmp_path):
+    source, output, reached = hf_models("llama"), tmp_path / "output", tmp_path / "reached"
+    process_id = forked(convert_and_stall, hf_to_mcore, source, output, reached, 20)
+    deadline = time.monotonic() + 60
+    while not reached.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    with pytest.raises(CheckpointError, match="another process converts to it"):
+        hf_to_mcore(source, output)
+    assert list(output.glob(".release.*.partial"))
+    os.kill(process_id, signal.SIGKILL)
+    os.waitpid(process_id, 0)
+    hf_to_mcore(source, output)
+
+
 @pytest.mark.parametrize("convert", [hf_to_mcore, mcore_to_hf])
 def test_a_full_disk_fails_the_conversion_and_leaves_nothing(convert, hf_models, tmp_path):
     source = hf_models("llama") if convert is hf_to_mcore else hf_to_mcore(hf_models("llama"), tmp_path / "source")
@@ -149,8 +164,6 @@ def test_a_full_disk_fails_the_conversion_and_leaves_nothing(convert, hf_models,
 
 
 def test_too_little_space_is_said_before_anything_is_written(hf_models, tmp_path, monkeypatch):
-    from megatron_cpt.errors import CheckpointError
-
     usage = type("Usage", (), {"free": 1000})()
     monkeypatch.setattr(mcore.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(CheckpointError, match="1000 B free"):
