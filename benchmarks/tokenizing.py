@@ -20,11 +20,13 @@ import statistics
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+WORK = Path(tempfile.gettempdir()) / "megatron-cpt-tokenizing"
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -108,7 +110,7 @@ print(json.dumps({"wall": max(t[0] for t in times), "processor": sum(t[1] for t 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder for corpora, tokenizers and outputs")
+    parser.add_argument("--work", type=Path, default=WORK, help="folder for corpora, tokenizers and outputs")
     parser.add_argument("--megabytes", type=int, default=400, help="size of the mixed corpus")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
@@ -191,7 +193,7 @@ class PeakMemory:
 
     def _sample(self) -> None:
         tick = os.sysconf("SC_CLK_TCK")
-        while not self._done.wait(0.05):
+        while not self._done.wait(0.2):
             total = 0.0
             for pid in descendants(self.pid):
                 try:

@@ -26,10 +26,10 @@ KINDS = ("jsonl", "jsonl.gz", "jsonl.zst", "jsonl.xz", "txt", "parquet", "arrow"
 
 
 def main() -> None:
-    from tokenizing import build_corpora, train_tokenizers
+    from tokenizing import WORK, build_corpora, train_tokenizers
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=WORK, help="folder for corpora, tokenizers and outputs")
     parser.add_argument("--megabytes", type=int, default=1000)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--kill-after", type=float, nargs="+", default=[0.3, 0.6], help="shares of the shards")
