@@ -148,6 +148,9 @@ def _outcome(exit_code: int, log: str) -> Outcome:
     if exit_code == 0:
         return Outcome(0)
     failed = _FAILED_RANK.search(log, max(log.find("Root Cause"), 0))
+    # a rank that was killed says nothing, and its peers' "connection closed" may be seen first
+    killed = (match for match in _FAILED_RANK.finditer(log) if int(match[2]) < 0 and int(match[2]) != -signal.SIGTERM)
+    failed = next(killed, failed)
     if failed is None and "torch.distributed.run" not in log and "megatron_cpt.launch.node" not in log:
         failed = next(filter(None, (pattern.search(log) for pattern in _LAUNCHER_SAYS)), None)
     if failed:

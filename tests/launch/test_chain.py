@@ -108,6 +108,9 @@ def test_fewer_hosts_than_nodes_is_one_clear_line(tmp_path, monkeypatch, capsys)
         ("$ python -m torch.distributed.run\nsrun: error: n1: task 1: Exited with exit code 1\n", Outcome(9)),
         ("Root Cause (first):\n[0]:\n  time : x\n  rank      : 6 (local_rank: 2)\n  exitcode  : -9 (pid: 1)\n",
          Outcome(137, failed_rank=6)),
+        ("Failures:\n  rank      : 1 (local_rank: 1)\n  exitcode  : -9 (pid: 2)\n  rank      : 2 (local_rank: 2)\n"
+         "  exitcode  : -15 (pid: 3)\nRoot Cause:\n  rank      : 0 (local_rank: 0)\n  exitcode  : 1 (pid: 1)\n",
+         Outcome(137, failed_rank=1)),
         ("RuntimeError: EADDRINUSE", Outcome(9, port_taken=True)),
     ],
 )  # fmt: skip
