@@ -120,11 +120,11 @@ def setting(config: dict[str, Any], key: str) -> Any:
 
 
 def smoothed(values: Sequence[float], window: int) -> list[float]:
-    """Return the trailing mean over `window` values; the first ones average what there is."""
+    """Return the mean over `window` values around each one; towards both ends the window shrinks, so nothing is shifted."""
     means = []
     for index in range(len(values)):
-        part = values[max(0, index - window + 1) : index + 1]
-        means.append(sum(part) / len(part))
+        reach = min(index, len(values) - 1 - index, window // 2)
+        means.append(sum(values[index - reach : index + reach + 1]) / (2 * reach + 1))
     return means
 
 

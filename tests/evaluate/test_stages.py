@@ -75,5 +75,7 @@ def test_a_folder_without_metrics_is_refused(tmp_path):
         read_stage(tmp_path)
 
 
-def test_smoothing_averages_what_there_is_so_far():
-    assert smoothed([1.0, 3.0, 5.0, 7.0], 2) == [1.0, 2.0, 4.0, 6.0]
+def test_smoothing_shifts_nothing_and_keeps_both_ends():
+    assert smoothed([1.0, 3.0, 8.0, 7.0], 3) == [1.0, 4.0, 6.0, 7.0]
+    line = [float(value) for value in range(20)]
+    assert smoothed(line, 7) == line
