@@ -7,16 +7,16 @@
     def test_the_sum_is_the_same_on_every_rank(ranks):
         assert ranks.run(total, 2, 10) == [21, 21]
 
-Importing torch and megatron-core takes seconds, so the processes live as long as the pool and each call only
-initialises process groups. A rank that fails on its own, crashes or exceeds the time-out ends the pool's processes;
-the next call starts fresh ones. Arguments and results travel by pickle; functions by file and name.
+Importing torch and megatron-core takes seconds, so each rank is a process that has imported what earlier calls used and
+forks for every call: a call finds fresh modules, and what it leaves behind (gloo's threads, above all, which a process
+keeps when it destroys its groups) ends with it. A rank that exceeds the time-out ends the pool's processes; the next call
+starts fresh ones. Arguments and results travel by pickle; functions by file and name.
 """
 
 import contextlib
 import ctypes
 import dataclasses
 import faulthandler
-import gc
 import importlib
 import importlib.util
 import os
@@ -38,6 +38,8 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 GRACE_SECONDS = 3.0
 _PR_SET_PDEATHSIG = 1
+PRELOAD = ("torch", "transformers", "megatron.core.models.gpt", "megatron_cpt.train.loop")
+"""Modules that are slow to import; once a call has used one, ranks import it before they fork."""
 
 
 class RankFailure(AssertionError):
@@ -71,6 +73,7 @@ class RankPool:
         self._ranks: list[Rank] = []
         self._logs = tempfile.TemporaryDirectory(prefix="ranks-")
         self._started = 0
+        self._preload: set[str] = set()
 
     def __enter__(self) -> "RankPool":
         return self
@@ -98,7 +101,8 @@ class RankPool:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
             }
-            member.connection.send_bytes(pickle.dumps((_reference(function), environment, pickle.dumps(args))))
+            request = (sorted(self._preload), _reference(function), environment, pickle.dumps(args))
+            member.connection.send_bytes(pickle.dumps(request))
         return self._collect(ranks, timeout)
 
     def close(self) -> None:
@@ -136,7 +140,8 @@ class RankPool:
             for connection in ready:
                 number = pending.pop(connection)  # type: ignore[call-overload]
                 try:
-                    succeeded, value = pickle.loads(connection.recv_bytes())  # type: ignore[union-attr]
+                    succeeded, value, loaded = pickle.loads(connection.recv_bytes())  # type: ignore[union-attr]
+                    self._preload.update(loaded)
                 except (EOFError, ConnectionResetError):
                     intact, succeeded = False, False
                     value = f"died with exit code {ranks[number].process.wait()}\n{ranks[number].log_tail()}"
@@ -164,7 +169,7 @@ def run_ranks(target: Callable[..., Any] | str, world_size: int, *args: Any, tim
 def _stacks(rank: Rank, state: str) -> str:
     """Return what the rank is doing: the Python stack of each of its threads."""
     with contextlib.suppress(ProcessLookupError):
-        rank.process.send_signal(signal.SIGUSR1)
+        os.killpg(rank.process.pid, signal.SIGUSR1)  # the process and the call it forked
     time.sleep(0.3)
     return f"{state}; its log and stacks:\n{rank.log_tail()}"
 
@@ -191,26 +196,41 @@ def _free_port() -> int:
 
 
 def _serve(connection: Connection) -> None:
-    """Be a rank: run what the pool sends until it closes the connection."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # do not outlive the test run
+    """Be a rank: fork for each call that the pool sends, until it closes the connection."""
+    _die_with_parent()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
-    inherited = dict(os.environ)
     while True:
         try:
-            reference, environment, args = pickle.loads(connection.recv_bytes())
+            preload, reference, environment, args = pickle.loads(connection.recv_bytes())
         except EOFError:
             return
-        os.environ.update(environment)
-        try:
-            function = _resolve(*reference)
-            answer = pickle.dumps((True, function(*pickle.loads(args))))
-        except BaseException:
-            answer = pickle.dumps((False, traceback.format_exc()))
-        _leave_process_groups()
-        os.chdir(REPOSITORY)
-        os.environ.clear()
-        os.environ.update(inherited)
-        connection.send_bytes(answer)
+        for name in preload:
+            importlib.import_module(name)
+        child = os.fork()
+        if child == 0:
+            _die_with_parent()
+            os.environ.update(environment)
+            _answer(connection, reference, args)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if status:
+            code = os.waitstatus_to_exitcode(status)
+            connection.send_bytes(pickle.dumps((False, f"died with exit code {code}", [])))
+
+
+def _answer(connection: Connection, reference: tuple[str, str, str | None], args: bytes) -> None:
+    try:
+        result = True, _resolve(*reference)(*pickle.loads(args))
+    except BaseException:
+        result = False, traceback.format_exc()
+    connection.send_bytes(pickle.dumps((*result, [name for name in PRELOAD if name in sys.modules])))
+    sys.stdout.flush()
+    sys.stderr.flush()
+
+
+def _die_with_parent() -> None:
+    """Do not outlive the test run."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _resolve(module_name: str, qualified_name: str, path: str | None) -> Any:
@@ -228,19 +248,6 @@ def _resolve(module_name: str, qualified_name: str, path: str | None) -> Any:
     for name in qualified_name.split("."):
         value = getattr(value, name)
     return value
-
-
-def _leave_process_groups() -> None:
-    """Undo what a function left behind, so that the next one starts in a fresh state."""
-    if "megatron.core.parallel_state" in sys.modules:
-        sys.modules["megatron.core.parallel_state"].destroy_model_parallel()
-        sys.modules["megatron.core.num_microbatches_calculator"].destroy_num_microbatches_calculator()
-    if "torch" in sys.modules:
-        torch = sys.modules["torch"]
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-        torch.set_default_dtype(torch.float32)
-    gc.collect()
 
 
 if __name__ == "__main__":

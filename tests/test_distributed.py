@@ -9,7 +9,15 @@ from tests.distributed import RankFailure, RankPool, run_ranks
 
 
 def process_id_and_rank():
-    return os.getpid(), os.environ["RANK"], os.environ["WORLD_SIZE"]
+    """Return the id of the rank's lasting process (a call runs in a fork of it), its rank and the number of ranks."""
+    return os.getppid(), os.environ["RANK"], os.environ["WORLD_SIZE"]
+
+
+def set_a_global():
+    """Return whether an earlier call in this rank has been here."""
+    found = hasattr(os, "left_behind")
+    os.left_behind = True
+    return found
 
 
 def sum_over_ranks(offset):
@@ -50,6 +58,10 @@ def test_ranks_reduce_together_and_stay_alive_between_calls(ranks):
     assert ranks.run(sum_over_ranks, 2, 0) == [1, 1]
     assert ranks.run(process_id_and_rank, 2) == first
     assert [(rank, size) for _, rank, size in first] == [("0", "2"), ("1", "2")]
+
+
+def test_a_call_finds_nothing_of_an_earlier_one(ranks):
+    assert [ranks.run(set_a_global, 1) for _ in range(2)] == [[False], [False]]
 
 
 def test_one_failing_rank_shows_its_traceback_though_the_other_waits_for_it():
