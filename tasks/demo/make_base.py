@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_cpt.checkpoint.hf_config import hf_config_from_model
+from megatron_cpt.checkpoint.hf_export_config import hf_config_from_model
 from megatron_cpt.checkpoint.run_export import tokenizer_path
 from megatron_cpt.config.load import load_config
 from megatron_cpt.data.tokenizer import load_tokenizer
