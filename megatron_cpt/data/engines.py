@@ -7,7 +7,6 @@ same ids as encoding them together (checked at each cut), so that memory stays b
 """
 
 import json
-import logging
 import re
 from collections.abc import Callable, Sequence
 
@@ -15,8 +14,6 @@ import numpy as np
 
 from megatron_cpt.data.adversarial import adversarial_texts
 from megatron_cpt.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
-
-logger = logging.getLogger(__name__)
 
 ENGINES = ("fastokens", "gigatoken", "reference")
 """In the order in which `auto` tries them. The first two are about equally fast (benchmarks/tokenizing.py); fastokens was

@@ -5,7 +5,6 @@ reference tokenizers: an accelerated engine (`data/engines.py`) has to give the 
 """
 
 import json
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,8 +13,6 @@ import numpy as np
 
 from megatron_cpt.errors import DataError
 from megatron_cpt.files import file_hash
-
-logger = logging.getLogger(__name__)
 
 _USUAL_EOD = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|eos|>", "<eos>", "[EOS]", "<|end▁of▁sentence|>", "<EOD>")
 
