@@ -74,7 +74,7 @@ def slurm(tmp_path_factory):
     if reason:
         pytest.skip(reason)
     directory = tmp_path_factory.mktemp("slurm")
-    environment = loopback_slurm.start(directory, 2)
+    environment = loopback_slurm.start(directory, 2, outlive=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_CONF", environment["SLURM_CONF"])
         patch.setenv("PATH", environment["PATH"])

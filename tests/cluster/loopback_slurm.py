@@ -1,7 +1,7 @@
 """A real Slurm on the loopback interface: one machine posing as several nodes; needs root and Debian's slurm-wlm, munge.
 
-    python tests/cluster/loopback_slurm.py up DIR [NODES]     then: export SLURM_CONF=DIR/slurm.conf
-    python tests/cluster/loopback_slurm.py down DIR
+    python -m tests.cluster.loopback_slurm up DIR [NODES]     then: export SLURM_CONF=DIR/slurm.conf
+    python -m tests.cluster.loopback_slurm down DIR
 
 Ports are free ones, so that several instances can live side by side. Only processes started here, known by their pid
 files, are ever stopped. Node names are entered into /etc/hosts while the instance is up, because a job reaches its
@@ -18,6 +18,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from megatron_cpt.launch.rank import die_with_parent
 
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 PATH = "/usr/sbin:/sbin:" + os.environ.get("PATH", "/usr/bin:/bin")
@@ -64,8 +66,11 @@ def why_not() -> str | None:
     return None
 
 
-def start(directory: Path, num_nodes: int = 2, name: str = "cpt") -> dict[str, str]:
-    """Start the daemons; return the environment in which Slurm's commands reach them."""
+def start(directory: Path, num_nodes: int = 2, name: str = "cpt", *, outlive: bool = True) -> dict[str, str]:
+    """Start the daemons; return the environment in which Slurm's commands reach them.
+
+    `outlive`: whether they go on when this process ends; otherwise they end with it, even when it is killed.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     directory.chmod(0o755)
     (directory / "state").mkdir(exist_ok=True)
@@ -85,17 +90,17 @@ def start(directory: Path, num_nodes: int = 2, name: str = "cpt") -> dict[str, s
     environment = {**os.environ, "SLURM_CONF": str(directory / "slurm.conf"), "PATH": PATH}
     files = {"socket": "munge.sock", "key-file": "munge.key", "pid-file": "munged.pid", "log-file": "munged.log"}
     options = [f"--{option}={directory / file}" for option, file in files.items()]
-    # Daemons go to the background holding whatever they inherit: give them no pipe of ours.
-    quiet: dict[str, Any] = {
-        "env": environment,
-        "check": True,
-        "stdout": subprocess.DEVNULL,
-        "stderr": subprocess.DEVNULL,
-    }
-    subprocess.run(["munged", "--force", *options, f"--seed-file={directory / 'munge.seed'}"], **quiet)
-    subprocess.run(["slurmctld"], **quiet)
-    for node in nodes:
-        subprocess.run(["slurmd", "-N", node], **quiet)
+    # Daemons in the background hold whatever they inherit: give them no pipe of ours.
+    quiet: dict[str, Any] = {"env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    commands = [["munged", "--force", *options, f"--seed-file={directory / 'munge.seed'}"], ["slurmctld"]]
+    for command in [*commands, *(["slurmd", "-N", node] for node in nodes)]:
+        if outlive:
+            subprocess.run(command, check=True, **quiet)
+            continue
+        foreground = "--foreground" if command[0] == "munged" else "-D"
+        subprocess.Popen([*command, foreground], preexec_fn=die_with_parent, start_new_session=True, **quiet)
+        if command[0] == "munged":
+            _wait_for(directory / "munge.sock")
     deadline = time.monotonic() + 40
     while time.monotonic() < deadline:
         listed = subprocess.run(["sinfo", "-h", "-N", "-o", "%T"], env=environment, capture_output=True, text=True)
@@ -139,6 +144,12 @@ def _stop_process(pid_path: Path, name: str) -> None:
             except (FileNotFoundError, ProcessLookupError):
                 return
             time.sleep(0.1)
+
+
+def _wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 20
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def _free_ports(count: int) -> list[int]:
