@@ -20,7 +20,7 @@ def configure_logging(level: int = logging.INFO) -> None:
     root.setLevel(level if rank == "0" else max(level, logging.WARNING))
     # Libraries warn about what is missing on a CPU and about each other's interfaces; their errors are shown.
     logging.captureWarnings(True)
-    for noisy in ("megatron", "transformers", "matplotlib", "torch", "py.warnings"):
+    for noisy in ("megatron", "transformers", "matplotlib", "torch", "torch.utils.cpp_extension", "py.warnings"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
 
 
