@@ -179,8 +179,12 @@ _ALLOWED = {
 _BOOKKEEPING = ("megatron.core.dist_checkpointing", "torch.distributed.checkpoint.planner")
 
 
-class _Placeholder:
-    """Stands for bookkeeping of other writers (Megatron-Core's MCoreMetadata, cached plans) that is not needed."""
+class Placeholder:
+    """Stands for an object beside the tensors that is not needed (Megatron-Core's MCoreMetadata, cached plans, enums)."""
+
+    def __init__(self, *ignored: Any, **also_ignored: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
 
 
 class _IndexUnpickler(pickle.Unpickler):
@@ -192,7 +196,7 @@ class _IndexUnpickler(pickle.Unpickler):
         if (module, name) in _ALLOWED:
             return super().find_class(module, name)
         if module.startswith(_BOOKKEEPING):
-            return _Placeholder
+            return Placeholder
         raise CheckpointError(
             f"the index names {module}.{name}, which has no business in it. Do not use a checkpoint from this source."
         )

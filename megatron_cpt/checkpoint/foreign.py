@@ -21,21 +21,11 @@ import numpy
 import torch
 from numpy._core.multiarray import _reconstruct
 
+from megatron_cpt.checkpoint.dcp import Placeholder
 from megatron_cpt.checkpoint.mapping import Unit
 from megatron_cpt.checkpoint.transforms import concatenate_shards, merge_gate_up
 from megatron_cpt.config.schema import ModelConfig
 from megatron_cpt.errors import CheckpointError
-
-
-class _Placeholder:
-    """Stands for an object of Megatron beside the weights."""
-
-    def __init__(self, *ignored: Any, **also_ignored: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
 
 _MEGATRON_CLASSES = (
     "megatron.core.enums.ModelType",
@@ -208,7 +198,7 @@ def _load_pickle(path: Path) -> Any:
         numpy.dtypes.UInt32DType,
         _reconstruct,
         (_reconstruct, "numpy.core.multiarray._reconstruct"),
-        *((_Placeholder, name) for name in _MEGATRON_CLASSES),
+        *((Placeholder, name) for name in _MEGATRON_CLASSES),
     ]
     try:
         with torch.serialization.safe_globals(allowed):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_cpt.checkpoint.convert import mcore_to_hf
 from megatron_cpt.checkpoint.mcore import list_checkpoints, read_manifest, verify_checkpoint
 from tests.distributed import RankFailure
 
@@ -77,6 +78,14 @@ def test_a_run_that_lost_its_last_steps_continues_under_another_layout_as_if_not
     again = losses(after_base, "replay")
     assert again == pytest.approx(whole, rel=2e-5)
     assert records(after_base, "replay", "end")[-1]["iteration"] == 8
+
+
+def test_a_trained_checkpoint_becomes_a_hugging_face_folder_without_loss(ranks, experiment, tmp_path):
+    assert ranks.run(run_stage, 2, str(experiment), "base", TP2) == ["finished"] * 2
+    checkpoint = run_path(experiment, "base") / "checkpoints" / "iter_0000008"
+    exported = mcore_to_hf(checkpoint, tmp_path / "hf", tokenizer=None, verify=True)
+    assert (exported / "config.json").exists()
+    assert json.loads((exported / "conversion.json").read_text())
 
 
 def test_stop_now_saves_and_the_same_command_continues(ranks, after_base):
