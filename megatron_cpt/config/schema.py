@@ -257,7 +257,8 @@ class DataConfig:
     skip_list: str | None = None
     """Documents to leave out, relative to paths.data_dir: lines `<prefix> <first document> <last document>`."""
     reset_attention_mask: bool = True
-    """Documents in a packed sample do not see each other."""
+    """Documents in a packed sample do not see each other. Attention then runs on SDPA with a mask, also where
+    Transformer Engine is installed, because that ignores masks."""
     eod_mask_loss: bool = False
     """Whether predicting the first token after a document's end is left out of the loss."""
 

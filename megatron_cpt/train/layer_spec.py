@@ -27,9 +27,11 @@ def has_transformer_engine() -> bool:
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
-def build_layer_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules | ModuleSpec:
+def build_layer_spec(
+    config: TransformerConfig, vp_stage: int | None, *, use_transformer_engine: bool = False
+) -> TransformerBlockSubmodules | ModuleSpec:
     """Return the spec of the layers that this pipeline stage (and virtual stage) builds."""
-    if has_transformer_engine():
+    if use_transformer_engine:
         return gpt_layer_specs.get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
     offset = get_transformer_layer_offset(config, vp_stage=vp_stage)
     layers = range(offset, offset + get_num_layers_to_build(config, vp_stage=vp_stage))

@@ -21,7 +21,7 @@ from megatron_cpt.config.derived import kv_channels
 from megatron_cpt.config.megatron import megatron_arguments
 from megatron_cpt.config.schema import ModelConfig, RunConfig
 from megatron_cpt.train import cpu
-from megatron_cpt.train.layer_spec import build_layer_spec
+from megatron_cpt.train.layer_spec import build_layer_spec, has_transformer_engine
 
 
 class CptGPTModel(GPTModel):
@@ -93,7 +93,12 @@ def build_model_chunks(config: RunConfig, megatron_config: TransformerConfig | N
         vp_stage = chunk if num_chunks > 1 else None
         model = CptGPTModel(
             config=megatron_config,
-            transformer_layer_spec=build_layer_spec(megatron_config, vp_stage),
+            # Transformer Engine ignores masks: documents would see each other
+            transformer_layer_spec=build_layer_spec(
+                megatron_config,
+                vp_stage,
+                use_transformer_engine=has_transformer_engine() and not config.data.reset_attention_mask,
+            ),
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
             vp_stage=vp_stage,
