@@ -81,7 +81,9 @@ CEILING = """
 import json, multiprocessing, os, sys, time
 from pathlib import Path
 path, tokenizer, workers, engine = sys.argv[1:]
-os.environ.update(RAYON_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", OPENBLAS_NUM_THREADS="1")
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+from megatron_cpt.data.workers import ONE_THREAD
+os.environ.update(ONE_THREAD)
 from megatron_cpt.data.engines import load_engine
 from megatron_cpt.data.tokenizer import load_tokenizer
 def work(rank, texts, barrier, queue):
@@ -156,7 +158,7 @@ def measure(tool: str, corpus: Path, tokenizer: Path, arguments: argparse.Namesp
             corpus,
             tokenizer,
             workers,
-            "reference" if "uni" in tokenizer.name else "gigatoken",
+            ENGINE_OF[tokenizer.stem],
         ],
     }[tool]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
