@@ -6,7 +6,7 @@ Llama 3's split pattern, a SentencePiece BPE with Llama 2's settings, and a unig
 megatron-core's IndexedDatasetBuilder with the library's own batch call (what the usual preprocessing tool does);
 datatrove's MegatronDocumentTokenizer, where --datatrove-python has it; and the pure encode rate of our engine on texts in
 memory, the ceiling. Seconds are wall clock and processor time (which a busy machine disturbs less), memory is the peak of
-the summed PSS of all processes of a tool. Each figure is the median of --runs.
+the summed PSS of all processes of a tool, from a run of its own. Times are the median of --runs.
 
 Example: python benchmarks/tokenizing.py --work /tmp/bench --megabytes 400 --runs 3 --workers 2
 """
@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import random
+import resource
 import shutil
 import statistics
 import subprocess
@@ -70,7 +71,7 @@ folder, tokenizer, output, workers = sys.argv[1:]
 if __name__ == "__main__":
     LocalPipelineExecutor(
         pipeline=[
-            JsonlReader(folder),
+            JsonlReader(folder, glob_pattern="*.jsonl"),
             MegatronDocumentTokenizer(output, tokenizer_name_or_path=tokenizer + "/tokenizer.json",
                                       eos_token="<|end_of_text|>", batch_size=1000),
         ],
@@ -128,8 +129,10 @@ def main() -> None:
     for corpus in arguments.corpora:
         for tokenizer in arguments.tokenizers:
             for tool in arguments.tools:
-                runs = [measure(tool, corpora[corpus], tokenizers[tokenizer], arguments) for _ in range(arguments.runs)]
-                wall, processor, peak = (statistics.median(values) for values in zip(*runs, strict=True))
+                of = (tool, corpora[corpus], tokenizers[tokenizer], arguments)
+                _, _, peak = measure(*of, with_memory=True)
+                runs = [measure(*of, with_memory=False) for _ in range(arguments.runs)]
+                wall, processor, _ = (statistics.median(values) for values in zip(*runs, strict=True))
                 rate = text_bytes(corpora[corpus]) / 1e6 / wall
                 cells = (corpus, tokenizer, tool, f"{wall:.1f}", f"{processor:.1f}", f"{peak:.0f}", f"{rate:.1f}")
                 print("| " + " | ".join(cells) + " |", flush=True)
@@ -137,12 +140,18 @@ def main() -> None:
                 compare(arguments.work / "out")
 
 
-def measure(tool: str, corpus: Path, tokenizer: Path, arguments: argparse.Namespace) -> tuple[float, float, float]:
-    """Run a tool once; return wall seconds, processor seconds and peak megabytes."""
+def measure(
+    tool: str, corpus: Path, tokenizer: Path, arguments: argparse.Namespace, *, with_memory: bool
+) -> tuple[float, float, float]:
+    """Run a tool once; return wall seconds, processor seconds of all its processes, and peak megabytes.
+
+    Reading the memory of its processes slows a tool down, so that the times of a run with memory say little.
+    """
     output = arguments.work / "out" / tool
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
     workers = str(arguments.workers)
+    parts = split_corpus(corpus, arguments.workers) if tool == "datatrove" else None
     python = sys.executable
     ours = [python, "-m", "megatron_cpt", "tokenize", "--input", corpus, "--tokenizer", tokenizer]
     ours += ["--workers", workers, "--output-prefix", output / "x"]
@@ -150,7 +159,7 @@ def measure(tool: str, corpus: Path, tokenizer: Path, arguments: argparse.Namesp
         "ours": ours,
         "reference": [*ours, "--engine", "reference"],
         "loop": [python, "-c", LOOP, corpus, tokenizer, output / "x_text_document", workers],
-        "datatrove": [arguments.datatrove_python, "-c", DATATROVE, corpus.parent, tokenizer, output, workers],
+        "datatrove": [arguments.datatrove_python, "-c", DATATROVE, parts, tokenizer, output, workers],
         "ceiling": [
             python,
             "-c",
@@ -162,49 +171,46 @@ def measure(tool: str, corpus: Path, tokenizer: Path, arguments: argparse.Namesp
         ],
     }[tool]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-    start = time.monotonic()
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
     process = subprocess.Popen(
         [str(part) for part in command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    peak = PeakMemory(process.pid)
+    peak = PeakMemory(process.pid) if with_memory else None
     stdout, stderr = process.communicate()
-    wall = time.monotonic() - start
-    usage = peak.stop()
+    wall, after = time.monotonic() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    peak_megabytes = peak.stop() if peak else 0.0
     if process.returncode:
         sys.exit(f"{tool} failed:\n{stderr[-3000:]}")
     if tool == "ceiling":
         times = json.loads(stdout.splitlines()[-1])
-        return times["wall"], times["processor"], usage[0]
-    return wall, usage[1], usage[0]
+        return times["wall"], times["processor"], peak_megabytes
+    return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, peak_megabytes
 
 
 class PeakMemory:
-    """Samples the PSS and processor time of a process and its descendants until stopped."""
+    """Samples the PSS of a process and its descendants until stopped."""
 
     def __init__(self, pid: int):
-        self.pid, self.peak, self.seconds = pid, 0.0, {}
+        self.pid, self.peak = pid, 0.0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._sample)
         self._thread.start()
 
-    def stop(self) -> tuple[float, float]:
-        """Return peak megabytes and processor seconds."""
+    def stop(self) -> float:
+        """Return peak megabytes."""
         self._done.set()
         self._thread.join()
-        return self.peak, sum(self.seconds.values())
+        return self.peak
 
     def _sample(self) -> None:
-        tick = os.sysconf("SC_CLK_TCK")
         while not self._done.wait(0.2):
             total = 0.0
             for pid in descendants(self.pid):
                 try:
                     rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-                    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
                 except OSError:
                     continue
                 total += next((int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:")), 0)
-                self.seconds[pid] = (int(fields[11]) + int(fields[12])) / tick
             self.peak = max(self.peak, total / 1000)
 
 
@@ -225,6 +231,17 @@ def compare(output: Path) -> None:
         ours, loop = ((output / tool / f"x_text_document{suffix}").read_bytes() for tool in ("ours", "loop"))
         if ours != loop:
             sys.exit(f"ours and the loop differ in {suffix}")
+
+
+def split_corpus(corpus: Path, workers: int) -> Path:
+    """Return a folder with the corpus in one file per worker, which is how datatrove divides its work."""
+    folder = corpus.parent / f"parts-{workers}"
+    if not folder.exists():
+        folder.mkdir()
+        lines = corpus.read_bytes().splitlines(keepends=True)
+        for rank in range(workers):
+            (folder / f"{rank}.jsonl").write_bytes(b"".join(lines[rank::workers]))
+    return folder
 
 
 def text_bytes(corpus: Path) -> int:

@@ -25,6 +25,8 @@ EncodeFlat = Callable[[list[str]], tuple[np.ndarray, np.ndarray]]
 LONG_DOCUMENT_CHARACTERS = 1 << 20
 _SHORT_TEXT_CHARACTERS = 1000
 """Below this mean length gigatoken's batch call pays for itself; it imports awkward, a quarter of a second."""
+_REMEMBERED_CHARACTERS = 1 << 26
+"""After so many, gigatoken is loaded anew: it remembers every word it has met, 1.3 bytes for each character without end."""
 _REFERENCE_BATCH_CHARACTERS = 1 << 19
 _CUT_CONTEXT_CHARACTERS = 512
 _SAMPLE_CHARACTERS = 8192
@@ -169,15 +171,22 @@ def _gigatoken_encoder(tokenizer: Tokenizer) -> EncodeFlat:
         converted = json.loads(sentencepiece_to_tokenizer_json(tokenizer.model_path.read_bytes()))
         # SentencePiece never finds control symbols (</s>) in a text; as special added tokens they would be found.
         converted["added_tokens"] = [token for token in converted["added_tokens"] if not token["special"]]
-        loaded = gigatoken.Tokenizer.from_json(json.dumps(converted))
+        definition: str | bytes = json.dumps(converted)
     elif isinstance(tokenizer, HuggingFaceTokenizer):
-        loaded = gigatoken.Tokenizer.from_json(tokenizer.json_path.read_bytes())
+        definition = tokenizer.json_path.read_bytes()
     else:
         raise EngineRefusal(f"gigatoken does not read {type(tokenizer).__name__}")
-    backend = loaded.backend
+    backend = gigatoken.Tokenizer.from_json(definition).backend
+    remembered = 0
 
     def encode(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        if sum(map(len, texts)) > _SHORT_TEXT_CHARACTERS * len(texts):
+        nonlocal backend, remembered
+        characters = sum(map(len, texts))
+        remembered += characters
+        if remembered > _REMEMBERED_CHARACTERS:
+            backend = gigatoken.Tokenizer.from_json(definition).backend
+            remembered = characters
+        if characters > _SHORT_TEXT_CHARACTERS * len(texts):
             found = [backend.encode(text) for text in texts]
             return np.concatenate(found), np.array([len(ids) for ids in found], dtype=np.int64)
         layout = backend.encode_batch(texts, parallel=False).layout
