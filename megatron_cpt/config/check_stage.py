@@ -6,7 +6,8 @@ from fractions import Fraction
 from megatron_cpt.config import derived
 from megatron_cpt.config.fields import nearest
 from megatron_cpt.config.problem import Problem
-from megatron_cpt.config.schema import RunConfig
+from megatron_cpt.config.schema import DataConfig, RunConfig
+from megatron_cpt.config.values import parse_rule
 
 LENGTHS = ("training.train_tokens", "training.train_samples", "training.train_iters")
 STYLES_THAT_DECAY_TO_THE_END = ("cosine", "linear")
@@ -102,16 +103,18 @@ def _learning_rate_problems(config: RunConfig) -> Iterator[Problem]:
 
 def _data_problems(config: RunConfig) -> Iterator[Problem]:
     data = config.data
-    if data.mix and data.train_data_path is not None:
+    sources = {"data.mix": data.mix, "data.rules": data.rules, "data.train_data_path": data.train_data_path}
+    given = [key for key, value in sources.items() if value]
+    if len(given) > 1:
         yield Problem(
-            ("data.train_data_path", "data.mix"),
-            "data.mix and data.train_data_path are both given. One of them says what is read. Set the other to null.",
+            tuple(given), f"{' and '.join(given)} are given. One of them says what is read. Set the others to null."
         )
-    if not data.mix and data.train_data_path is None:
+    if not given:
         yield Problem(
-            ("data.mix", "data.train_data_path"),
-            "neither data.mix nor data.train_data_path is given. One of them says what is read. Set data.mix.",
+            tuple(sources),
+            "none of data.mix, data.rules and data.train_data_path is given. One of them says what is read. Set data.mix.",
         )
+    yield from _rule_problems(data)
     for name, share in data.mix.items():
         if name not in data.corpora and (name != "buffer" or data.buffer is None):
             yield Problem(
@@ -130,6 +133,25 @@ def _data_problems(config: RunConfig) -> Iterator[Problem]:
             f"evaluation.eval_interval is {config.evaluation.eval_interval} and no corpus has validation: prefixes. "
             "Name them, or set eval_interval: 0.",
         )
+
+
+def _rule_problems(data: DataConfig) -> Iterator[Problem]:
+    for pattern, text in data.rules.items():
+        try:
+            parse_rule(text)
+        except ValueError as problem:
+            yield Problem(("data.rules",), f"data.rules.{pattern}: {problem}.")
+    pools = {"data.base_pool": data.base_pool, "data.base_ratio": data.base_ratio}
+    stated = [key for key, value in pools.items() if value is not None]
+    if len(stated) == 1:
+        yield Problem(tuple(pools), f"{stated[0]} is given alone. Two pools need {' and '.join(pools)}.")
+    if data.base_ratio is not None and not 0 <= data.base_ratio <= 1:
+        yield Problem(("data.base_ratio",), f"data.base_ratio is {data.base_ratio:g}. It lies between 0 and 1.")
+    if data.cap_epochs is not None and data.cap_epochs <= 0:
+        yield Problem(("data.cap_epochs",), f"data.cap_epochs is {data.cap_epochs:g}. It is above 0.")
+    for key, value in {**pools, "data.cap_epochs": data.cap_epochs}.items():
+        if value is not None and not data.rules:
+            yield Problem((key, "data.rules"), f"{key} is {value} and has no effect without data.rules. Remove it.")
 
 
 def _run_problems(config: RunConfig) -> Iterator[Problem]:

@@ -2,7 +2,7 @@
 
 import math
 
-from megatron_cpt.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainingConfig
+from megatron_cpt.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainingConfig
 from megatron_cpt.config.values import Duration
 from megatron_cpt.errors import ConfigError
 
@@ -19,6 +19,13 @@ def train_iters(training: TrainingConfig) -> int:
     if training.train_tokens is not None:
         return -(-training.train_tokens // (training.seq_length * training.global_batch_size))
     raise ConfigError("training: no length. Set one of train_tokens, train_samples and train_iters.")
+
+
+def stage_corpora(data: DataConfig) -> list[str]:
+    """Return the corpora that a stage reads by name: those of the mix, or with rules all that have token files."""
+    if data.rules:
+        return [name for name, corpus in data.corpora.items() if corpus.tokens]
+    return [name for name in data.corpora if name in data.mix]
 
 
 def train_samples(training: TrainingConfig) -> int:

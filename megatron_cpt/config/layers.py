@@ -15,7 +15,7 @@ class Layer:
     origin: str
     settings: dict[str, Any]
     is_single_share: bool = False
-    """Whether `data.mix` holds the one share to change, from `data.mix.NAME=SHARE`, not the whole mix."""
+    """Whether a mapping holds the one item to change, from `data.mix.NAME=SHARE`, not the whole mix or all rules."""
 
 
 class MergedLayers:

@@ -244,6 +244,15 @@ class DataConfig:
     """The corpora of the task by name (D0, D1, ...)."""
     mix: dict[str, float] = field(default_factory=dict)
     """Share of the stage's tokens per corpus; must sum to 1."""
+    rules: dict[str, str] = field(default_factory=dict)
+    """Instead of mix: what each corpus, glob over prefixes or part of a path gives, the first that names a shard counts:
+    `share 0.3` (of the stage), `epochs 2` (exactly), `weight 3` or `ratio 0.5` (proportions of the rest)."""
+    base_pool: str | None = None
+    """With rules: a corpus or pattern whose shards get base_ratio of the stage; the rules apply within each pool."""
+    base_ratio: float | None = None
+    """With rules: part of the stage's tokens from base_pool, 0 to 1."""
+    cap_epochs: float | None = None
+    """With rules: how often a shard is read at most; others of its pool make up for it. None: no cap."""
     train_data_path: str | None = None
     """A ready data list (any format of `megatron-cpt blend formats`) instead of mix, relative to paths.data_dir."""
     max_epochs: float = 4.0
@@ -356,7 +365,7 @@ class RunConfig:
     size: str
     """Name of the size, a key of the task's `sizes`."""
     variant: str = "main"
-    """Name of the variant, a key of the task's `variants`."""
+    """Name of the variant, a key of the task's `variants`; KEY+LABEL is the same variant in a run of its own."""
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
     training: TrainingConfig = TrainingConfig()

@@ -8,6 +8,10 @@ import math
 import re
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
+from fractions import Fraction
+
+RULE_KINDS = ("share", "epochs", "weight", "ratio")
+"""How a rule of a blend states what shards give (`data/rescale.py`)."""
 
 _SUFFIX = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _COUNT = re.compile(r"([0-9]+(?:_[0-9]+)*(?:\.[0-9]+)?(?:e\+?[0-9]{1,2})?)\s*([KMBT]?)", re.IGNORECASE)
@@ -91,6 +95,21 @@ def _parse_bare_duration(text: str) -> Duration:
     number = Decimal(text)
     is_fraction = not text.replace("_", "").isdigit() and 0 <= number <= 1
     return Duration(float(number), "fraction") if is_fraction else Duration(parse_count(text), "iterations")
+
+
+def parse_rule(value: str) -> tuple[str, Fraction]:
+    """Return the kind and the exact number of a rule of a blend, `share 0.3`.
+
+    Raises: ValueError saying what is wrong.
+    """
+    kind, _, number = value.strip().partition(" ")
+    try:
+        amount = Fraction(number.strip())
+    except (ValueError, ZeroDivisionError):
+        amount = Fraction(-1)
+    if kind not in RULE_KINDS or amount < 0:
+        raise ValueError(f"{value!r} is no rule. Write {', '.join(f'`{kind} NUMBER`' for kind in RULE_KINDS)}")
+    return kind, amount
 
 
 def parse_walltime(value: object) -> int:

@@ -12,9 +12,18 @@ from pathlib import Path
 
 from megatron_cpt.config import derived
 from megatron_cpt.config.schema import RunConfig
-from megatron_cpt.data.blend_sources import Parts, buffer_path, parts_from_list, parts_from_mix, stage_name
+from megatron_cpt.data.blend_sources import (
+    Part,
+    Parts,
+    buffer_path,
+    parts_from_list,
+    parts_from_mix,
+    parts_from_rules,
+    stage_name,
+)
 from megatron_cpt.data.budget import apportion, exact, spread_samples
 from megatron_cpt.data.datalist import DataEntry, read_data_list
+from megatron_cpt.data.masks import packing_problem
 from megatron_cpt.data.replay import append_stage
 from megatron_cpt.data.shards import tokenizer_problems
 from megatron_cpt.errors import DataError
@@ -86,7 +95,7 @@ class BlendPlan:
 
 
 def plan_blend(config: RunConfig, begun: Path | None = None) -> BlendPlan:
-    """Return the exact blend of a stage from `data.mix` and the corpora, or from `data.train_data_path`.
+    """Return the exact blend of a stage from `data.mix` or `data.rules` and the corpora, or from `data.train_data_path`.
 
     `begun` is the data list of a run that has begun, if there is one: its positions in the replay buffer stay.
 
@@ -100,9 +109,15 @@ def plan_blend(config: RunConfig, begun: Path | None = None) -> BlendPlan:
         positions = {}
         if begun is not None and begun.exists():
             positions = {entry.prefix: entry.first_sample for entry in read_data_list(begun)}
-        parts, shares = parts_from_mix(config, positions, problems)
+        source = parts_from_rules if config.data.rules else parts_from_mix
+        parts, shares = source(config, positions, problems)
     shards = [part.shard for group in parts.values() for part in group]
     problems += tokenizer_problems(shards, _tokenizer_identity(config)) if shards else []
+    problems += [
+        f"{shard.prefix} {problem}"
+        for shard in shards
+        if (problem := packing_problem(shard.packed_seq_length, config.training.seq_length))
+    ]
     _refuse(config, problems)
 
     total, num_samples = derived.train_tokens(config.training), derived.train_samples(config.training)
@@ -110,7 +125,7 @@ def plan_blend(config: RunConfig, begun: Path | None = None) -> BlendPlan:
     entries: list[DataEntry] = []
     notes: list[str] = []
     for corpus, group in parts.items():
-        problems += _size_problems(config, corpus, sum(part.available for part in group), taken[corpus])
+        problems += _size_problems(config, corpus, group, taken[corpus])
         amounts = apportion(taken[corpus], [part.weight for part in group])
         entries += [
             DataEntry(prefix=part.shard.prefix, tokens=amount, corpus=corpus, first_sample=part.first_sample)
@@ -167,9 +182,11 @@ def align(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def _size_problems(config: RunConfig, corpus: str, available: int, taken: int) -> list[str]:
+def _size_problems(config: RunConfig, corpus: str, group: Sequence[Part], taken: int) -> list[str]:
     problems = []
-    if available <= config.training.seq_length:
+    available = sum(part.available for part in group)
+    is_packed = any(part.shard.packed_seq_length for part in group)
+    if available <= config.training.seq_length and not is_packed:
         problems.append(
             f"corpus {corpus} has {available:,} tokens, not one sequence of {config.training.seq_length:,} and the "
             "token after it. Leave it out or join it to another corpus."

@@ -1,18 +1,22 @@
-"""Where a blend's shards come from: `data.mix` with the corpora and the replay buffer, or a ready data list.
+"""Where a blend's shards come from: `data.mix` or `data.rules` with the corpora and the replay buffer, or a data list.
 
-Both give the same: the parts of each corpus with their weight within it, and each corpus's exact share of the stage.
+All give the same: the parts of each corpus with their weight within it, and each corpus's exact share of the stage.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
+from megatron_cpt.config import derived
 from megatron_cpt.config.schema import RunConfig
+from megatron_cpt.config.values import parse_rule
 from megatron_cpt.data import replay
 from megatron_cpt.data.budget import exact
 from megatron_cpt.data.datalist import read_data_list
 from megatron_cpt.data.indexed import bin_path, idx_path, read_index
+from megatron_cpt.data.list_formats import DataEntry
+from megatron_cpt.data.rescale import Rule, rescale
 from megatron_cpt.data.shards import Shard, find_shards, read_shards
 from megatron_cpt.data.skip_list import kept_documents, stage_skip_list
 from megatron_cpt.errors import DataError
@@ -52,9 +56,56 @@ def parts_from_mix(config: RunConfig, begun: Mapping[str, int | None], problems:
     if mix and abs(total - 1) > _SUM_TOLERANCE:
         summands = " + ".join(f"{float(share):g}" for share in mix.values())
         problems.append(f"data.mix sums to {float(total):g} ({summands}). Shares must sum to 1.")
+    parts = _corpus_parts(config, [name for name, share in mix.items() if share > 0], begun, problems)
+    return parts, {corpus: share / total for corpus, share in mix.items() if share > 0 and total}
+
+
+def parts_from_rules(config: RunConfig, begun: Mapping[str, int | None], problems: list[str]) -> tuple[Parts, Shares]:
+    """Return the parts and shares that `data.rules` give of every corpus that has token files.
+
+    The replay buffer takes part where a rule names the corpus `buffer`.
+    """
+    data = config.data
+    names = [name for name, corpus in data.corpora.items() if corpus.tokens]
+    names += [replay.CORPUS] if replay.CORPUS in data.rules and replay.CORPUS not in names else []
+    parts = _corpus_parts(config, names, begun, problems)
+    found = [(corpus, part) for corpus, group in parts.items() for part in group]
+    entries = [DataEntry(prefix=part.shard.prefix, tokens=part.available, corpus=corpus) for corpus, part in found]
+    if problems:
+        return parts, dict.fromkeys(parts, Fraction(0))
+    rules = [
+        Rule(pattern=pattern, kind=kind, value=value, is_corpus=pattern in names)  # type: ignore[arg-type]
+        for pattern, (kind, value) in ((pattern, parse_rule(text)) for pattern, text in data.rules.items())
+    ]
+    drawn = {
+        entry.prefix: Fraction(entry.tokens or 0)
+        for entry in rescale(
+            entries,
+            rules,
+            derived.train_tokens(config.training),
+            base=data.base_pool,
+            base_ratio=None if data.base_ratio is None else exact(data.base_ratio),
+            cap=None if data.cap_epochs is None else exact(data.cap_epochs),
+        )
+    }
+    total = sum(drawn.values(), Fraction(0))
+    weighted = {
+        corpus: [replace(part, weight=drawn[part.shard.prefix]) for part in group if part.shard.prefix in drawn]
+        for corpus, group in parts.items()
+    }
+    weighted = {corpus: group for corpus, group in weighted.items() if group}
+    return weighted, {
+        corpus: sum((part.weight for part in group), Fraction(0)) / total for corpus, group in weighted.items()
+    }
+
+
+def _corpus_parts(
+    config: RunConfig, names: Sequence[str], begun: Mapping[str, int | None], problems: list[str]
+) -> Parts:
+    """Return the shards of corpora, each weighted by its tokens; `problems` gains what is wrong with them."""
     buffer = _stage_buffer(config)
     parts: Parts = {}
-    for corpus in [name for name, share in mix.items() if share > 0]:
+    for corpus in names:
         if corpus == replay.CORPUS and corpus not in config.data.corpora:
             prefixes = _buffer_prefixes(config, buffer, begun, problems)
         elif corpus in config.data.corpora:
@@ -72,7 +123,7 @@ def parts_from_mix(config: RunConfig, begun: Mapping[str, int | None], problems:
         if prefixes and not incomplete and not parts[corpus]:
             problems.append(f"corpus {corpus}: its shards hold no token.")
     problems += _shared_shards(parts) + _held_out_shards(config, parts)
-    return parts, {corpus: share / total for corpus, share in mix.items() if share > 0 and total}
+    return parts
 
 
 def parts_from_list(config: RunConfig, problems: list[str]) -> tuple[Parts, Shares]:
@@ -116,10 +167,11 @@ def _buffer_prefixes(
     if config.data.buffer is None:
         problems.append("data.mix.buffer: data.buffer is not set. Name the buffer's file.")
         return []
-    own = {prefix for corpus in config.data.mix for prefix in _corpus_prefixes(config, corpus, [])}
+    read = config.data.mix or derived.stage_corpora(config.data)
+    own = {prefix for corpus in read for prefix in _corpus_prefixes(config, corpus, [])}
     if begun:
         return [prefix for prefix, position in begun.items() if position is not None and prefix not in own]
-    named = set(config.data.mix)
+    named = set(read)
     found = [shard.prefix for shard in buffer.shards.values() if shard.corpus not in named and shard.prefix not in own]
     if not found:
         problems.append(f"data.mix.buffer: {buffer_path(config)} holds no shard that the mix does not name itself.")

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_cpt.config.derived import train_iters, world_size
+from megatron_cpt.config.derived import stage_corpora, train_iters, world_size
 from megatron_cpt.config.schema import CorpusConfig, RunConfig
 from megatron_cpt.errors import ConfigError, LaunchError
 from megatron_cpt.launch import scheduler as queue
@@ -251,9 +251,10 @@ def _check_documents(config: RunConfig) -> None:
 
 def _tokenize_stages(config: RunConfig, num_array_tasks: int, run: RunDir) -> list[Stage]:
     stages = []
+    read = stage_corpora(config.data)
     for name, corpus in config.data.corpora.items():
         parts: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = []
-        if name in config.data.mix:
+        if name in read:
             parts.append((f"tokenize-{name}", corpus.documents, corpus.tokens))
         parts.append((f"tokenize-{name}-validation", corpus.validation_documents, corpus.validation))
         for label, documents, tokens in parts:

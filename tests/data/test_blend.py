@@ -203,3 +203,42 @@ def test_a_list_without_weights_is_read_in_proportion_to_the_shards(tmp_path, tw
     plan = plan_blend(run_config(tmp_path, mix={}, corpora={}, train_data_path="list.txt"))
     assert [entry.tokens for entry in plan.entries] == [3840, 2560] or sum(e.tokens for e in plan.entries) == 6400
     assert plan.entries[0].tokens == apportion(6400, [1501, 1001])[0]
+
+
+@pytest.fixture
+def three_corpora(tmp_path, two_corpora):
+    write_shard(tmp_path / "web/2024/x_text_document", [4000])
+    write_shard(tmp_path / "web/2025/y_text_document", [2000])
+    return two_corpora | {"web": ["web/2024", "web/2025"]}
+
+
+def test_rules_give_shares_epochs_and_weights_of_the_stage_exactly(tmp_path, three_corpora):
+    rules = {"D1": "epochs 1.5", "D0": "share 0.25", "*/2025/*": "weight 3", "web": "weight 1"}
+    plan = plan_blend(run_config(tmp_path, mix={}, corpora=three_corpora, rules=rules))
+    tokens = {entry.prefix.split("/")[-1][0]: entry.tokens for entry in plan.entries}
+    assert plan.train_tokens == sum(tokens.values()) == 6400
+    assert tokens["c"] == 1502  # ceil(1001 x 1.5)
+    assert tokens["a"] + tokens["b"] == 1600
+    rest = 6400 - 1502 - 1600
+    assert abs(tokens["y"] - rest * 3 / 4) < 1 and abs(tokens["x"] - rest / 4) < 1
+    assert "D1" in plan.table() and "1.5" in plan.table()
+
+
+def test_two_pools_divide_the_stage_and_a_cap_moves_tokens_to_others_of_the_pool(tmp_path, three_corpora):
+    pools = {"base_pool": "web", "base_ratio": 0.4, "cap_epochs": 1.0}
+    plan = plan_blend(run_config(tmp_path, mix={}, corpora=three_corpora, rules={"*": "ratio 1"}, **pools))
+    taken = {row.corpus: row.taken for row in plan.corpora}
+    assert taken["web"] == 2560 and taken["D0"] + taken["D1"] == 3840
+    often = run_config(
+        tmp_path, mix={}, corpora=three_corpora, rules={"D1": "weight 9", "*": "weight 1"}, cap_epochs=1.5
+    )
+    by_corpus = {row.corpus: row for row in plan_blend(often).corpora}
+    assert by_corpus["D1"].taken == 1501 and by_corpus["D0"].taken + by_corpus["web"].taken == 6400 - 1501
+
+
+def test_rules_that_cannot_be_met_are_refused_with_the_reason(tmp_path, three_corpora):
+    with pytest.raises(DataError, match="no rule names"):
+        plan_blend(run_config(tmp_path, mix={}, corpora=three_corpora, rules={"D0": "share 1"}))
+    shares = {"D0": "share 0.5", "*": "share 0.4"}
+    with pytest.raises(DataError, match=r"make up 0.9 of the budget"):
+        plan_blend(run_config(tmp_path, mix={}, corpora=three_corpora, rules=shares))

@@ -80,7 +80,7 @@ def submit(stage: str, task: Path, *words: str, **variables: str) -> subprocess.
         (["--site", "leonardo", "--account", "A", "launch.walltime=48:00:00"], "the site allows 24:00:00. Shorten it"),
         (["--chain", "0", "--site", "leonardo", "--account", "A"], "a chain has at least one link"),
         ([], "tokens/D0_text_document"),
-        (["data.mix=null"], "neither data.mix nor data.train_data_path is given"),
+        (["data.mix=null"], "none of data.mix, data.rules and data.train_data_path is given"),
         (["init.from_path=nothing-there"], "init.from_path: nothing-there is no Hugging Face folder and no checkpoint"),
         (["init.from_path=variant:other"], "Train other first"),
     ],
