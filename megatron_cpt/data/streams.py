@@ -87,13 +87,7 @@ def parse_piece(piece: Piece, layout: Layout) -> Parsed:
 
     Raises: DataError when its file is gone or shorter than it was.
     """
-    problem = piece.problem
-    if piece.is_range:
-        data, is_end, is_too_long = read_range(piece, layout.max_document_bytes)
-        if is_too_long:
-            problem = Problem(0, TOO_LONG, f"over {layout.max_document_bytes:,} bytes")
-    else:
-        data, is_end = _read_at(piece.path, piece.start, piece.end - piece.start), piece.is_end
+    data, is_end, problem = piece_bytes(piece, layout.max_document_bytes)
     if piece.format == "txt-file":
         parsed = parse_text_file(data, layout.keys) if data or problem is None else Parsed(layout.keys)
     elif piece.format == "table":
@@ -107,6 +101,18 @@ def parse_piece(piece: Piece, layout: Layout) -> Parsed:
         parsed.num_lines += 1
     parsed.problems.sort(key=lambda found: found.line)
     return parsed
+
+
+def piece_bytes(piece: Piece, max_document_bytes: int) -> tuple[bytes, bool, Problem | None]:
+    """Return the whole lines (or the Arrow stream) of a piece, whether the file ends there, and what is wrong after them.
+
+    Raises: DataError when its file is gone or shorter than it was.
+    """
+    if not piece.is_range:
+        return _read_at(piece.path, piece.start, piece.end - piece.start), piece.is_end, piece.problem
+    data, is_end, is_too_long = read_range(piece, max_document_bytes)
+    problem = Problem(0, TOO_LONG, f"over {max_document_bytes:,} bytes") if is_too_long else piece.problem
+    return data, is_end, problem
 
 
 def read_range(piece: Piece, max_document_bytes: int) -> tuple[bytes, bool, bool]:

@@ -29,7 +29,7 @@ def table_blocks(
 def read_batches(source: Source, keys: Sequence[str] | None, piece_bytes: int) -> Iterator[Any]:
     """Yield the record batches of a Parquet or Arrow file, of about `piece_bytes` where the file allows it.
 
-    `keys` are the columns to read; None: all.
+    `keys` are the columns to read; None or none: all.
 
     Raises: DataError when a column is missing.
     """
@@ -41,7 +41,7 @@ def read_batches(source: Source, keys: Sequence[str] | None, piece_bytes: int) -
         with pq.ParquetFile(source.path, memory_map=False, pre_buffer=False) as file:
             _check_columns(source, file.schema_arrow.names, keys)
             rows = _rows_per_batch(file.metadata, keys, piece_bytes)
-            yield from file.iter_batches(batch_size=rows, columns=keys and list(keys), use_threads=False)
+            yield from file.iter_batches(batch_size=rows, columns=list(keys) if keys else None, use_threads=False)
         return
     with pa.memory_map(str(source.path)) as mapped:
         try:
@@ -63,7 +63,7 @@ def _rows_per_batch(metadata: Any, keys: Sequence[str] | None, piece_bytes: int)
     for group in range(metadata.num_row_groups):
         for column in range(metadata.num_columns):
             chunk = metadata.row_group(group).column(column)
-            if keys is None or chunk.path_in_schema in keys:
+            if not keys or chunk.path_in_schema in keys:
                 text_bytes += chunk.total_uncompressed_size
     return min(max(int(piece_bytes * metadata.num_rows / max(text_bytes, 1)), 1), 65536)
 
@@ -85,3 +85,10 @@ def columns_of_block(data: bytes, keys: Sequence[str]) -> list[list[Any]]:
         return [[] for _ in keys]
     table = pa.ipc.open_stream(pa.py_buffer(data)).read_all()
     return [table.column(key).to_pylist() for key in keys]
+
+
+def rows_of_block(data: bytes) -> list[dict[str, Any]]:
+    """Return the rows of a block with all their columns."""
+    import pyarrow as pa  # heavy; only where tables are read
+
+    return pa.ipc.open_stream(pa.py_buffer(data)).read_all().to_pylist() if data else []
