@@ -28,6 +28,7 @@ VERBS = {
     "checkpoint": "list, verify, inspect, compare, prune, protect, copy, adopt checkpoints",
     "evaluate": "bits per byte, learned and forgotten, samples, weight divergence of models",
     "analyze": "statistics of every tensor of a model",
+    "advise": "judge a stage by its metrics and say what the CPT cookbook would do next",
     "report": "draw a one-page report of one or several stages",
     "show-config": "print the resolved configuration of a run, where each value comes from, or Megatron-LM flags",
     "blend": "plan what a stage reads: lists, budgets, mixes, replay and index caches",

@@ -4,11 +4,15 @@ Later layers win: defaults < params file < task file < the task's `sizes.SIZE` <
 `key=value` arguments. A null resets a setting to its default. `data.mix` is replaced as a whole, `data.corpora` is
 merged by corpus. The three lengths of `training` are one choice: the last layer that states one wins.
 
+`VARIANT+LABEL` is VARIANT in a run directory of its own: what differs stands in `key=value`, so that a trial needs no
+edit of the task.
+
 Every mistake of all layers, and every relation that does not hold (`config/check.py`), comes back in one ConfigError.
 """
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +31,7 @@ from megatron_cpt.errors import ConfigError
 from megatron_cpt.files import write_text
 
 TASK_KEYS = ("description", "sizes", "variants")
+_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]*")
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,12 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--params", required=True, metavar="NAME", help="params file: a name in params/, or a path")
     parser.add_argument("--size", required=True, metavar="SIZE", help="a key of the task's sizes, such as 50B")
-    parser.add_argument("--variant", default="main", metavar="NAME", help="a key of the task's variants (main)")
+    parser.add_argument(
+        "--variant",
+        default="main",
+        metavar="NAME",
+        help="a key of the task's variants (main); KEY+LABEL: in a run of its own",
+    )
     parser.add_argument("--site", metavar="NAME", help="site file: a name in pbs/sites or slurm/sites, or a path")
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="settings that win, such as training.micro_batch_size=2"
@@ -137,8 +147,13 @@ def _file_layer(path: Path, extra_keys: tuple[str, ...]) -> Layer:
 
 
 def _task_layers(path: Path, size: str, variant: str, merged: MergedLayers) -> list[Layer]:
-    """Return the layers of a task file: itself, its size and its variant."""
+    """Return the layers of a task file: itself, its size and its variant, without the label after a `+`."""
     whole = read_yaml(path)
+    variant, plus, label = variant.partition("+")
+    if plus and not _LABEL.fullmatch(label):
+        merged.mistakes.append(
+            f"--variant {variant}+{label}: {label!r} is no label. Letters, digits and . _ = + - name a run of its own."
+        )
     layers = [Layer(shown(path), {key: value for key, value in whole.items() if key not in TASK_KEYS})]
     for part, name in (("sizes", size), ("variants", variant)):
         choices = whole.get(part) or {}

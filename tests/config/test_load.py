@@ -285,3 +285,16 @@ def test_the_arguments_of_a_run_load_it(tree) -> None:
     words = "--task tasks/ja --params tiny --size short --variant replay --site abci optimizer.lr=1e-5".split()
     config = load_from_arguments(parser.parse_args(words)).config
     assert (config.training.train_iters, config.launch.scheduler, config.optimizer.lr) == (10, "pbs", 1e-5)
+
+
+def test_a_label_behind_a_variant_names_a_run_of_its_own_with_the_variants_settings(tree) -> None:
+    parser = argparse.ArgumentParser()
+    add_run_arguments(parser)
+    words = "--task tasks/ja --params tiny --size short --variant replay+lr-2 optimizer.lr=1e-5".split()
+    labelled = load_from_arguments(parser.parse_args(words)).config
+    words[7] = "replay"
+    assert labelled.variant == "replay+lr-2"
+    assert replace(labelled, variant="replay") == load_from_arguments(parser.parse_args(words)).config
+    words[7] = "replay+../x"
+    with pytest.raises(ConfigError, match=r"--variant replay\+../x: '../x' is no label"):
+        load_from_arguments(parser.parse_args(words))
