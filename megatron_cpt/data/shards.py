@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cpt.data.indexed import manifest_path, read_index, read_shard_manifest
+from megatron_cpt.data.masked import is_mask
+from megatron_cpt.data.shard_form import read_shard_form
 from megatron_cpt.errors import DataError
 
 _SUFFIXES = (".bin", ".idx")
@@ -25,13 +27,15 @@ class Shard:
     documents: int
     tokenizer: dict[str, Any]
     """Identity of the tokenizer that made it: name, kind, hash, vocab_size, eod_id."""
+    packed_seq_length: int | None = None
+    """Tokens of each of its documents, where they are packs for training; None: documents of any length."""
 
 
 def find_shards(patterns: Sequence[str], data_dir: Path) -> tuple[list[str], list[str]]:
     """Return (sorted prefixes, problems) of prefixes, folders and globs relative to `data_dir`.
 
     A folder stands for every shard below it. A `.bin` without `.idx`, or the reverse, counts as a shard here, so that
-    `read_shard` reports it by name. Hidden files (unfinished ones) are passed over.
+    `read_shard` reports it by name. Hidden files (unfinished ones) and masks (`<prefix>.mask`) are passed over.
     """
     found: set[str] = set()
     problems = []
@@ -68,6 +72,7 @@ def read_shard(prefix: str) -> Shard:
         tokens=index.num_tokens,
         documents=index.num_documents,
         tokenizer=manifest["tokenizer"] or {},
+        packed_seq_length=read_shard_form(Path(prefix)).packed_seq_length,
     )
 
 
@@ -119,7 +124,8 @@ def _below(folder: Path) -> list[Path]:
 
 
 def _is_part(file: Path) -> bool:
-    return file.suffix in _SUFFIXES and not file.name.startswith(".") and file.is_file()
+    is_shard = file.suffix in _SUFFIXES and not file.name.startswith(".") and not is_mask(file.with_suffix(""))
+    return is_shard and file.is_file()
 
 
 def _without_suffix(file: Path) -> str:

@@ -6,7 +6,6 @@ samples from the memory-mapped files: ranks of one node share them in the page c
 """
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from torch import Tensor
 
 from megatron_cpt.config.megatron import megatron_arguments
@@ -23,7 +21,7 @@ from megatron_cpt.config.schema import RunConfig
 from megatron_cpt.data.datalist import DataEntry
 from megatron_cpt.train import cpu
 from megatron_cpt.train.attention import context_parallel_chunks
-from megatron_cpt.train.samples import BlendedSamples, build_train_samples
+from megatron_cpt.train.samples import BlendedSamples, build_epoch_samples, build_train_samples
 
 
 @dataclass
@@ -42,6 +40,8 @@ class Batch:
     """`[b, 1, s, s x cp]` bool, True where a query may see a key; None for plain causal attention."""
     dataset_ids: Tensor
     """`[b]` int64: which entry of the data list each sample came from."""
+    sample_ids: Tensor
+    """`[b]` int64: the number of each sample in the stage's order."""
 
 
 class DatasetTokenizer:
@@ -66,13 +66,14 @@ def build_train_dataset(
 
 def build_validation_dataset(
     config: RunConfig, prefixes: Sequence[str], tokenizer: DatasetTokenizer, cache: Path
-) -> torch.utils.data.Dataset:
-    """Return one epoch of a corpus's held-out samples, in a fixed order that no training setting moves."""
+) -> BlendedSamples:
+    """Return one epoch of a corpus's held-out samples, in a fixed order that no training setting moves.
+
+    Raises: DataError when the shards hold no whole sample.
+    """
     fixed = dataclasses.replace(config, training=dataclasses.replace(config.training, seed=0))
-    settings = dataset_config(fixed, tokenizer, blend_per_split=[None, (list(prefixes), None), None])
-    settings.path_to_cache = os.fspath(cache)
-    (_, dataset, _) = BlendedMegatronDatasetBuilder(GPTDataset, [0, None, 0], lambda: True, settings).build()
-    return dataset
+    settings = dataset_config(fixed, tokenizer, blend=(list(prefixes), None))
+    return build_epoch_samples(prefixes, settings, cache)
 
 
 def dataset_config(config: RunConfig, tokenizer: DatasetTokenizer, **blend: Any) -> GPTDatasetConfig:
@@ -81,7 +82,7 @@ def dataset_config(config: RunConfig, tokenizer: DatasetTokenizer, **blend: Any)
         # masks come from attention_mask() below, once per micro-batch instead of [s, s] per sample
         "reset_attention_mask": False,
         "create_attention_mask": False,
-        "split": None if "blend_per_split" in blend else "1,0,0",
+        "split": "1,0,0",
         "tokenizer": tokenizer,
     }
     return GPTDatasetConfig(**arguments, **blend)
@@ -102,22 +103,38 @@ def microbatches(
         indices = range(start, start + size)
         samples = [dataset[index if not pad or index < len(dataset) else 0] for index in indices]
         is_real = [not pad or index < len(dataset) for index in indices]
-        batches.append(_batch(samples, is_real, config, eod_id))
+        batches.append(_batch(samples, indices, is_real, config, eod_id))
     return batches
 
 
-def _batch(samples: list[dict[str, Any]], is_real: list[bool], config: RunConfig, eod_id: int) -> Batch:
+def _batch(
+    samples: list[dict[str, Any]], numbers: Sequence[int], is_real: list[bool], config: RunConfig, eod_id: int
+) -> Batch:
     ids = torch.stack([torch.cat([sample["tokens"], sample["labels"][-1:]]) for sample in samples])
     loss_mask = torch.stack([sample["loss_mask"] for sample in samples])
     loss_mask = loss_mask * torch.tensor(is_real, dtype=torch.float32).unsqueeze(1)
+    pieces = None
+    if any("pieces" in sample for sample in samples):
+        of_documents = document_numbers(ids[:, :-1], eod_id)
+        pieces = torch.stack([sample.get("pieces", row) for sample, row in zip(samples, of_documents, strict=True)])
     sources = torch.tensor([int(sample.get("dataset_id", 0)) for sample in samples])
-    return build_batch(ids, config, eod_id, loss_mask, sources)
+    return build_batch(ids, config, eod_id, loss_mask, sources, pieces=pieces, sample_ids=torch.tensor(list(numbers)))
 
 
 def build_batch(
-    ids: Tensor, config: RunConfig, eod_id: int, loss_mask: Tensor | None = None, dataset_ids: Tensor | None = None
+    ids: Tensor,
+    config: RunConfig,
+    eod_id: int,
+    loss_mask: Tensor | None = None,
+    dataset_ids: Tensor | None = None,
+    *,
+    pieces: Tensor | None = None,
+    sample_ids: Tensor | None = None,
 ) -> Batch:
-    """Return a micro-batch of this rank, on the training device, from token ids `[b, s + 1]`."""
+    """Return a micro-batch of this rank, on the training device, from token ids `[b, s + 1]`.
+
+    `pieces` `[b, s]` numbers what may not see each other; None: documents, as their end-of-document ids tell.
+    """
     tokens, labels = ids[:, :-1], ids[:, 1:]
     parts = {
         "tokens": tokens,
@@ -131,6 +148,7 @@ def build_batch(
         eod_id=eod_id if config.data.reset_attention_mask else None,
         window_size=config.model.window_size,
         positions=positions,
+        pieces=pieces if config.data.reset_attention_mask else None,
     )
     if positions is not None:
         parts = {name: tensor[:, positions] for name, tensor in parts.items()}
@@ -138,9 +156,13 @@ def build_batch(
     if not cpu.is_cpu():
         parts = {name: tensor.pin_memory().cuda(non_blocking=True) for name, tensor in parts.items()}
         mask = None if mask is None else mask.contiguous().pin_memory().cuda(non_blocking=True)
-    if dataset_ids is None:
-        dataset_ids = torch.zeros(tokens.shape[0], dtype=torch.int64)
-    return Batch(**parts, attention_mask=mask, dataset_ids=dataset_ids)
+    zeros = torch.zeros(tokens.shape[0], dtype=torch.int64)
+    return Batch(
+        **parts,
+        attention_mask=mask,
+        dataset_ids=zeros if dataset_ids is None else dataset_ids,
+        sample_ids=zeros if sample_ids is None else sample_ids,
+    )
 
 
 def context_parallel_positions(seq_length: int) -> Tensor | None:
@@ -153,16 +175,30 @@ def context_parallel_positions(seq_length: int) -> Tensor | None:
     return torch.cat([chunks[first], chunks[second]])
 
 
+def document_numbers(tokens: Tensor, eod_id: int) -> Tensor:
+    """Return the number of each token's document within its sample, `[b, s]` int64, for token ids `[b, s]`."""
+    ends = (tokens == eod_id).long()
+    return ends.cumsum(1) - ends  # the end-of-document token belongs to the document it ends
+
+
 def attention_mask(
-    tokens: Tensor, *, eod_id: int | None, window_size: int | None = None, positions: Tensor | None = None
+    tokens: Tensor,
+    *,
+    eod_id: int | None,
+    window_size: int | None = None,
+    positions: Tensor | None = None,
+    pieces: Tensor | None = None,
 ) -> Tensor | None:
     """Return who may see whom, `[b, 1, queries, s]` bool, for token ids `[b, s]`; None when plain causal is meant.
 
     With `eod_id`, documents are isolated: one ends with its end-of-document token, and no query sees a key of an
-    earlier document. Rotary positions are relative, so isolation alone makes a document's logits those it has alone.
-    `positions` restricts the queries to this context-parallel rank's; then plain causal needs a mask as well.
+    earlier document. `pieces` `[b, s]` states instead which tokens belong together. Rotary positions are relative, so
+    isolation alone makes a document's logits those it has alone. `positions` restricts the queries to this
+    context-parallel rank's; then plain causal needs a mask as well.
     """
-    is_isolated = eod_id is not None and bool((tokens[:, :-1] == eod_id).any())
+    if pieces is None and eod_id is not None:
+        pieces = document_numbers(tokens, eod_id)
+    is_isolated = pieces is not None and bool((pieces[:, 1:] != pieces[:, :-1]).any())
     if not is_isolated and window_size is None and positions is None:
         return None
     keys = torch.arange(tokens.shape[1], device=tokens.device)
@@ -173,7 +209,6 @@ def attention_mask(
         allowed = allowed & (distance < window_size)
     allowed = allowed.unsqueeze(0)
     if is_isolated:
-        ends = (tokens == eod_id).long()
-        documents = ends.cumsum(1) - ends  # the end-of-document token belongs to the document it ends
-        allowed = allowed & (documents[:, queries].unsqueeze(2) == documents.unsqueeze(1))
+        assert pieces is not None
+        allowed = allowed & (pieces[:, queries].unsqueeze(2) == pieces.unsqueeze(1))
     return allowed.unsqueeze(1).expand(tokens.shape[0], 1, -1, -1)

@@ -1,5 +1,8 @@
 """A stage's samples from megatron-core's GPT datasets: exact per shard, without replacement, from a race-free cache.
 
+A sample is `tokens` and `labels` (int64 [s]) and `loss_mask` (float32 [s]); of a masked shard also `pieces` (int64 [s],
+see `data/masked.py`), read through the very indices that its tokens were read through.
+
 - Each entry of the data list gives exactly its planned samples (`spread_samples`), in the order of `blend_order`.
 - A shard is read epoch by epoch, each in an order of its own; no document comes again before the epoch is exhausted.
   `DataEntry.first_sample` continues where earlier stages stopped in the same shard.
@@ -7,6 +10,7 @@
   content; it appears whole under its name, so that two builders at once, or one killed midway, do no harm.
 """
 
+import copy
 import dataclasses
 import errno
 import hashlib
@@ -24,14 +28,17 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
 from megatron_cpt.config.derived import train_samples
 from megatron_cpt.config.schema import RunConfig
 from megatron_cpt.data.blend_order import blend_order
 from megatron_cpt.data.budget import spread_samples
-from megatron_cpt.data.indexed import bin_path, idx_path, manifest_path
+from megatron_cpt.data.indexed import bin_path, idx_path, manifest_path, read_index
 from megatron_cpt.data.list_formats import DataEntry
+from megatron_cpt.data.masked import LEARNED, PIECE, mask_prefix, read_mask
+from megatron_cpt.data.shard_form import packing_problem, read_shard_form
 from megatron_cpt.data.skip_list import SkipList, kept_documents, stage_skip_list
 from megatron_cpt.errors import CptError, DataError
 from megatron_cpt.files import text_hash, whole_dir, write_json
@@ -64,17 +71,68 @@ class BlendedSamples(torch.utils.data.Dataset):
 
 
 class ShardSamples:
-    """Samples `first_sample, first_sample + 1, ...` of one shard, epoch after epoch."""
+    """Samples `first_sample, first_sample + 1, ...` of one shard, epoch after epoch; `mask` is its mask's pair."""
 
-    def __init__(self, epochs: Sequence[GPTDataset], samples_per_epoch: int, first_sample: int):
+    def __init__(
+        self,
+        epochs: Sequence[GPTDataset],
+        samples_per_epoch: int,
+        first_sample: int,
+        mask: IndexedDataset | None = None,
+    ):
         self.epochs = epochs
+        self.masks = [] if mask is None else [_over(dataset, mask) for dataset in epochs]
         self.samples_per_epoch = samples_per_epoch
         self.first_epoch = first_sample // samples_per_epoch
         self.first_sample = first_sample
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        epoch, sample = self._place(index)
+        drawn = self.epochs[epoch][sample]
+        if not self.masks:
+            return drawn
+        bits, _, _ = self.masks[epoch]._query_document_sample_shuffle_indices(sample)
+        length = len(drawn["tokens"])
+        bits = np.append(bits, 0)[: length + 1]  # a pack has no token after its last
+        return drawn | {
+            "loss_mask": torch.from_numpy(loss_of_bits(bits[1:])),
+            "pieces": torch.from_numpy(np.cumsum(bits[:length] & PIECE != 0)),
+        }
+
+    def spans(self, index: int) -> list[tuple[int, int, int]]:
+        """Return (document, its first token here, tokens) of each document that gives tokens to a sample, in order."""
+        epoch, sample = self._place(index)
+        dataset = self.epochs[epoch]
+        row = int(dataset.shuffle_index[sample])
+        (first, start), (last, end) = (tuple(map(int, dataset.sample_index[row + after])) for after in (0, 1))
+        spans = []
+        for position in range(first, last + 1):
+            document = int(dataset.document_index[position])
+            begin = start if position == first else 0
+            stop = end if position == last else int(dataset.dataset.sequence_lengths[document])
+            if stop > begin:
+                spans.append((document, begin, stop - begin))
+        return spans
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Return which of `epochs` a sample stands in, and its number there."""
         epoch, sample = divmod(self.first_sample + index, self.samples_per_epoch)
-        return self.epochs[epoch - self.first_epoch][sample]
+        return epoch - self.first_epoch, sample
+
+
+def loss_of_bits(labels: np.ndarray) -> np.ndarray:
+    """Return 1.0 for each label that counts, float32 of the same shape, from the mask bytes of the labels.
+
+    The first token of a piece never counts: it would be predicted from another piece.
+    """
+    return ((labels & (LEARNED | PIECE)) == LEARNED).astype(np.float32)
+
+
+def _over(dataset: GPTDataset, pair: IndexedDataset) -> GPTDataset:
+    """Return the dataset that reads another pair through the same indices."""
+    other = copy.copy(dataset)
+    other.dataset = pair
+    return other
 
 
 def build_train_samples(
@@ -108,6 +166,26 @@ def build_train_indexes(
         for job in jobs:
             job.result()
             progress.add(1)
+
+
+def build_epoch_samples(prefixes: Sequence[str], dataset_config: GPTDatasetConfig, cache: Path) -> BlendedSamples:
+    """Return every sample of some shards once, in an order that follows from the seed of `dataset_config`.
+
+    Raises: DataError when there is not one.
+    """
+    entries = []
+    for prefix in prefixes:
+        form = read_shard_form(Path(prefix))
+        config = dataclasses.replace(dataset_config, add_extra_token_to_sequence=form.packed_seq_length is None)
+        count = samples_per_epoch(read_index(Path(prefix)).sequence_lengths, config)
+        entries.append(DataEntry(prefix=prefix, tokens=count * config.sequence_length))
+    num_tokens = sum(entry.tokens or 0 for entry in entries)
+    if not num_tokens:
+        raise DataError(
+            f"{', '.join(prefixes)}: not one sequence of {dataset_config.sequence_length:,} tokens and the token after "
+            "it. Hold out more documents."
+        )
+    return build_blended_samples(entries, num_tokens // dataset_config.sequence_length, dataset_config, cache)
 
 
 def build_blended_samples(
@@ -156,10 +234,18 @@ def _build_indexes_of(
 def _shard_samples(
     entry: DataEntry, num_samples: int, config: GPTDatasetConfig, cache: Path, skip: SkipList
 ) -> ShardSamples:
+    form = read_shard_form(Path(entry.prefix))
+    if problem := packing_problem(form.packed_seq_length, config.sequence_length):
+        raise DataError(f"{entry.prefix}: {problem}")
     indexed = GPTDataset.build_low_level_dataset(entry.prefix, config)
+    mask = None
+    if form.is_masked:
+        read_mask(read_index(Path(entry.prefix)))  # raises unless the mask fits the tokens
+        mask = GPTDataset.build_low_level_dataset(os.fspath(mask_prefix(Path(entry.prefix))), config)
     documents = kept_documents(len(indexed.sequence_lengths), skip.get(entry.prefix, ()))
-    num_tokens = int(indexed.sequence_lengths[documents].sum(dtype=np.int64))
-    per_epoch = (num_tokens - 1) // config.sequence_length
+    # A pack is one sample, and the token after its last belongs to another pack.
+    config = dataclasses.replace(config, add_extra_token_to_sequence=form.packed_seq_length is None)
+    per_epoch = samples_per_epoch(indexed.sequence_lengths[documents], config)
     first_sample = entry.first_sample or 0
     last_sample = first_sample + num_samples
     # A shard smaller than one sequence is left to megatron-core, which joins its epochs.
@@ -188,7 +274,13 @@ def _shard_samples(
 
         _build_once(folder, build, key)
         datasets.append(build(folder))
-    return ShardSamples(datasets, per_epoch or last_sample, first_sample)
+    return ShardSamples(datasets, per_epoch or last_sample, first_sample, mask)
+
+
+def samples_per_epoch(sequence_lengths: np.ndarray, config: GPTDatasetConfig) -> int:
+    """Return the whole samples that documents of these lengths give."""
+    num_tokens = int(sequence_lengths.sum(dtype=np.int64))
+    return max(num_tokens - config.add_extra_token_to_sequence, 0) // config.sequence_length
 
 
 def _cached_order(
