@@ -23,8 +23,8 @@ from megatron_cpt.data.blend_sources import (
 )
 from megatron_cpt.data.budget import apportion, exact, spread_samples
 from megatron_cpt.data.datalist import DataEntry, read_data_list
-from megatron_cpt.data.masks import packing_problem
 from megatron_cpt.data.replay import append_stage
+from megatron_cpt.data.shard_form import packing_problem
 from megatron_cpt.data.shards import tokenizer_problems
 from megatron_cpt.errors import DataError
 from megatron_cpt.log import format_count
