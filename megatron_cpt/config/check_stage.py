@@ -5,6 +5,7 @@ from fractions import Fraction
 
 from megatron_cpt.config import derived
 from megatron_cpt.config.fields import nearest
+from megatron_cpt.config.iteration_ranges import parse_range
 from megatron_cpt.config.problem import Problem
 from megatron_cpt.config.schema import DataConfig, RunConfig
 from megatron_cpt.config.values import parse_rule
@@ -19,7 +20,9 @@ def stage_problems(config: RunConfig) -> Iterator[Problem]:
     if _num_lengths(config) == 1:
         yield from _schedule_length_problems(config)
     yield from _learning_rate_problems(config)
+    yield from _weight_decay_problems(config)
     yield from _data_problems(config)
+    yield from _skip_problems(config)
     yield from _run_problems(config)
 
 
@@ -45,7 +48,7 @@ def _schedule_length_problems(config: RunConfig) -> Iterator[Problem]:
     schedule, training = config.schedule, config.training
     total = derived.train_samples(training)
     warmup = derived.duration_samples(schedule.lr_warmup, training)
-    cooldown = derived.duration_samples(schedule.lr_cooldown, training)
+    cooldown = derived.duration_samples(schedule.lr_cooldown, training, is_at_end=True)
     if warmup + cooldown > total:
         yield Problem(
             ("schedule.lr_warmup", "schedule.lr_cooldown", *LENGTHS),
@@ -101,6 +104,25 @@ def _learning_rate_problems(config: RunConfig) -> Iterator[Problem]:
         )
 
 
+def _weight_decay_problems(config: RunConfig) -> Iterator[Problem]:
+    optimizer = config.optimizer
+    bounds = ("weight_decay_start", "weight_decay_end")
+    style, stated = optimizer.weight_decay_incr_style, [n for n in bounds if getattr(optimizer, n) is not None]
+    keys = ("optimizer.weight_decay_incr_style", *(f"optimizer.{name}" for name in bounds))
+    if style == "constant" and stated:
+        yield Problem(
+            keys,
+            f"optimizer.{stated[0]} is {getattr(optimizer, stated[0]):g} and has no effect with weight_decay_incr_style "
+            "constant. Use linear or cosine, or remove it.",
+        )
+    if style != "constant" and not stated:
+        yield Problem(
+            keys,
+            f"optimizer.weight_decay_incr_style is {style} without weight_decay_start or weight_decay_end. "
+            "Set one of them, or use constant.",
+        )
+
+
 def _data_problems(config: RunConfig) -> Iterator[Problem]:
     data = config.data
     sources = {"data.mix": data.mix, "data.rules": data.rules, "data.train_data_path": data.train_data_path}
@@ -135,6 +157,14 @@ def _data_problems(config: RunConfig) -> Iterator[Problem]:
         )
 
 
+def _skip_problems(config: RunConfig) -> Iterator[Problem]:
+    for text in config.data.skip_iterations:
+        try:
+            parse_range(text)
+        except ValueError as problem:
+            yield Problem(("data.skip_iterations",), f"data.skip_iterations: {problem}.")
+
+
 def _rule_problems(data: DataConfig) -> Iterator[Problem]:
     for pattern, text in data.rules.items():
         try:
@@ -155,7 +185,12 @@ def _rule_problems(data: DataConfig) -> Iterator[Problem]:
 
 
 def _run_problems(config: RunConfig) -> Iterator[Problem]:
-    checkpoint, launch = config.checkpoint, config.launch
+    checkpoint, launch, training = config.checkpoint, config.launch, config.training
+    if training.spike_action == "rollback" and not training.spike_threshold:
+        yield Problem(
+            ("training.spike_action", "training.spike_threshold"),
+            "training.spike_action is rollback with spike_threshold 0, so no spike is looked for. Set spike_threshold.",
+        )
     if config.init.load == "full" and config.init.from_path is None:
         yield Problem(
             ("init.load", "init.from_path"),
@@ -169,6 +204,12 @@ def _run_problems(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             ("checkpoint.keep_every", "checkpoint.keep_last"),
             f"checkpoint.keep_every is {checkpoint.keep_every} without keep_last, so all are kept. Set keep_last.",
+        )
+    if launch.spare_nodes and launch.scheduler != "pbs":
+        yield Problem(
+            ("launch.spare_nodes", "launch.scheduler"),
+            f"launch.spare_nodes is {launch.spare_nodes} and has no effect with the scheduler {launch.scheduler}, which "
+            "leaves bad nodes out by itself or has one. Remove it.",
         )
     if launch.exit_before_walltime >= launch.walltime:
         yield Problem(

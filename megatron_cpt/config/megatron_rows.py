@@ -109,17 +109,29 @@ def _is_bf16(config: RunConfig) -> bool:
     return config.training.precision == "bf16"
 
 
-def _duration(setting: str) -> Value:
+def _has_weight_decay_schedule(config: RunConfig) -> bool:
+    return config.optimizer.weight_decay_incr_style != "constant"
+
+
+def _weight_decay_bound(name: str) -> Value:
+    def bound(config: RunConfig) -> float:
+        value = getattr(config.optimizer, name)
+        return config.optimizer.weight_decay if value is None else value
+
+    return bound
+
+
+def _duration(setting: str, *, is_at_end: bool = False) -> Value:
     """Return the samples of a duration, or None where it is nothing."""
 
     def samples(config: RunConfig) -> int | None:
         duration = setting_value(config, setting)
-        return (derived.duration_samples(duration, config.training) if duration else 0) or None
+        return (derived.duration_samples(duration, config.training, is_at_end=is_at_end) if duration else 0) or None
 
     return samples
 
 
-_cooldown_samples = _duration("schedule.lr_cooldown")
+_cooldown_samples = _duration("schedule.lr_cooldown", is_at_end=True)
 
 
 def _lm_decay_style(config: RunConfig) -> str | None:
@@ -317,6 +329,7 @@ _TRAINING = (
         flag_value=lambda config: derived.train_samples(config.training),
         honoured_by="config/derived.py, train_iters; the flag --train-samples states all three lengths",
     ),
+    Row("training.rampup_batch_size", flag="--rampup-batch-size", honoured_by="config/batch_sizes.py"),
     Row("training.train_samples", honoured_by="config/derived.py, train_iters"),
     Row("training.train_iters", honoured_by="config/derived.py, train_iters"),
     Row(
@@ -331,6 +344,10 @@ _TRAINING = (
     ),
     Row("training.seed", ("GPTDatasetConfig.random_seed",), "--seed"),
     Row("training.z_loss_coeff", honoured_by="train/model.py, CptGPTModel"),
+    Row("training.spike_threshold", honoured_by="train/spikes.py"),
+    Row("training.spike_action", honoured_by="train/loop.py"),
+    Row("training.spike_skip_iterations", honoured_by="train/spikes.py"),
+    Row("training.spike_max_rollbacks", honoured_by="train/spikes.py"),
     Row("training.deterministic", ("TransformerConfig.deterministic_mode",), "--deterministic-mode"),
 )
 
@@ -341,6 +358,26 @@ _SCHEDULE = (
     Row("optimizer.lr", flag="--lr", honoured_by=_NEUTRAL),
     Row("optimizer.min_lr", flag="--min-lr", honoured_by=_NEUTRAL),
     Row("optimizer.weight_decay", ("OptimizerConfig.weight_decay",), "--weight-decay"),
+    Row(
+        "optimizer.weight_decay_start",
+        flag="--start-weight-decay",
+        when=_has_weight_decay_schedule,
+        flag_value=_weight_decay_bound("weight_decay_start"),
+        honoured_by="train/schedule.py",
+    ),
+    Row(
+        "optimizer.weight_decay_end",
+        flag="--end-weight-decay",
+        when=_has_weight_decay_schedule,
+        flag_value=_weight_decay_bound("weight_decay_end"),
+        honoured_by="train/schedule.py",
+    ),
+    Row(
+        "optimizer.weight_decay_incr_style",
+        flag="--weight-decay-incr-style",
+        when=_has_weight_decay_schedule,
+        honoured_by="train/schedule.py",
+    ),
     Row("optimizer.adam_beta1", ("OptimizerConfig.adam_beta1",), "--adam-beta1"),
     Row("optimizer.adam_beta2", ("OptimizerConfig.adam_beta2",), "--adam-beta2"),
     Row("optimizer.adam_eps", ("OptimizerConfig.adam_eps",), "--adam-eps"),
@@ -387,6 +424,7 @@ _DATA = (
     Row("data.buffer", honoured_by="data/blend_sources.py, data/replay.py"),
     Row("data.shuffle_in_corpus", honoured_by="train/samples.py, data/blend_order.py"),
     Row("data.skip_list", honoured_by="data/skip_list.py, train/samples.py"),
+    Row("data.skip_iterations", honoured_by="train/skipping.py"),
     Row("data.reset_attention_mask", ("GPTDatasetConfig.reset_attention_mask",), "--reset-attention-mask"),
     Row("data.eod_mask_loss", ("GPTDatasetConfig.eod_mask_loss",), "--eod-mask-loss"),
 )
@@ -418,6 +456,7 @@ _RUN = (
     Row("paths.data_dir", honoured_by="data/blend.py"),
     Row("launch.scheduler", honoured_by="launch/submit.py"),
     Row("launch.nodes", honoured_by="launch/submit.py"),
+    Row("launch.spare_nodes", honoured_by="launch/submit.py, launch/hosts.py"),
     Row("launch.gpus_per_node", honoured_by="launch/submit.py"),
     Row("launch.walltime", honoured_by="launch/render.py"),
     Row(

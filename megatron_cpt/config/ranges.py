@@ -16,7 +16,8 @@ POSITIVE = {
     "parallel": "tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size "
     "num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage context_parallel_size "
     "expert_model_parallel_size expert_tensor_parallel_size recompute_num_layers",
-    "training": "seq_length micro_batch_size global_batch_size train_tokens train_samples train_iters",
+    "training": "seq_length micro_batch_size global_batch_size train_tokens train_samples train_iters "
+    "spike_skip_iterations",
     "optimizer": "lr adam_eps",
     "schedule": "lr_hold",
     "data": "max_epochs",
@@ -27,9 +28,10 @@ POSITIVE = {
 }
 NOT_NEGATIVE = {
     "model": "rope_mscale rope_mscale_all_dim moe_router_bias_update_rate moe_aux_loss_coeff moe_z_loss_coeff",
-    "training": "z_loss_coeff",
-    "optimizer": "min_lr weight_decay clip_grad",
+    "training": "z_loss_coeff spike_threshold",
+    "optimizer": "min_lr weight_decay weight_decay_start weight_decay_end clip_grad",
     "schedule": "lr_warmup_init",
+    "launch": "spare_nodes",
 }
 BELOW_ONE = {"model": "hidden_dropout attention_dropout", "optimizer": "adam_beta1 adam_beta2"}
 

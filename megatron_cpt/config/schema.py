@@ -160,6 +160,9 @@ class TrainingConfig:
     """Samples that pass through a rank at once."""
     global_batch_size: int = 512
     """Samples per optimizer step over all ranks. A multiple of micro_batch_size x data-parallel size."""
+    rampup_batch_size: tuple[int, ...] | None = None
+    """Batch ramp-up as [start, increment, samples]: the global batch grows from start by increment to
+    global_batch_size in equal shares of the stage's first samples (Megatron-LM's --rampup-batch-size); None: none."""
     train_tokens: int | None = None
     """Length in tokens (`50B`); iterations = ceil(tokens / seq_length / global_batch_size)."""
     train_samples: int | None = None
@@ -174,6 +177,16 @@ class TrainingConfig:
     """Weight of the square of the log of the softmax's normaliser in the loss (PaLM, section 5); 0: off."""
     deterministic: bool = False
     """Choose deterministic kernels; two runs on the same hardware are then bit-identical."""
+    spike_threshold: float = 0.0
+    """A loss above the median of the last 128 by more than this many robust standard deviations (1.4826 x median
+    absolute deviation) is a spike, reported with the step's samples and shards; 0: not looked for. 10 to 20 is usual."""
+    spike_action: Literal["report", "rollback"] = "report"
+    """What follows a spike: a report, or besides it a return to the last checkpoint, from where the spike's iterations
+    are skipped (they are added to `<run>/skip_iterations.txt`)."""
+    spike_skip_iterations: int = 2
+    """Iterations that a roll-back skips: the spike's and those just before it."""
+    spike_max_rollbacks: int = 3
+    """Roll-backs of a run, over all its jobs; spikes beyond are only reported."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +199,12 @@ class OptimizerConfig:
     """Learning rate at the end of the decay."""
     weight_decay: float = 0.1
     """Decoupled weight decay on matrices; norms and biases have none."""
+    weight_decay_start: float | None = None
+    """Weight decay at sample 0, where weight_decay_incr_style is not constant; None: weight_decay."""
+    weight_decay_end: float | None = None
+    """Weight decay at the stage's end, where weight_decay_incr_style is not constant; None: weight_decay."""
+    weight_decay_incr_style: Literal["constant", "linear", "cosine"] = "constant"
+    """How weight decay runs from its start to its end over the stage's samples; constant: weight_decay throughout."""
     adam_beta1: float = 0.9
     """Decay of the first moment."""
     adam_beta2: float = 0.95
@@ -265,6 +284,9 @@ class DataConfig:
     run. Documents within a shard are shuffled in both cases."""
     skip_list: str | None = None
     """Documents to leave out, relative to paths.data_dir: lines `<prefix> <first document> <last document>`."""
+    skip_iterations: tuple[str, ...] = ()
+    """Iterations to pass without a step, as the log counts them: `["120-140", "200"]`. Their samples are consumed but
+    not trained on and not counted per corpus. `<run>/skip_iterations.txt` adds to it, one range a line."""
     reset_attention_mask: bool = True
     """Documents in a packed sample do not see each other. Attention then runs on SDPA with a mask, also where
     Transformer Engine is installed, because that ignores masks."""
@@ -341,6 +363,8 @@ class LaunchConfig:
     """Who starts the job: this machine, PBS Professional, or Slurm."""
     nodes: int = 1
     """Nodes of a training job."""
+    spare_nodes: int = 0
+    """PBS: nodes that a training job asks for besides. Those that preflight finds bad give their place to them."""
     gpus_per_node: int = 1
     """Ranks per node: GPUs, or processes on CPU."""
     walltime: int = 86400

@@ -12,7 +12,6 @@ import logging
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 
 from megatron_cpt.errors import CptError, LaunchError
 from megatron_cpt.launch.chain import BROKEN_EXIT_CODE, NOT_FINISHED_EXIT_CODE, chain_verdict
+from megatron_cpt.launch.hosts import job_hosts, training_hosts, write_hostfile
 from megatron_cpt.launch.ledger import append_record, read_jobs
 from megatron_cpt.launch.lock import run_lock
 from megatron_cpt.launch.preflight import BAD_NODES_EXIT_CODE, read_excluded
@@ -96,24 +96,6 @@ def array_index(environment: Mapping[str, str]) -> int:
     return int(environment.get("SLURM_ARRAY_TASK_ID") or environment.get("PBS_ARRAY_INDEX") or 0)
 
 
-def job_hosts(environment: Mapping[str, str]) -> list[str]:
-    """Return the job's hosts once each, in the scheduler's order; PBS lists a host once per process."""
-    if environment.get("PBS_NODEFILE"):
-        lines = Path(environment["PBS_NODEFILE"]).read_text(encoding="utf-8").split()
-        return list(dict.fromkeys(lines))
-    if environment.get("SLURM_JOB_NODELIST"):
-        listed = subprocess.run(
-            ["scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if listed.returncode == 0 and listed.stdout.split():
-            return listed.stdout.split()
-        raise LaunchError(f"scontrol show hostnames {environment['SLURM_JOB_NODELIST']}: {listed.stderr.strip()}.")
-    return [socket.gethostname()]
-
-
 def rendezvous_port(job: str, attempt: int) -> int:
     """Return a port that all nodes derive alike from the job's id; later attempts move far away."""
     digits = re.match(r"\D*(\d+)", job)
@@ -177,11 +159,9 @@ def _run_ranks(arguments: argparse.Namespace, signals: Signals) -> int:
             append_record(run.jobs, job, state=state, exit_code=code, reason=reason)
             return code
     with run_lock(run.jobs / "lock.json", f"job {job}", wait_seconds=LOCK_WAIT_SECONDS):
-        hosts = job_hosts(os.environ)
-        if len(hosts) < arguments.nodes:
-            raise LaunchError(
-                f"{', '.join(hosts)}: {len(hosts)} hosts, {arguments.nodes} are needed. Check the select."
-            )
+        nodefile = os.environ.get("PBS_NODEFILE")
+        all_hosts = job_hosts(os.environ)
+        hosts = _choose_hosts(arguments, run, all_hosts, nodefile)
         (run.path / "stop_now").unlink(missing_ok=True)  # meant for a job that has ended before it looked
         append_record(
             run.jobs, job, state="running", hosts=hosts, iteration_start=iteration, stage=arguments.stage,
@@ -190,6 +170,11 @@ def _run_ranks(arguments: argparse.Namespace, signals: Signals) -> int:
         )  # fmt: skip
         if arguments.preflight:
             code, reason = _preflight(arguments, run, job, hosts[0], signals)
+            while code == BAD_NODES_EXIT_CODE and _num_good(all_hosts, run) >= arguments.nodes:
+                logger.warning("%s; spare nodes take their place", reason)
+                hosts = _choose_hosts(arguments, run, all_hosts, nodefile)
+                append_record(run.jobs, job, hosts=hosts)
+                code, reason = _preflight(arguments, run, job, hosts[0], signals)
             if code:
                 logger.error("%s", reason)
                 append_record(run.jobs, job, state="failed", exit_code=code, iteration_end=iteration, reason=reason)
@@ -205,6 +190,21 @@ def _run_ranks(arguments: argparse.Namespace, signals: Signals) -> int:
             logger.warning("iteration %d of %d: the chain needs more links.", iteration, arguments.train_iters)
         append_record(run.jobs, job, state=state, exit_code=code, iteration_end=iteration)
         return code
+
+
+def _choose_hosts(arguments: argparse.Namespace, run: RunDir, hosts: list[str], nodefile: str | None) -> list[str]:
+    """Return the hosts that train; a launcher with a host file gets one that names only them."""
+    chosen = training_hosts(hosts, read_excluded(run.jobs), arguments.nodes)
+    if nodefile and len(hosts) > arguments.nodes:
+        hostfile = arguments.log_dir / "hostfile"
+        write_hostfile(hostfile, chosen, Path(nodefile))
+        os.environ["PBS_NODEFILE"] = str(hostfile)
+    return chosen
+
+
+def _num_good(hosts: Sequence[str], run: RunDir) -> int:
+    excluded = read_excluded(run.jobs)
+    return sum(host not in excluded for host in hosts)
 
 
 def _start(arguments: argparse.Namespace, run: RunDir, job: str, host: str, signals: Signals) -> Outcome:

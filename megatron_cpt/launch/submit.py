@@ -169,10 +169,12 @@ def training_job(submission: Submission, link: int, *, must_finish: bool, max_fa
     job = _job(submission, "train", f"train-{submission.stamp}-{link:03d}", options, command)
     excluded = read_excluded(submission.run.jobs)
     avoid = (f"--exclude={','.join(excluded)}",) if excluded and submission.scheduler == "slurm" else ()
-    if excluded and submission.scheduler == "pbs":
+    if excluded and submission.scheduler == "pbs" and launch.spare_nodes < len(excluded):
         logger.warning(
-            "%s: PBS has no list of hosts to avoid. Choose hosts in site.select.", excluded_path(submission.run.jobs)
-        )
+            "%s names %d bad nodes, which PBS may give to the job: launch.spare_nodes is %d. Ask for as many.",
+            excluded_path(submission.run.jobs), len(excluded), launch.spare_nodes,
+        )  # fmt: skip
+    num_nodes = launch.nodes + launch.spare_nodes
     return dataclasses.replace(
         job,
         nodes=launch.nodes,
@@ -180,8 +182,8 @@ def training_job(submission: Submission, link: int, *, must_finish: bool, max_fa
         tasks_per_node=per_node,
         walltime=launch.walltime,
         queue=site.queue,
-        select=_filled(site.select, launch.nodes, launch.gpus_per_node),
-        options=(*(_filled(option, launch.nodes, launch.gpus_per_node) for option in site.options), *avoid),
+        select=_filled(site.select, num_nodes, launch.gpus_per_node),
+        options=(*(_filled(option, num_nodes, launch.gpus_per_node) for option in site.options), *avoid),
         signal_seconds=min(site.signal_seconds, launch.walltime // 2),
         may_requeue=True,
     )

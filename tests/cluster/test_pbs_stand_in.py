@@ -80,6 +80,25 @@ def test_a_chain_goes_on_after_a_crash_and_ends_when_the_run_is_finished(pbs_run
     assert seen[1] == "on" and int(seen[2]) <= (os.cpu_count() or 1), "mpirun carried the site's variables, not 192"
 
 
+def test_a_spare_node_takes_the_place_of_one_that_fails_the_preflight(pbs_run):
+    python = Path(pbs_run.submission.python)
+    seen, excluded = python.with_name("preflight_ran"), pbs_run.run.jobs / "excluded_nodes.txt"
+    first_line, rest = python.read_text().split("\n", 1)
+    stand_in = (
+        'if [[ "$*" == "-m megatron_cpt preflight "* ]]; then\n'
+        f"  mkdir {seen} 2>/dev/null || {{ [[ -e {seen}/done ]] && exit 0; sleep 2; exit 5; }}\n"
+        f'  echo "localhost too slow" >>{excluded}; sleep 1; touch {seen}/done; exit 5\nfi\n'
+    )
+    python.write_text(f"{first_line}\n{stand_in}{rest}")
+    submission = pbs_run.submission
+    launch = dataclasses.replace(submission.loaded.config.launch, spare_nodes=1)
+    loaded = dataclasses.replace(submission.loaded, config=dataclasses.replace(submission.loaded.config, launch=launch))
+    site = dataclasses.replace(submission.site, preflight=True)
+    (job,) = submit_chain(dataclasses.replace(submission, loaded=loaded, site=site))
+    assert pbs_run.wait(job)[0].exit_code == 0, pbs_run.logs()
+    assert pbs_run.jobs()[job]["hosts"] == ["node1", "node2"] and pbs_run.iteration() == 40
+
+
 def test_a_failed_parent_deletes_its_dependents_and_status_says_so(pbs_run):
     parent = submit_stage(pbs_run.submission, "convert", ["show-config", "--task", "nowhere"])
     later = dataclasses.replace(pbs_run.submission, stamp="later")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_cpt.errors import LaunchError
-from megatron_cpt.launch import batch
+from megatron_cpt.launch import batch, hosts
 from megatron_cpt.launch.chain import chain_verdict
 from megatron_cpt.launch.ledger import read_jobs
 from megatron_cpt.launch.lock import run_lock
@@ -51,8 +51,21 @@ def test_a_stop_file_stops_the_chain_unless_it_is_finished(tmp_path):
 def test_hosts_that_repeat_in_a_node_file_count_once_and_keep_their_order(tmp_path):
     nodes = tmp_path / "nodes"
     nodes.write_text("b\nb\na\nb\na\n")
-    assert batch.job_hosts({"PBS_NODEFILE": str(nodes)}) == ["b", "a"]
-    assert batch.job_hosts({}) == [socket.gethostname()]
+    assert hosts.job_hosts({"PBS_NODEFILE": str(nodes)}) == ["b", "a"]
+    assert hosts.job_hosts({}) == [socket.gethostname()]
+
+
+def test_bad_hosts_give_their_place_to_spare_ones_and_train_only_where_there_are_too_few(tmp_path, caplog):
+    assert hosts.training_hosts(["a", "b", "c", "d"], ["b", "x"], 3) == ["a", "c", "d"]
+    assert hosts.training_hosts(["a", "b", "c", "d"], [], 2) == ["a", "b"]
+    assert not caplog.records
+    assert hosts.training_hosts(["a", "b", "c"], ["a", "b"], 2) == ["a", "c"]
+    assert "a: bad nodes train" in caplog.text
+    with pytest.raises(LaunchError, match="a, b: 2 hosts, 3 are needed"):
+        hosts.training_hosts(["a", "b"], [], 3)
+    (tmp_path / "nodes").write_text("a\na\nb\nb\nc\nc\n")
+    hosts.write_hostfile(tmp_path / "hostfile", ["a", "c"], tmp_path / "nodes")
+    assert (tmp_path / "hostfile").read_text() == "a\na\nc\nc\n"
 
 
 def test_ports_follow_from_the_job_and_move_when_taken():

@@ -1,0 +1,58 @@
+"""The hosts of a job, and which of them train: bad ones give their place to spare ones.
+
+PBS has no list of hosts to avoid, so a job there asks for some more than it needs (`launch.spare_nodes`) and trains on
+those that `excluded_nodes.txt` does not name. Slurm leaves hosts out by itself (`--exclude`).
+"""
+
+import logging
+import socket
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megatron_cpt.errors import LaunchError
+
+logger = logging.getLogger(__name__)
+
+
+def job_hosts(environment: Mapping[str, str]) -> list[str]:
+    """Return the job's hosts once each, in the scheduler's order; PBS lists a host once per process."""
+    if environment.get("PBS_NODEFILE"):
+        lines = Path(environment["PBS_NODEFILE"]).read_text(encoding="utf-8").split()
+        return list(dict.fromkeys(lines))
+    if environment.get("SLURM_JOB_NODELIST"):
+        listed = subprocess.run(
+            ["scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if listed.returncode == 0 and listed.stdout.split():
+            return listed.stdout.split()
+        raise LaunchError(f"scontrol show hostnames {environment['SLURM_JOB_NODELIST']}: {listed.stderr.strip()}.")
+    return [socket.gethostname()]
+
+
+def training_hosts(hosts: Sequence[str], excluded: Sequence[str], nodes: int) -> list[str]:
+    """Return the `nodes` hosts that train, those that are not excluded first, in the scheduler's order.
+
+    Excluded hosts train all the same, with a warning, where there are too few others.
+
+    Raises: LaunchError when the job has fewer hosts than nodes.
+    """
+    if len(hosts) < nodes:
+        raise LaunchError(f"{', '.join(hosts)}: {len(hosts)} hosts, {nodes} are needed. Check the select.")
+    good = [host for host in hosts if host not in excluded]
+    chosen = set([*good, *(host for host in hosts if host in excluded)][:nodes])
+    if len(good) < nodes:
+        logger.warning(
+            "%s: bad nodes train, since the job has no others. Raise launch.spare_nodes.",
+            ", ".join(host for host in hosts if host in chosen and host in excluded),
+        )
+    return [host for host in hosts if host in chosen]
+
+
+def write_hostfile(path: Path, hosts: Sequence[str], nodefile: Path) -> None:
+    """Write the lines of PBS's node file that name `hosts`, as often as it does."""
+    lines = nodefile.read_text(encoding="utf-8").split()
+    path.write_text("".join(f"{line}\n" for line in lines if line in hosts), encoding="utf-8")
