@@ -22,6 +22,7 @@ from megatron_cpt.config.derived import (
 from megatron_cpt.config.schema import CheckpointConfig, RunConfig
 from megatron_cpt.launch.memory import StageMemory, stage_memories
 from megatron_cpt.launch.model_size import num_active_parameters, num_parameters
+from megatron_cpt.launch.quota import Quota, tightest_quota
 from megatron_cpt.launch.run_dir import run_dir
 from megatron_cpt.log import format_bytes, format_count, format_seconds
 
@@ -42,6 +43,7 @@ class Plan:
     checkpoint_bytes: int
     num_checkpoints: int
     free_bytes: int
+    quota: Quota | None
     tokens_per_second: float | None
     throughput_source: str
 
@@ -56,6 +58,16 @@ class Plan:
         if self.gpu_memory_bytes is None:
             return None
         return self.peak_bytes + GPU_RESERVE_BYTES <= self.gpu_memory_bytes
+
+    @property
+    def room_bytes(self) -> int:
+        """What may be written: free space, or less where a quota leaves less."""
+        return self.free_bytes if self.quota is None else min(self.free_bytes, self.quota.left_bytes)
+
+    @property
+    def fits_disk(self) -> bool:
+        """Whether the checkpoints that are kept fit."""
+        return self.num_checkpoints * self.checkpoint_bytes <= self.room_bytes
 
     @property
     def seconds(self) -> float | None:
@@ -95,6 +107,7 @@ def plan_run(
         checkpoint_bytes=num_parameters(config.model) * FULL_BYTES[config.training.precision],
         num_checkpoints=num_checkpoints(config.checkpoint, train_iters(config.training)),
         free_bytes=free_bytes(Path(config.paths.runs_dir)),
+        quota=tightest_quota(Path(config.paths.runs_dir)),
         tokens_per_second=tokens_per_second,
         throughput_source=source,
     )
@@ -190,11 +203,13 @@ def _memory_lines(plan: Plan) -> list[str]:
 
 def _disk_and_time_lines(plan: Plan) -> list[str]:
     needed = plan.num_checkpoints * plan.checkpoint_bytes
-    verdict = "" if needed <= plan.free_bytes else "  NOT ENOUGH: lower checkpoint.keep_last"
+    verdict = "" if plan.fits_disk else "  NOT ENOUGH: lower checkpoint.keep_last"
+    quota = plan.quota
+    allowed = f", quota of {quota.owner} leaves {format_bytes(quota.left_bytes)}" if quota else ""
     weights = num_parameters(plan.config.model) * WEIGHTS_BYTES[plan.config.training.precision]
     lines = [
         f"checkpoint  {format_bytes(plan.checkpoint_bytes)} each ({format_bytes(weights)} of weights), at most "
-        f"{plan.num_checkpoints} kept: {format_bytes(needed)} of {format_bytes(plan.free_bytes)} free{verdict}"
+        f"{plan.num_checkpoints} kept: {format_bytes(needed)} of {format_bytes(plan.free_bytes)} free{allowed}{verdict}"
     ]
     if plan.seconds is None:
         return [*lines, "time        unknown: state a throughput with --tokens-per-second"]

@@ -56,9 +56,10 @@ def check_training(loaded: LoadedConfig, run: RunDir, *, data_will_exist: bool =
     plan = plan_run(config)
     needed = plan.num_checkpoints * plan.checkpoint_bytes
     on_disk = sum(path.stat().st_size for path in run.checkpoints.glob("iter_*/*") if path.is_file())
-    if needed - on_disk > plan.free_bytes:
+    quota = f" (quota of {plan.quota.owner})" if plan.quota and plan.room_bytes < plan.free_bytes else ""
+    if needed - on_disk > plan.room_bytes:
         mistakes.append(
-            f"{config.paths.runs_dir}: {format_bytes(plan.free_bytes)} free. {plan.num_checkpoints} checkpoints of "
+            f"{config.paths.runs_dir}: {format_bytes(plan.room_bytes)} free{quota}. {plan.num_checkpoints} checkpoints of "
             f"{format_bytes(plan.checkpoint_bytes)} need {format_bytes(needed)}. Set checkpoint.keep_last."
         )
     if mistakes:
