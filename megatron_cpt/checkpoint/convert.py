@@ -4,7 +4,6 @@ No model is built and no process group started: each step (`mapping.Unit`) reads
 and writes the result, so that memory holds a few tensors per worker. An output is complete under its name or not there.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import fcntl
@@ -32,6 +31,7 @@ from megatron_cpt.checkpoint.hf_config import (
 )
 from megatron_cpt.checkpoint.hf_export_config import hf_config_from_model
 from megatron_cpt.checkpoint.mapping import Unit, check_coverage, family_of, units
+from megatron_cpt.checkpoint.megatron_common import write_megatron_metadata
 from megatron_cpt.checkpoint.side_files import copy_tokenizer, tokenizer_hash, write_configs
 from megatron_cpt.checkpoint.sources import MegatronWeights, TorchDistWeights
 from megatron_cpt.checkpoint.verify import verify_against_hf
@@ -92,9 +92,9 @@ def hf_to_mcore(
             f"{output}: holds a run at iteration {tracked}. Converted weights need a folder of their own. Choose another one."
         )
     mcore.check_free_space(output, int(source.num_bytes() * 1.01) + (1 << 20))
-    _remove_partial(target)
-    with whole_dir(target) as directory, _claimed(directory):
-        progress = _progress(f"{hf_dir.name} to Megatron", source.num_bytes())
+    remove_partial(target)
+    with whole_dir(target) as directory, claimed(directory):
+        progress = progress_of(f"{hf_dir.name} to Megatron", source.num_bytes())
         cast = DTYPES[dtype] if dtype else None
         hashes = write_dcp(
             directory,
@@ -164,9 +164,9 @@ def mcore_to_hf(
     config["dtype"] = config["torch_dtype"] = NAMES_IN_CONFIG[groups[0].tensors[0][2]]
     total = sum(group.num_bytes for group in groups)
     mcore.check_free_space(output, int(total * 1.01) + (1 << 20))
-    _remove_partial(output)
-    with whole_dir(output) as directory, _claimed(directory):
-        progress = _progress(f"{checkpoint.name} to Hugging Face", total)
+    remove_partial(output)
+    with whole_dir(output) as directory, claimed(directory):
+        progress = progress_of(f"{checkpoint.name} to Hugging Face", total)
         hashes = write_safetensors(
             directory, groups, max_shard_bytes=max_shard_bytes, num_workers=num_workers, progress=progress
         )
@@ -249,36 +249,6 @@ def _cast_type(step: Unit, stored: torch.dtype, cast: torch.dtype | None) -> tor
     return stored if cast is None or step.key.endswith("expert_bias") else cast
 
 
-def write_megatron_metadata(directory: Path, model: ModelConfig) -> None:
-    """Write what megatron-core and Megatron-LM read besides the tensors: the format's name and the common state."""
-    write_json(
-        directory / "metadata.json",
-        {
-            "sharded_backend": "torch_dist",
-            "sharded_backend_version": 1,
-            "common_backend": "torch",
-            "common_backend_version": 1,
-        },
-    )
-    arguments = argparse.Namespace(
-        tensor_model_parallel_size=1,
-        pipeline_model_parallel_size=1,
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        num_attention_heads=model.num_attention_heads,
-    )
-    common = {
-        "args": arguments,
-        "checkpoint_version": 3.0,
-        "iteration": 0,
-        "content_metadata": {"non_homogeneous_layers": True, "singleton_local_shards": False},
-    }
-    with (directory / "common.pt").open("wb") as file:
-        torch.save(common, file)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _release_manifest(model: ModelConfig, source: HFFolder, identity: dict[str, Any]) -> dict[str, Any]:
     return {
         "iteration": "release",
@@ -322,14 +292,14 @@ def _is_exported(output: Path, identity: dict[str, Any]) -> bool:
     )
 
 
-def _remove_partial(target: Path) -> None:
+def remove_partial(target: Path) -> None:
     """Remove what killed conversions to the same name left behind.
 
     Raises: CheckpointError when a conversion to that name is at work.
     """
     for leftover in target.parent.glob(f".{target.name}.*.partial"):
         try:
-            with _claimed(leftover):
+            with claimed(leftover):
                 logger.warning("%s: left by an interrupted conversion, removed", leftover)
                 shutil.rmtree(leftover)
         except BlockingIOError:
@@ -339,7 +309,7 @@ def _remove_partial(target: Path) -> None:
 
 
 @contextlib.contextmanager
-def _claimed(directory: Path) -> Iterator[None]:
+def claimed(directory: Path) -> Iterator[None]:
     """Hold a lock on a partial folder that ends with this process, however it ends.
 
     Raises: BlockingIOError when another process holds it.
@@ -357,7 +327,7 @@ def _claimed(directory: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _progress(label: str, total: int) -> Callable[[int], None]:
+def progress_of(label: str, total: int) -> Callable[[int], None]:
     """Return a function that counts bytes and logs progress; workers may call it at the same time."""
     meter, lock = Progress(label, total / 1e6, "MB"), threading.Lock()
 

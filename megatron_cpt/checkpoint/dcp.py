@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_cpt.checkpoint.safe import Placeholder, load_safely
 from megatron_cpt.errors import CheckpointError
 
 METADATA = ".metadata"
@@ -90,8 +91,8 @@ class DcpReader:
         return result
 
     def read_object(self, key: str) -> Any:
-        """Return a stored object, unpickled with `weights_only`."""
-        return self._load(MetadataIndex(key))
+        """Return a stored object, read as `safe.load_safely` does."""
+        return self._load(MetadataIndex(key), only_tensors=False)
 
     def _tensor(self, key: str) -> TensorStorageMetadata:
         try:
@@ -99,20 +100,15 @@ class DcpReader:
         except KeyError:
             raise CheckpointError(f"{self.directory}: no tensor {key}. It holds {len(self._tensors)} others.") from None
 
-    def _load(self, index: MetadataIndex) -> Any:
+    def _load(self, index: MetadataIndex, *, only_tensors: bool = True) -> Any:
         info = self.metadata.storage_data[index]
         path = self.directory / Path(info.relative_path).name
         try:
             with path.open("rb", buffering=0) as file:
                 view = cast("IO[bytes]", _FileView(file, info.offset, info.length))
-                return torch.load(view, map_location="cpu", weights_only=True)
+                return load_safely(view, f"{path}: {index.fqn} at byte {info.offset}", only_tensors=only_tensors)
         except FileNotFoundError:
             raise CheckpointError(f"{path}: no such file. {index.fqn} is in it. Use another checkpoint.") from None
-        except (RuntimeError, pickle.UnpicklingError, EOFError) as problem:
-            raise CheckpointError(
-                f"{path}: {index.fqn} at byte {info.offset} cannot be read ({str(problem).splitlines()[0]}). "
-                "The file is damaged. Use another checkpoint."
-            ) from None
 
 
 def read_metadata(directory: Path) -> Metadata:
@@ -177,14 +173,6 @@ _ALLOWED = {
     ("builtins", "set"),
 }  # fmt: skip
 _BOOKKEEPING = ("megatron.core.dist_checkpointing", "torch.distributed.checkpoint.planner")
-
-
-class Placeholder:
-    """Stands for an object beside the tensors that is not needed (Megatron-Core's MCoreMetadata, cached plans, enums)."""
-
-    def __init__(self, *ignored: Any, **also_ignored: Any) -> None: ...
-
-    def __setstate__(self, state: Any) -> None: ...
 
 
 class _IndexUnpickler(pickle.Unpickler):

@@ -1,215 +1,135 @@
-"""Weights in formats that others left behind: Megatron's `torch` format and DeepSpeed's universal checkpoints.
+"""Checkpoints that others left behind, opened alike: weights, and the optimizer's state where it can be mapped.
 
-    iter_0001000/mp_rank_TT[_PPP]/model_optim_rng.pt     a pickle per tensor- and pipeline-parallel rank, Megatron-Core names
-    <universal>/zero/<parameter>/fp32.pt                 whole tensors; Megatron-Core's, Megatron-DeepSpeed's or Hugging Face's names
+    iter_0001000/mp_rank_TT[_PPP]/model_optim_rng.pt     Megatron's torch format               (torch_format.py)
+    <universal>/zero/<parameter>/fp32.pt                 DeepSpeed universal                   (deepspeed.py)
+    iter_0001000/.metadata                               torch_dist by Megatron-LM             (sources.py)
 
-Pickles are read with `weights_only` and an allow-list of what Megatron puts beside the tensors (arguments, random states);
-an unlisted class is an error. Only weights are read, no optimizer state; experts must not be spread over ranks (EP 1).
+All pickles are read through an allow-list (safe.py). State that cannot be mapped with certainty is not used, and said.
 """
 
-import argparse
-import collections
-import pathlib
-import pickle
 import re
-import types
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy
-import torch
-from numpy._core.multiarray import _reconstruct
-
-from megatron_cpt.checkpoint.dcp import Placeholder
-from megatron_cpt.checkpoint.mapping import Unit
-from megatron_cpt.checkpoint.transforms import concatenate_shards, merge_gate_up
+from megatron_cpt.checkpoint import mcore
+from megatron_cpt.checkpoint.dcp import METADATA, DcpReader
+from megatron_cpt.checkpoint.deepspeed import DeepSpeedUniversalWeights, universal_step
+from megatron_cpt.checkpoint.mapping import FAMILIES, Family, units
+from megatron_cpt.checkpoint.megatron_common import find_step, read_common
+from megatron_cpt.checkpoint.sources import MegatronWeights, TorchDistWeights
+from megatron_cpt.checkpoint.torch_format import MOMENTS, TorchFormat, Unmappable
 from megatron_cpt.config.schema import ModelConfig
 from megatron_cpt.errors import CheckpointError
 
-_MEGATRON_CLASSES = (
-    "megatron.core.enums.ModelType",
-    "megatron.core.transformer.enums.AttnBackend",
-    "megatron.core.rerun_state_machine.RerunState",
-    "megatron.core.rerun_state_machine.RerunMode",
-    "megatron.core.rerun_state_machine.RerunDiagnostic",
-    "signal.Signals",
-)
-_LOCAL_TO_TE = {
-    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
-    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
-    "self_attention.q_layernorm.weight": "self_attention.linear_q_up_proj.layer_norm_weight",
-    "self_attention.kv_layernorm.weight": "self_attention.linear_kv_up_proj.layer_norm_weight",
-}
-_REPLICATED = re.compile(r"layer_?norm|layernorm|router|_down_proj")
-_ROWS_SPLIT = re.compile(r"linear_proj|linear_fc2")
-_DEEPSPEED_NAMES = (
-    (r"^(?:module\.)?language_model\.", ""),
-    (r"^embedding\.word_embeddings", "embedding.word_embeddings"),
-    (r"^(?:encoder|transformer)\.layers\.", "decoder.layers."),
-    (r"^(?:encoder|transformer)\.final_layernorm", "decoder.final_layernorm"),
-    (r"\.input_layernorm\.weight$", ".self_attention.linear_qkv.layer_norm_weight"),
-    (r"\.post_attention_layernorm\.weight$", ".mlp.linear_fc1.layer_norm_weight"),
-    (r"\.(?:self_)?attention\.query_key_value\.", ".self_attention.linear_qkv."),
-    (r"\.(?:self_)?attention\.dense\.", ".self_attention.linear_proj."),
-    (r"\.mlp\.dense_h_to_4h\.", ".mlp.linear_fc1."),
-    (r"\.mlp\.dense_4h_to_h\.", ".mlp.linear_fc2."),
-)
+_NOT_RESHARDABLE = re.compile(r"dp_reshardable|dp_zero_gather_scatter|fully_sharded_bucket_space")
 
 
-class TorchFormatWeights:
-    """Weights of a checkpoint in Megatron's `torch` format, put together from its tensor- and pipeline-parallel ranks."""
+@dataclass(frozen=True)
+class ForeignCheckpoint:
+    """An opened checkpoint of another program."""
 
-    def __init__(self, directory: Path):
-        self.directory = directory
-        ranks: dict[int, dict[int, Path]] = collections.defaultdict(dict)
-        for path in sorted(directory.glob("mp_rank_*/model_optim_rng.pt")):
-            numbers = [int(part) for part in path.parent.name.removeprefix("mp_rank_").split("_")]
-            if len(numbers) > 2:
-                raise CheckpointError(f"{path}: expert-parallel ranks. Experts on one rank each (EP 1) can be read.")
-            ranks[numbers[1] if len(numbers) > 1 else 0][numbers[0]] = path
-        if not ranks:
-            raise CheckpointError(
-                f"{directory}: no mp_rank_*/model_optim_rng.pt. A checkpoint in torch format is needed."
-            )
-        self._shards: dict[str, list[torch.Tensor]] = {}
-        self._collect([[shards[rank] for rank in sorted(shards)] for _, shards in sorted(ranks.items())])
+    format: str
+    """torch, deepspeed or torch_dist."""
+    directory: Path
+    weights: MegatronWeights
+    moments: dict[str, MegatronWeights] | None
+    """Kind (param, exp_avg, exp_avg_sq) -> tensors in fp32; None: none that can be used."""
+    step: int | None
+    """Updates that made the moments."""
+    missing: str = ""
+    """Why there are no moments."""
 
-    def shape(self, unit: Unit) -> tuple[int, ...]:
-        """Return a unit's shape."""
-        return tuple(self.read(unit).shape[0 if unit.expert is None else 1 :])
-
-    def dtype(self, unit: Unit) -> torch.dtype:
-        """Return the type on disk."""
-        return self._find(unit)[0].dtype
-
-    def read(self, unit: Unit, num_rows: int | None = None) -> torch.Tensor:
-        """Return a unit's values, joined over tensor-parallel ranks."""
-        shards = self._find(unit)
-        if len(shards) == 1 or _REPLICATED.search(unit.key):
-            whole = shards[0]
-        else:
-            dim = 1 if _ROWS_SPLIT.search(unit.key) else 0
-            whole = concatenate_shards(shards, dim, is_gate_up=unit.how == "gate_up")
-        whole = whole if num_rows is None else whole[:num_rows]
-        return whole if unit.expert is None else whole.unsqueeze(0)
-
-    def unclaimed(self, units: Sequence[Unit]) -> list[str]:
-        """Return the weights that no unit reads."""
-        return sorted(self._shards.keys() - {name for unit in units for name in self._names(unit)})
-
-    def _collect(self, stages: list[list[Path]]) -> None:
-        """Read every rank's pickle, memory-mapped, and renumber layers over stages and virtual stages."""
-        states = [[_load_pickle(path) for path in shards] for shards in stages]
-        first = states[0][0]
-        chunks = ["model"] if "model" in first else sorted(key for key in first if re.fullmatch(r"model\d+", key))
-        offset = 0
-        for chunk in chunks:
-            for shards in states:
-                layers = 0
-                for name in shards[0][chunk]:
-                    match = re.match(r"decoder\.layers\.(\d+)\.(.+)", name)
-                    layers = max(layers, int(match[1]) + 1) if match else layers
-                    whole = f"decoder.layers.{int(match[1]) + offset}.{match[2]}" if match else name
-                    tensors = [shard[chunk][name] for shard in shards]
-                    if isinstance(tensors[0], torch.Tensor) and not name.endswith("_extra_state"):
-                        self._shards.setdefault(whole, tensors)
-                offset += layers
-
-    def _names(self, unit: Unit) -> list[str]:
-        key = unit.key
-        if unit.expert is not None:
-            stem, _, rest = key.partition("experts.experts.")
-            return [f"{stem}experts.local_experts.{unit.expert}.{rest}", f"{stem}experts.{rest}{unit.expert}"]
-        local = [key.replace(te, name) for name, te in _LOCAL_TO_TE.items() if key.endswith(te)]
-        return [key, *local]
-
-    def _find(self, unit: Unit) -> list[torch.Tensor]:
-        for name in self._names(unit):
-            if name in self._shards:
-                return self._shards[name]
-        raise CheckpointError(f"{self.directory}: no tensor {unit.key}. The params file must describe this model.")
+    @property
+    def files(self) -> list[Path]:
+        """Return the files that hold tensors."""
+        pattern = "*.distcp" if self.format == "torch_dist" else "*.pt"
+        return sorted(self.directory.rglob(pattern))
 
 
-class DeepSpeedUniversalWeights:
-    """Weights of a DeepSpeed universal checkpoint: one folder per parameter, whole tensors in fp32."""
-
-    def __init__(self, directory: Path, model: ModelConfig):
-        self.model = model
-        zero = directory / "zero" if (directory / "zero").is_dir() else directory
-        self._files = {_megatron_name(path.parent.name): path for path in sorted(zero.glob("*/fp32.pt"))}
-        if not self._files:
-            raise CheckpointError(
-                f"{directory}: no zero/<parameter>/fp32.pt. A DeepSpeed universal checkpoint is needed."
-            )
-        self.directory = directory
-
-    def shape(self, unit: Unit) -> tuple[int, ...]:
-        """Return a unit's shape."""
-        return tuple(self.read(unit).shape[0 if unit.expert is None else 1 :])
-
-    def dtype(self, unit: Unit) -> torch.dtype:
-        """Return fp32, which universal checkpoints are in."""
-        return torch.float32
-
-    def read(self, unit: Unit, num_rows: int | None = None) -> torch.Tensor:
-        """Return a unit's values."""
-        if unit.key in self._files:
-            whole = self._load(unit.key)
-        elif all(name in self._files for name in unit.hf):
-            whole = unit.to_mcore([self._load(name) for name in unit.hf], self.model)
-            whole = whole if unit.expert is None else whole[0]
-        elif unit.how == "gate_up" and all(f"{unit.key}.{part}" in self._files for part in (0, 1)):
-            whole = merge_gate_up(self._load(f"{unit.key}.0"), self._load(f"{unit.key}.1"))
-        else:
-            raise CheckpointError(
-                f"{self.directory}: no parameter {unit.key} and no {unit.hf[0]}. Check the params file."
-            )
-        whole = whole if num_rows is None else whole[:num_rows]
-        return whole if unit.expert is None else whole.unsqueeze(0)
-
-    def unclaimed(self, units: Sequence[Unit]) -> list[str]:
-        """Return the parameters that no unit reads."""
-        return sorted(self._files.keys() - {name for unit in units for name in (unit.key, *unit.hf)})
-
-    def _load(self, name: str) -> torch.Tensor:
-        content = _load_pickle(self._files[name])
-        values = content["param"] if isinstance(content, dict) else content
-        if not isinstance(values, torch.Tensor):
-            raise CheckpointError(f"{self._files[name]}: holds no tensor. The checkpoint is damaged.")
-        return values
+def foreign_format(path: Path) -> tuple[str, Path] | None:
+    """Return the format of a foreign checkpoint and its folder (that which Megatron's tracker file names), else None."""
+    if path.is_dir() and mcore.iteration_of(path) is None and (path / mcore.TRACKER).exists():
+        tracked = mcore.read_tracker(path)
+        path = mcore.checkpoint_dir(path, tracked) if tracked is not None else path
+    if any(path.glob("mp_rank_*/model_optim_rng.pt")):
+        return "torch", path
+    if any(path.glob("zero/*/fp32.pt")) or any(path.glob("*/fp32.pt")):
+        return "deepspeed", path
+    return ("torch_dist", path) if (path / METADATA).exists() else None
 
 
-def _megatron_name(name: str) -> str:
-    if name.startswith(("model.", "lm_head.", "decoder.")):
-        return name  # Hugging Face's and Megatron-Core's own
-    for pattern, replacement in _DEEPSPEED_NAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
+def open_foreign(source: Path, model: ModelConfig) -> ForeignCheckpoint:
+    """Return the foreign checkpoint `source` of `model`.
+
+    Raises: CheckpointError when it is none, is damaged, or a pickle in it holds more than weights and arguments.
+    """
+    found = foreign_format(source)
+    if found is None:
+        raise CheckpointError(
+            f"{source}: neither mp_rank_*/model_optim_rng.pt, nor zero/<parameter>/fp32.pt, nor {METADATA}. A folder of "
+            "Megatron's torch or torch_dist format or a DeepSpeed universal checkpoint is needed."
+        )
+    kind, directory = found
+    if kind == "torch":
+        return _open_torch_format(directory)
+    if kind == "deepspeed":
+        return _open_deepspeed(directory, model)
+    return _open_torch_dist(directory)
 
 
-def _load_pickle(path: Path) -> Any:
-    allowed: list[Any] = [
-        argparse.Namespace,
-        types.SimpleNamespace,
-        pathlib.PosixPath,
-        numpy.ndarray,
-        numpy.dtype,
-        numpy.dtypes.UInt32DType,
-        _reconstruct,
-        (_reconstruct, "numpy.core.multiarray._reconstruct"),
-        *((Placeholder, name) for name in _MEGATRON_CLASSES),
-    ]
+def is_loadable(directory: Path, model: ModelConfig) -> bool:
+    """Return whether training loads a `torch_dist` folder as it is: a key per layer, named as Transformer Engine does."""
+    present = set(DcpReader(directory).tensor_keys())
+    return all(unit.key in present for unit in units(model, _any_family(model)))
+
+
+def _open_torch_format(directory: Path) -> ForeignCheckpoint:
+    opened = TorchFormat(directory)
     try:
-        with torch.serialization.safe_globals(allowed):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as problem:
-        found = re.search(r"GLOBAL ([\w.]+)", str(problem))
-        raise CheckpointError(
-            f"{path}: holds {found[1] if found else 'a class'}, which is not on the allow-list of weights and arguments. "
-            "It is not loaded, because it could run code."
-        ) from None
-    except (RuntimeError, EOFError) as problem:
-        raise CheckpointError(
-            f"{path}: cannot be read ({str(problem).splitlines()[0]}). The file is damaged."
-        ) from None
+        moments, step = opened.optimizer()
+    except Unmappable as problem:
+        return ForeignCheckpoint("torch", directory, opened.weights, None, None, str(problem))
+    return ForeignCheckpoint("torch", directory, opened.weights, dict(moments), step)
+
+
+def _open_deepspeed(directory: Path, model: ModelConfig) -> ForeignCheckpoint:
+    weights = DeepSpeedUniversalWeights(directory, model)
+    missing = ""
+    try:
+        moments: dict[str, MegatronWeights] = {
+            kind: DeepSpeedUniversalWeights(directory, model, "fp32" if kind == "param" else kind) for kind in MOMENTS
+        }
+        step = universal_step(directory)
+        if step is None:
+            missing = "neither zero/<parameter>/step.pt nor zero/optimizer_state.pt states the number of updates"
+    except CheckpointError as problem:
+        missing, step = str(problem), None
+    if missing:
+        return ForeignCheckpoint("deepspeed", directory, weights, None, None, missing)
+    return ForeignCheckpoint("deepspeed", directory, weights, moments, step)
+
+
+def _open_torch_dist(directory: Path) -> ForeignCheckpoint:
+    reader = DcpReader(directory)
+    weights = TorchDistWeights(directory, reader=reader)
+    common = read_common(directory)
+    kind = str((common.get("content_metadata") or {}).get("distrib_optim_sharding_type", ""))
+    kind = kind or str((common.get("optimizer") or {}).get("param_state_sharding_type", ""))
+    moments = {name: TorchDistWeights(directory, name, reader) for name in MOMENTS}
+    step = find_step(common.get("optimizer"))
+    missing = ""
+    if _NOT_RESHARDABLE.search(kind):
+        missing = f"its optimizer state is {kind}: buffers of one data-parallel layout, without parameter names"
+    elif not len(moments["exp_avg"]) or not len(moments["exp_avg_sq"]):
+        missing = "it holds no optimizer.state.exp_avg"
+    elif step is None:
+        missing = "its common state has no number of updates"
+    if missing:
+        return ForeignCheckpoint("torch_dist", directory, weights, None, None, missing)
+    if not len(moments["param"]):  # training in fp32 without the distributed optimizer: the weights are the main ones
+        moments["param"] = weights
+    return ForeignCheckpoint("torch_dist", directory, weights, dict(moments), step)
+
+
+def _any_family(model: ModelConfig) -> Family:
+    return FAMILIES["MixtralForCausalLM" if model.num_moe_experts else "LlamaForCausalLM"]

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from megatron_cpt.checkpoint import mcore
-from megatron_cpt.checkpoint.convert import mcore_to_hf, write_megatron_metadata
+from megatron_cpt.checkpoint.convert import mcore_to_hf
 from megatron_cpt.checkpoint.dcp_writer import Slice, write_dcp
 from megatron_cpt.checkpoint.hf_config import TRAINING_FIELDS, differing_fields
 from megatron_cpt.checkpoint.hf_export_config import hf_config_from_model
 from megatron_cpt.checkpoint.mapping import Unit, family_of, units
+from megatron_cpt.checkpoint.megatron_common import write_megatron_metadata
 from megatron_cpt.checkpoint.soup import MERGE_INFO, normalised_weights, weighted_mean
 from megatron_cpt.checkpoint.sources import TorchDistWeights
 from megatron_cpt.errors import CheckpointError

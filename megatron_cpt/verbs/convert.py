@@ -114,7 +114,7 @@ def run(arguments: argparse.Namespace) -> int | None:
             )
         ]
     elif arguments.direction == "foreign-to-hf":
-        from megatron_cpt.checkpoint.foreign_export import foreign_to_hf
+        from megatron_cpt.checkpoint.foreign_convert import foreign_to_hf
 
         model = params_model(arguments.params)
         outputs = [foreign_to_hf(arguments.source, arguments.output, model, tokenizer=arguments.tokenizer, **options)]

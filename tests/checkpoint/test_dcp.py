@@ -96,7 +96,7 @@ def test_a_damaged_slice_and_a_missing_file_are_named(tmp_path):
     write_dcp(tmp_path, [whole("weights", torch.randn(1000))])
     path = tmp_path / "__0_0.distcp"
     path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(CheckpointError, match="weights at byte 0 cannot be read"):
+    with pytest.raises(CheckpointError, match="weights at byte 0: cannot be read"):
         DcpReader(tmp_path).read("weights")
     path.unlink()
     with pytest.raises(CheckpointError, match="no such file. weights is in it"):

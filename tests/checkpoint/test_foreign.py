@@ -9,7 +9,7 @@ import torch
 
 from megatron_cpt.checkpoint.convert import hf_to_mcore
 from megatron_cpt.checkpoint.dcp import DcpReader
-from megatron_cpt.checkpoint.foreign_export import foreign_to_hf
+from megatron_cpt.checkpoint.foreign_convert import foreign_to_hf
 from megatron_cpt.checkpoint.hf import HFFolder
 from megatron_cpt.checkpoint.hf_config import model_config_from_hf
 from megatron_cpt.errors import CheckpointError
