@@ -6,9 +6,10 @@ to the next engine, with a warning. Long documents are encoded in parts, cut whe
 same ids as encoding them together (checked at each cut), so that memory stays bounded.
 """
 
+import itertools
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -51,15 +52,14 @@ class Engine:
         """Return the ids of all texts one after the other, and the number of ids of each."""
         if all(len(text) <= LONG_DOCUMENT_CHARACTERS for text in texts):
             return self._encode(texts) if texts else (np.empty(0, np.uint32), np.empty(0, np.int64))
-        parts: list[str] = []
-        counts = []
-        for text in texts:
-            cut = self._parts(text) if len(text) > LONG_DOCUMENT_CHARACTERS else [text]
-            parts += cut
-            counts.append(len(cut))
-        ids, lengths = self._encode_in_batches(parts)
-        starts = np.cumsum([0, *counts[:-1]])
-        return ids, np.add.reduceat(lengths, starts)
+        ids, lengths = [], []
+        for is_long, group in itertools.groupby(texts, lambda text: len(text) > LONG_DOCUMENT_CHARACTERS):
+            members = list(group)
+            encoded = map(self._encode_long, members) if is_long else iter([self._encode(members)])
+            for some_ids, some_lengths in encoded:
+                ids.append(some_ids)
+                lengths.append(some_lengths)
+        return np.concatenate(ids), np.concatenate(lengths)
 
     def check_sample(self, texts: Sequence[str], ids: np.ndarray, lengths: np.ndarray, seed: int) -> str | None:
         """Compare one text of an encoded batch with the reference; return what differs, or None.
@@ -97,13 +97,14 @@ class Engine:
                 return _difference(text, expected, found)
         return "the number of ids differs"
 
-    def _encode_in_batches(self, parts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        encoded = [self._encode(batch) for batch in _batches(parts, LONG_DOCUMENT_CHARACTERS)]
-        return np.concatenate([ids for ids, _ in encoded]), np.concatenate([lengths for _, lengths in encoded])
+    def _encode_long(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Encode one text part by part, keeping the ids in their narrowest type: they are what memory goes to."""
+        dtype = np.uint16 if self.tokenizer.vocab_size <= 1 << 16 else np.uint32
+        ids = np.concatenate([self._encode([part])[0].astype(dtype) for part in self._parts(text)])
+        return ids, np.array([len(ids)])
 
-    def _parts(self, text: str) -> list[str]:
-        """Cut a long text where it makes no difference; the parts are at least half a `LONG_DOCUMENT_CHARACTERS`."""
-        parts = []
+    def _parts(self, text: str) -> Iterator[str]:
+        """Yield a long text cut where it makes no difference; parts have at least half a `LONG_DOCUMENT_CHARACTERS`."""
         start, step = 0, LONG_DOCUMENT_CHARACTERS // 2
         look_at = step
         while len(text) - start > LONG_DOCUMENT_CHARACTERS and look_at < len(text) - step // 4:
@@ -111,11 +112,10 @@ class Engine:
             if cut is None:
                 look_at += step // 4
                 continue
-            parts.append(text[start : cut[0]])
+            yield text[start : cut[0]]
             start = cut[1]
             look_at = start + step
-        parts.append(text[start:])
-        return parts
+        yield text[start:]
 
     def _cut_near(self, text: str, near: int, start: int) -> tuple[int, int] | None:
         """Return where the text can be cut after `near` (end, next start), if one of the next 16 candidates is harmless.

@@ -184,7 +184,7 @@ def test_a_long_document_is_encoded_in_parts_with_the_ids_of_the_whole(kind, req
     tokenizer = load_tokenizer(request.getfixturevalue(kind))
     engine = Engine("reference", tokenizer)
     text = "\n".join(SENTENCES * 30)
-    parts = engine._parts(text)
+    parts = list(engine._parts(text))
     assert len(parts) > 3 and max(map(len, parts)) <= 3000
     ids, lengths = engine.encode(["short", text, "also short"])
     expected = reference_ids(tokenizer, ["short", text, "also short"])
@@ -195,7 +195,7 @@ def test_a_long_document_is_encoded_in_parts_with_the_ids_of_the_whole(kind, req
 def test_a_long_document_without_a_harmless_cut_stays_whole(bpe_dir, monkeypatch):
     monkeypatch.setattr(engines, "LONG_DOCUMENT_CHARACTERS", 1000)
     text = "a" * 5000
-    assert Engine("reference", load_tokenizer(bpe_dir))._parts(text) == [text]
+    assert list(Engine("reference", load_tokenizer(bpe_dir))._parts(text)) == [text]
 
 
 def test_the_adversarial_set_is_fixed_and_holds_the_tokenizers_own_tokens(bpe_dir):
