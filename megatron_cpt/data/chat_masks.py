@@ -12,6 +12,7 @@ what follows its answer up to the first special token, as the template writes it
 otherwise has none. Where no special token follows the last answer, the end-of-document token is its end.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,8 +64,8 @@ def render_with_spans(template: ChatTemplate, turns: Sequence[dict[str, str]]) -
     spans = _spans_of_all(template, turns, answers, text) or [
         _span_of_one(template, turns, number, text, prompt) for number in answers
     ]
-    spans = _from_prompt(text, spans, prompt)
-    if any(before[1] > after[0] for before, after in zip(spans, spans[1:], strict=False)):
+    spans = _from_prompt(template, turns, text, spans, prompt)
+    if any(before[1] > after[0] for before, after in itertools.pairwise(spans)):
         raise UnclearTemplate("assistant turns overlap")
     return Rendered(text, spans, False)
 
@@ -166,12 +167,19 @@ def _with_stand_ins(template: ChatTemplate, turns: Sequence[dict[str, str]], num
     )
 
 
-def _from_prompt(text: str, spans: list[tuple[int, int]], prompt: str) -> list[tuple[int, int]]:
-    """Let each span start where the prompt for it ends, as it does for the last turn, whose prompt is known."""
+def _from_prompt(
+    template: ChatTemplate, turns: Sequence[dict[str, str]], text: str, spans: list[tuple[int, int]], prompt: str
+) -> list[tuple[int, int]]:
+    """Let each span start where the prompt for it ends, as it does for the last turn, whose prompt is known.
+
+    A template that knows no `add_generation_prompt` says nothing about what precedes an answer, beyond white space.
+    """
     lead_start, lead_end = len(prompt), spans[-1][0]
     if not text.startswith(prompt) or lead_start >= lead_end:
         return spans
     lead = text[lead_start:lead_end]
+    if lead.strip() and template.render(turns[:-1]) == prompt:
+        return spans
     return [(start - len(lead) if text.endswith(lead, 0, start) else start, end) for start, end in spans]
 
 

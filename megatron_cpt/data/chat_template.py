@@ -34,7 +34,7 @@ class TemplateRefusal(Exception):
 class _Generation(Extension):
     """`{% generation %}...{% endgeneration %}`: what the assistant says, put between `OPEN` and `CLOSE`."""
 
-    tags = {"generation"}
+    tags = {"generation"}  # noqa: RUF012  the base class declares it so
 
     def parse(self, parser: Parser) -> nodes.Node:
         """Return the node of a block."""

@@ -21,7 +21,7 @@ from megatron_cpt.errors import DataError
 from megatron_cpt.files import read_json, write_json
 from megatron_cpt.log import Progress
 
-_CONDITION = re.compile(r"(?P<field>[^=!<>^]+)(?P<sign>=|!=|>=|<=|>|<|\^=|!\^=)(?P<value>.*)")
+_CONDITION = re.compile(r"(?P<field>[^=!<>^~]+)(?P<sign>=|!=|>=|<=|>|<|\^=|!\^=|~=|!~=)(?P<value>.*)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,20 +43,30 @@ class SampleOptions:
 
 
 def parse_condition(text: str) -> Callable[[dict[str, Any]], bool]:
-    """Return a test of a record from `lang=ja`, `lang!=ja`, `score>=3.5`, `id^=translation_` (starts with), `id!^=x`.
+    """Return a test of a record from `lang=ja`, `lang!=ja`, `score>=3.5`, `id^=translation_` (starts with), `id!^=x`,
+    `id~=^en-[0-9]+$` (a regular expression is found in it), `id!~=x`.
 
-    A dotted field (`meta.lang`) is looked up in objects. A record without the field fails, except for `!=` and `!^=`.
+    A dotted field (`meta.lang`) is looked up in objects. A record without the field fails, except for the negations.
 
     Raises: DataError saying what is accepted.
     """
     match = _CONDITION.fullmatch(text)
     if match is None:
-        raise DataError(f"'{text}': not a condition. Write field=value, !=, >=, <=, >, <, ^= (starts with) or !^=.")
+        raise DataError(
+            f"'{text}': not a condition. Write field=value, !=, >=, <=, >, <, ^= (starts with), !^=, "
+            "~= (regular expression) or !~=."
+        )
     field, sign, value = match["field"].strip(), match["sign"], match["value"].strip()
     if sign in ("=", "!="):
         return lambda record: (_text(_field(record, field)) == value) == (sign == "=")
     if sign in ("^=", "!^="):
         return lambda record: _text(_field(record, field)).startswith(value) == (sign == "^=")
+    if sign in ("~=", "!~="):
+        try:
+            pattern = re.compile(value)
+        except re.error as problem:
+            raise DataError(f"'{text}': not a regular expression ({problem}). ~= searches for one.") from None
+        return lambda record: (pattern.search(_text(_field(record, field))) is not None) == (sign == "~=")
     try:
         bound = float(value)
     except ValueError:
@@ -205,6 +215,11 @@ def _bucket(record: dict[str, Any], options: SampleOptions) -> str | None:
         if low <= number < high:
             return f"{options.score}_{low:g}_{high:g}"
     return None
+
+
+def field_text(record: dict[str, Any], name: str) -> str:
+    """Return a record's field as text, that of a dotted name in its objects; empty where there is none."""
+    return _text(_field(record, name))
 
 
 def _field(record: dict[str, Any], name: str) -> Any:

@@ -18,7 +18,7 @@ SENTENCES = [
 ]
 
 
-def build_bpe(*, normalizer: object = None) -> object:
+def build_bpe(*, normalizer: object = None, special_tokens: tuple[str, ...] = ("<|end_of_text|>",)) -> object:
     """Return a byte-level BPE tokenizer with Llama 3's split pattern and 500 tokens."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -34,7 +34,7 @@ def build_bpe(*, normalizer: object = None) -> object:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=500,
-        special_tokens=["<|end_of_text|>"],
+        special_tokens=list(special_tokens),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -52,6 +52,27 @@ def save_tokenizer(tokenizer: object, folder: Path, eos: str = "<|end_of_text|>"
 @pytest.fixture(scope="session")
 def bpe_dir(tmp_path_factory):
     return save_tokenizer(build_bpe(), tmp_path_factory.mktemp("tokenizers") / "bpe")
+
+
+CHAT_TOKENS = (
+    "<|end_of_text|>",
+    *("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    *("<|im_start|>", "<|im_end|>"),
+    *("<s>", "</s>", "[INST]", "[/INST]"),
+)
+
+
+@pytest.fixture(scope="session")
+def chat_dir(tmp_path_factory):
+    """A tokenizer with the control tokens of several chat formats, which trims offsets as Llama 3's does; no template."""
+    from tokenizers import processors
+
+    tokenizer = build_bpe(special_tokens=CHAT_TOKENS)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    folder = save_tokenizer(tokenizer, tmp_path_factory.mktemp("tokenizers") / "chat")
+    settings = {"eos_token": "<|end_of_text|>", "bos_token": {"content": "<|begin_of_text|>"}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,224 @@
+"""Instruction data: conversations in, masked shards out (`data/masked.py`); restartable, deterministic, in bounded memory.
+
+Training goes to `<prefix>_chat_document`, validation sets to `<prefix>_held_out_<value>_chat_document`. Where something is to
+be selected (`data/chat_selection.py`) the inputs are read twice; about 40 bytes per conversation are kept in between.
+Shards appear whole, the training shard last: it stands for all of them. The output does not depend on `workers`.
+"""
+
+import contextlib
+import datetime
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_cpt.data.chat_encode import ON_LONG, ChatEncoder, ChatJob, Survey
+from megatron_cpt.data.chat_masks import TRAIN_ON_EOS
+from megatron_cpt.data.chat_pool import ChatPool
+from megatron_cpt.data.chat_selection import bounds_record, read_bounds, select
+from megatron_cpt.data.chat_writing import ChatWriting, chat_pieces, listed, shard_prefix
+from megatron_cpt.data.documents import Source
+from megatron_cpt.data.indexed import manifest_path, read_index, read_shard_manifest
+from megatron_cpt.data.masked import read_mask
+from megatron_cpt.data.tokenizer import same_tokenizer
+from megatron_cpt.errors import ConfigError, DataError
+from megatron_cpt.files import file_hash, write_json
+from megatron_cpt.log import Progress
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Which conversations are taken."""
+
+    dedup_prompts: bool = False
+    number: int | None = None
+    """Conversations drawn at random for training; None: all."""
+    held_out: int = 0
+    """Conversations of each validation set."""
+    bounds_path: Path | None = None
+    """File of an earlier run with the bounds of the validation sets."""
+
+    @property
+    def is_all(self) -> bool:
+        """Whether everything goes to training, so that one pass is enough."""
+        return not self.dedup_prompts and self.number is None and not self.held_out
+
+
+def prepare_chat(
+    sources: Sequence[Source],
+    output_prefix: Path,
+    job: ChatJob,
+    choice: Choice,
+    *,
+    on_bad: str = "fail",
+    workers: int = 1,
+) -> dict[Path, dict[str, Any]]:
+    """Write the shards of conversations; return the manifest of each by prefix, training first.
+
+    Shards that are whole already, of the same inputs, tokenizer, template and options, are kept.
+
+    Raises: DataError for bad conversations under the policy, and when the shards there were made otherwise.
+    """
+    _check_options(job, choice, on_bad)
+    prefix = shard_prefix(output_prefix)
+    with contextlib.ExitStack() as stack:
+        if manifest_path(prefix).exists() and job.date is None:
+            if stated := read_shard_manifest(prefix).get("template", {}).get("date"):
+                job = ChatJob(**{**vars(job), "date": datetime.date.fromisoformat(stated)})
+        pool = ChatPool(job, workers)
+        encoder = stack.enter_context(pool)
+        identity = _identity(sources, encoder, job, choice, on_bad)
+        if kept := _finished(prefix, identity):
+            return kept
+        bounds_path = choice.bounds_path or _bounds_path(output_prefix)
+        selection = None
+        if not choice.is_all:
+            known = read_bounds(bounds_path, choice.held_out, job.held_out_by) if choice.held_out else {}
+            selection = select(
+                _surveys(pool, sources, job),
+                dedup=choice.dedup_prompts,
+                held_out=choice.held_out,
+                held_out_by=job.held_out_by,
+                known_bounds=known,
+                number=choice.number,
+            )
+        made = ChatWriting(sources, output_prefix, encoder, identity, selection, on_bad).run(pool)
+        if selection and choice.held_out:
+            record = bounds_record(selection.bounds, choice.held_out, job.held_out_by)
+            write_json(_bounds_path(output_prefix), record)
+        return made
+
+
+def _bounds_path(output_prefix: Path) -> Path:
+    return output_prefix.with_name(output_prefix.name + ".held_out.json")
+
+
+def _check_options(job: ChatJob, choice: Choice, on_bad: str) -> None:
+    for name, value, allowed in (
+        ("on_bad", on_bad, ("fail", "skip")),
+        ("on_long", job.on_long, ON_LONG),
+        ("train_on", job.train_on, ("assistant", "all")),
+        ("train_on_eos", job.train_on_eos, TRAIN_ON_EOS),
+    ):
+        if value not in allowed:
+            raise ConfigError(f"prepare-chat: {name} is {value!r}. Choose one of {', '.join(allowed)}.")
+    if job.held_out_by and not choice.held_out:
+        raise ConfigError("prepare-chat: a field to hold out by is given, but no number. Give --held-out N as well.")
+    if choice.bounds_path and not choice.bounds_path.exists():
+        raise DataError(
+            f"{choice.bounds_path}: no such file. The bounds of an earlier run's validation sets are needed."
+        )
+
+
+def _identity(
+    sources: Sequence[Source], encoder: ChatEncoder, job: ChatJob, choice: Choice, on_bad: str
+) -> dict[str, Any]:
+    """Return what a shard is made of: the same again means the same shard."""
+    template = encoder.template
+    bounds = choice.bounds_path
+    return {
+        "tokenizer": encoder.tokenizer.identity,
+        "template": {
+            "name": template.name,
+            "hash": template.hash,
+            "date": str(template.date) if template.uses_date else None,
+        },
+        "options": {
+            "keys": list(job.layout.message_keys),
+            "text_key": job.layout.text_key,
+            "append_eod": True,
+            "max_document_bytes": job.layout.max_document_bytes,
+            "train_on": job.train_on,
+            "train_on_eos": job.train_on_eos,
+            "max_length": job.max_length,
+            "on_long": job.on_long,
+            "where": list(job.where),
+            "drop": list(job.drop),
+            "dedup_prompts": choice.dedup_prompts,
+            "number": choice.number,
+            "seed": job.seed,
+            "held_out": choice.held_out,
+            "held_out_by": job.held_out_by,
+            "held_out_bounds": file_hash(bounds) if bounds else None,
+            "on_bad": on_bad,
+        },
+        "inputs": [source.identity() for source in sources],
+    }
+
+
+def _finished(prefix: Path, identity: dict[str, Any]) -> dict[Path, dict[str, Any]] | None:
+    """Return the manifests of shards that are whole; None where there are none.
+
+    Raises: DataError when they were made of something else.
+    """
+    if not manifest_path(prefix).exists():
+        return None
+    manifest = read_shard_manifest(prefix)
+    check_same(prefix, manifest, identity)
+    found = {prefix: manifest}
+    for name in manifest["held_out_shards"]:
+        found[prefix.with_name(name)] = read_shard_manifest(prefix.with_name(name))
+    for each, its in found.items():
+        index = read_index(each)
+        read_mask(index)
+        if (index.num_tokens, index.num_documents) != (its["tokens"], its["documents"]):
+            return None
+    logger.info("%s: is whole already, of the same inputs, tokenizer, template and options; kept", prefix)
+    return found
+
+
+def check_same(prefix: Path, manifest: dict[str, Any], identity: dict[str, Any]) -> None:
+    """Check that a shard was made of just this. Raises: DataError naming what differs."""
+    advice = "Remove the old shards or choose another output."
+    if not same_tokenizer(manifest["tokenizer"], identity["tokenizer"]):
+        raise DataError(f"{prefix}: was made with another tokenizer ({manifest['tokenizer'].get('name')}). {advice}")
+    if manifest.get("template", {}).get("hash") != identity["template"]["hash"]:
+        raise DataError(f"{prefix}: was made with another chat template, or other variables of it. {advice}")
+    if manifest["template"]["date"] != identity["template"]["date"]:
+        raise DataError(f"{prefix}: was made with the date {manifest['template']['date']} in its template. {advice}")
+    for name, value in identity["options"].items():
+        if manifest["options"].get(name) != value:
+            raise DataError(
+                f"{prefix}: was made with {name}={manifest['options'].get(name)!r}, not {value!r}. {advice}"
+            )
+    made_of = [(Path(entry["path"]).name, entry["size"], entry["mtime_ns"]) for entry in manifest["inputs"]]
+    if made_of != [(Path(entry["path"]).name, entry["size"], entry["mtime_ns"]) for entry in identity["inputs"]]:
+        raise DataError(f"{prefix}: was made of other inputs, or they changed since. {advice}")
+
+
+def _surveys(pool: ChatPool, sources: Sequence[Source], job: ChatJob) -> list[Survey]:
+    progress = Progress("prepare-chat: looking", sum(source.size for source in sources) / 1e6, "MB")
+    surveys = []
+    tasks = ((piece,) for number, source in enumerate(sources) for piece in chat_pieces(source, number, job))
+    for piece, survey in pool.results("survey", tasks):
+        surveys.append(survey)
+        progress.add(piece.disk_bytes / 1e6)
+    return surveys
+
+
+def report_text(manifests: dict[Path, dict[str, Any]]) -> str:
+    """Return what `data prepare-chat` prints about the shards."""
+    lines = []
+    for prefix, manifest in manifests.items():
+        found, learned = manifest["statistics"], manifest["mask"]["learned"]
+        turns = ", ".join(f"{count:,} {role}" for role, count in found["turns"].items() if count)
+        lines.append(
+            f"{prefix}: {found['conversations']:,} conversations ({turns or 'no'} turns), {found['texts']:,} texts, "
+            f"{manifest['tokens']:,} tokens, {learned / max(manifest['tokens'], 1):.1%} learned"
+        )
+        lines.append(f"  tokens per document: {listed(found['length_histogram'])}")
+        if packed := manifest.get("packed"):
+            lines.append(
+                f"  {manifest['documents']:,} packs of {packed['seq_length']:,} tokens, filled to {packed['fill']:.2%}"
+            )
+    first = next(iter(manifests.values()))
+    found = first["statistics"]
+    left_out = Counter(first["rejects"]) + Counter(first["notes"])
+    left_out.update({"duplicate prompt": found["duplicate_prompts"], "not drawn": found["not_drawn"]})
+    truncated = sum(manifest["statistics"]["truncated"] for manifest in manifests.values())
+    lines.append(f"{first['lines']:,} lines; cut at a turn: {truncated:,}; left out: {listed(+left_out) or 'none'}")
+    return "\n".join(lines) + "\n"
