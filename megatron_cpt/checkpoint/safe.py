@@ -50,7 +50,7 @@ def load_safely(source: Path | IO[bytes], where: str, *, mmap: bool = False, onl
     try:
         if only_tensors:
             return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap or None)
-        with _LOCK, torch.serialization.safe_globals(_allowed()):
+        with _LOCK, torch.serialization.safe_globals(_not_yet_allowed()):
             return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap or None)
     except pickle.UnpicklingError as problem:
         found = re.search(r"GLOBAL ([\w.]+)", str(problem))
@@ -77,6 +77,12 @@ def _allowed() -> list[Any]:
         (_reconstruct, "numpy.core.multiarray._reconstruct"),
         *((Placeholder, name) for name in _MEGATRON_CLASSES),
     ]
+
+
+def _not_yet_allowed() -> list[Any]:
+    """Return what is missing on torch's list: its context removes on leaving what megatron-core had put there before."""
+    known = torch.serialization.get_safe_globals()
+    return [allowed for allowed in _allowed() if allowed not in known]
 
 
 def _first_line(problem: Exception) -> str:
