@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 
 from megatron_cpt.config import derived
+from megatron_cpt.config.check_samples import sample_problems
 from megatron_cpt.config.fields import nearest
 from megatron_cpt.config.iteration_ranges import parse_range
 from megatron_cpt.config.problem import Problem
@@ -22,6 +23,7 @@ def stage_problems(config: RunConfig) -> Iterator[Problem]:
     yield from _learning_rate_problems(config)
     yield from _weight_decay_problems(config)
     yield from _data_problems(config)
+    yield from sample_problems(config)
     yield from _skip_problems(config)
     yield from _run_problems(config)
 

@@ -348,6 +348,7 @@ _TRAINING = (
     Row("training.spike_action", honoured_by="train/loop.py"),
     Row("training.spike_skip_iterations", honoured_by="train/spikes.py"),
     Row("training.spike_max_rollbacks", honoured_by="train/spikes.py"),
+    Row("training.neftune_alpha", honoured_by="train/neftune.py"),
     Row("training.deterministic", ("TransformerConfig.deterministic_mode",), "--deterministic-mode"),
 )
 
@@ -425,6 +426,12 @@ _DATA = (
     Row("data.shuffle_in_corpus", honoured_by="train/samples.py, data/blend_order.py"),
     Row("data.skip_list", honoured_by="data/skip_list.py, train/samples.py"),
     Row("data.skip_iterations", honoured_by="train/skipping.py"),
+    Row("data.fim_rate", honoured_by="data/fim.py, train/samples.py"),
+    Row("data.fim_spm_rate", honoured_by="data/fim.py"),
+    Row("data.fim_prefix_token", honoured_by="data/fim.py"),
+    Row("data.fim_middle_token", honoured_by="data/fim.py"),
+    Row("data.fim_suffix_token", honoured_by="data/fim.py"),
+    Row("data.fim_corpora", honoured_by="data/fim.py"),
     Row("data.reset_attention_mask", ("GPTDatasetConfig.reset_attention_mask",), "--reset-attention-mask"),
     Row("data.eod_mask_loss", ("GPTDatasetConfig.eod_mask_loss",), "--eod-mask-loss"),
 )

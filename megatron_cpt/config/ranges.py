@@ -28,7 +28,7 @@ POSITIVE = {
 }
 NOT_NEGATIVE = {
     "model": "rope_mscale rope_mscale_all_dim moe_router_bias_update_rate moe_aux_loss_coeff moe_z_loss_coeff",
-    "training": "z_loss_coeff spike_threshold",
+    "training": "z_loss_coeff neftune_alpha spike_threshold",
     "optimizer": "min_lr weight_decay weight_decay_start weight_decay_end clip_grad",
     "schedule": "lr_warmup_init",
     "launch": "spare_nodes",

@@ -175,6 +175,9 @@ class TrainingConfig:
     """Seed of initial weights, dropout and data order."""
     z_loss_coeff: float = 0.0
     """Weight of the square of the log of the softmax's normaliser in the loss (PaLM, section 5); 0: off."""
+    neftune_alpha: float = 0.0
+    """NEFTune: uniform noise of at most alpha / sqrt(seq_length x hidden_size) on the embeddings while training
+    (arXiv:2310.05914; 5 to 15 for instruction data); 0: off. Seeded by the sample, so the same under every layout."""
     deterministic: bool = False
     """Choose deterministic kernels; two runs on the same hardware are then bit-identical."""
     spike_threshold: float = 0.0
@@ -287,9 +290,22 @@ class DataConfig:
     skip_iterations: tuple[str, ...] = ()
     """Iterations to pass without a step, as the log counts them: `["120-140", "200"]`. Their samples are consumed but
     not trained on and not counted per corpus. `<run>/skip_iterations.txt` adds to it, one range a line."""
+    fim_rate: float = 0.0
+    """Fill in the middle (code): share of the documents within a sample that are rearranged, 0 to 1 (arXiv:2207.14255;
+    0.5 to 0.9 is usual); 0: off. Shards with a loss mask and validation sets stay as they are."""
+    fim_spm_rate: float = 0.5
+    """Of the rearranged documents, the share in the order suffix, prefix, middle; the others: prefix, suffix, middle."""
+    fim_prefix_token: str | None = None
+    """The tokenizer's token before a prefix, such as `<|fim_prefix|>`. Needed where fim_rate is not 0."""
+    fim_middle_token: str | None = None
+    """The tokenizer's token before a middle, such as `<|fim_middle|>`."""
+    fim_suffix_token: str | None = None
+    """The tokenizer's token before a suffix, such as `<|fim_suffix|>`."""
+    fim_corpora: tuple[str, ...] = ()
+    """Corpora whose documents are rearranged; empty: all."""
     reset_attention_mask: bool = True
-    """Documents in a packed sample do not see each other. Attention then runs on SDPA with a mask, also where
-    Transformer Engine is installed, because that ignores masks."""
+    """Documents (the pieces, where a shard has a mask) in a sample do not see each other. Attention then runs on SDPA
+    with a mask, also where Transformer Engine is installed, because that ignores masks."""
     eod_mask_loss: bool = False
     """Whether predicting the first token after a document's end is left out of the loss."""
 

@@ -113,6 +113,7 @@ def plan_blend(config: RunConfig, begun: Path | None = None) -> BlendPlan:
         parts, shares = source(config, positions, problems)
     shards = [part.shard for group in parts.values() for part in group]
     problems += tokenizer_problems(shards, _tokenizer_identity(config)) if shards else []
+    problems += _sentinel_problems(config)
     problems += [
         f"{shard.prefix} {problem}"
         for shard in shards
@@ -207,6 +208,19 @@ def _tokenizer_identity(config: RunConfig) -> dict[str, object] | None:
     from megatron_cpt.data.tokenizer import load_tokenizer  # heavy: the tokenizer library
 
     return load_tokenizer(Path(config.paths.data_dir) / config.data.tokenizer).identity
+
+
+def _sentinel_problems(config: RunConfig) -> list[str]:
+    if not config.data.fim_rate or config.data.tokenizer is None:
+        return []
+    from megatron_cpt.data.fim import fill_in_middle
+    from megatron_cpt.data.tokenizer import load_tokenizer  # heavy: the tokenizer library
+
+    try:
+        fill_in_middle(config, load_tokenizer(Path(config.paths.data_dir) / config.data.tokenizer))
+    except DataError as problem:
+        return [str(problem)]
+    return []
 
 
 def _note(prefixes: list[str], corpus: str, what: str) -> list[str]:

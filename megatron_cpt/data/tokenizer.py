@@ -115,6 +115,16 @@ def load_tokenizer(path: Path, eod_token: str | None = None) -> Tokenizer:
     return SentencePieceTokenizer(path, path, eod_token)
 
 
+def token_id(tokenizer: Tokenizer, token: str) -> int | None:
+    """Return the id of a token by its name, None where the tokenizer has none of that name."""
+    backend = tokenizer.backend  # type: ignore[attr-defined]
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        found = backend.piece_to_id(token)
+        return found if backend.id_to_piece(found) == token else None  # unknown pieces have the id of <unk>
+    found = backend.token_to_id(token)
+    return None if found is None else int(found)
+
+
 def same_tokenizer(one: dict[str, Any] | None, other: dict[str, Any] | None) -> bool:
     """Return whether two identities mean the same ids; names and places do not matter."""
     if one is None or other is None:

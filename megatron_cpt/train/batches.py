@@ -19,6 +19,8 @@ from torch import Tensor
 from megatron_cpt.config.megatron import megatron_arguments
 from megatron_cpt.config.schema import RunConfig
 from megatron_cpt.data.datalist import DataEntry
+from megatron_cpt.data.fim import fill_in_middle
+from megatron_cpt.data.tokenizer import load_tokenizer
 from megatron_cpt.train import cpu
 from megatron_cpt.train.attention import context_parallel_chunks
 from megatron_cpt.train.samples import BlendedSamples, build_epoch_samples, build_train_samples
@@ -61,7 +63,10 @@ def build_train_dataset(
     Index caches are written by rank 0 into `cache` and read by the others.
     """
     blend = ([entry.prefix for entry in entries], None)
-    return build_train_samples(config, entries, dataset_config(config, tokenizer, blend=blend), cache)
+    fim = None
+    if config.data.fim_rate:
+        fim = fill_in_middle(config, load_tokenizer(Path(config.paths.data_dir) / (config.data.tokenizer or "")))
+    return build_train_samples(config, entries, dataset_config(config, tokenizer, blend=blend), cache, fim)
 
 
 def build_validation_dataset(

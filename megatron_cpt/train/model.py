@@ -22,6 +22,7 @@ from megatron_cpt.config.megatron import megatron_arguments
 from megatron_cpt.config.schema import ModelConfig, RunConfig
 from megatron_cpt.train import cpu
 from megatron_cpt.train.layer_spec import build_layer_spec, has_transformer_engine
+from megatron_cpt.train.neftune import add_embedding_noise
 
 
 class CptGPTModel(GPTModel):
@@ -33,6 +34,13 @@ class CptGPTModel(GPTModel):
 
     vocab_size_unpadded: int
     z_loss_coeff: float = 0.0
+    sample_ids: Tensor | None = None
+
+    def forward(self, *arguments: Any, sample_ids: Tensor | None = None, **options: Any) -> Tensor:
+        """Return GPTModel's output; `sample_ids` `[b]` are the samples' numbers in the stage's order."""
+        self.sample_ids = sample_ids
+        output: Tensor = super().forward(*arguments, **options)
+        return output
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Return the loss per token `[b, s]` from labels `[b, s]` and logits `[s, b, v/tp]`."""
@@ -106,6 +114,8 @@ def build_model_chunks(config: RunConfig, megatron_config: TransformerConfig | N
         )
         model.vocab_size_unpadded = config.model.vocab_size
         model.z_loss_coeff = config.training.z_loss_coeff
+        if config.training.neftune_alpha and model.pre_process:
+            add_embedding_noise(model, config)
         if hasattr(model, "rotary_pos_emb") and config.model.rope_scaling_type in ("none", "linear", "llama3"):
             model.rotary_pos_emb.inv_freq = rotary_frequencies(config.model).to(model.rotary_pos_emb.inv_freq.device)
         if not cpu.is_cpu():

@@ -35,6 +35,7 @@ from megatron_cpt.config.derived import train_samples
 from megatron_cpt.config.schema import RunConfig
 from megatron_cpt.data.blend_order import blend_order
 from megatron_cpt.data.budget import spread_samples
+from megatron_cpt.data.fim import FillInMiddle
 from megatron_cpt.data.indexed import bin_path, idx_path, manifest_path, read_index
 from megatron_cpt.data.list_formats import DataEntry
 from megatron_cpt.data.masked import LEARNED, PIECE, mask_prefix, read_mask
@@ -55,6 +56,10 @@ class BlendedSamples(torch.utils.data.Dataset):
 
     def __init__(self, shards: Sequence["ShardSamples | None"], dataset_index: np.ndarray, sample_index: np.ndarray):
         self.shards = shards
+        self.fim: FillInMiddle | None = None
+        """How documents of shards without a mask are rearranged."""
+        self.fim_prefixes: dict[int, str] = {}
+        """The entries whose documents are, and their prefixes."""
         self.dataset_index = dataset_index
         """Entry of each sample, int32 [samples]."""
         self.sample_index = sample_index
@@ -67,7 +72,13 @@ class BlendedSamples(torch.utils.data.Dataset):
         dataset_id = int(self.dataset_index[index])
         shard = self.shards[dataset_id]
         assert shard is not None, f"entry {dataset_id} gives no sample"
-        return {"dataset_id": dataset_id, **shard[int(self.sample_index[index])]}
+        number = int(self.sample_index[index])
+        sample = shard[number]
+        if self.fim is not None and dataset_id in self.fim_prefixes and "pieces" not in sample:
+            ids = torch.cat([sample["tokens"], sample["labels"][-1:]]).numpy()
+            ids = torch.from_numpy(self.fim.rearrange(ids, self.fim_prefixes[dataset_id], shard.first_sample + number))
+            sample = sample | {"tokens": ids[:-1], "labels": ids[1:]}
+        return {"dataset_id": dataset_id, **sample}
 
 
 class ShardSamples:
@@ -136,14 +147,24 @@ def _over(dataset: GPTDataset, pair: IndexedDataset) -> GPTDataset:
 
 
 def build_train_samples(
-    config: RunConfig, entries: Sequence[DataEntry], dataset_config: GPTDatasetConfig, cache: Path
+    config: RunConfig,
+    entries: Sequence[DataEntry],
+    dataset_config: GPTDatasetConfig,
+    cache: Path,
+    fim: FillInMiddle | None = None,
 ) -> BlendedSamples:
     """Return the stage's samples in training order, without the documents of `data.skip_list`."""
     num_samples = train_samples(config.training)
     shuffle_seed = config.training.seed if config.data.shuffle_in_corpus else None
-    return build_blended_samples(
+    samples = build_blended_samples(
         entries, num_samples, dataset_config, cache, skip=stage_skip_list(config), shuffle_seed=shuffle_seed
     )
+    if fim is not None:
+        samples.fim = fim
+        samples.fim_prefixes = {
+            number: entry.prefix for number, entry in enumerate(entries) if fim.applies_to(entry.corpus)
+        }
+    return samples
 
 
 def build_train_indexes(

@@ -63,7 +63,9 @@ def train_step(
 def forward_step(iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Callable[..., Any]]:
     """Run the model on the next micro-batch; the schedule calls the returned function with the output."""
     batch = next(iterator)
-    output = model(batch.tokens, batch.position_ids, batch.attention_mask, labels=batch.labels)
+    output = model(
+        batch.tokens, batch.position_ids, batch.attention_mask, labels=batch.labels, sample_ids=batch.sample_ids
+    )
     return output, functools.partial(_loss, batch.loss_mask)
 
 

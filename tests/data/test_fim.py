@@ -1,0 +1,110 @@
+"""Fill in the middle: the two orders, how often, and that nothing but the sentinels' room is lost."""
+
+import dataclasses
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_cpt.config.schema import DataConfig, PathsConfig
+from megatron_cpt.data.fim import FillInMiddle, fill_in_middle
+from megatron_cpt.data.tokenizer import load_tokenizer
+from megatron_cpt.errors import DataError
+from tests.data.test_blend import run_config
+
+EOD, PRE, MID, SUF = 0, 1, 2, 3
+
+
+def fim(rate=1.0, spm_rate=0.0, **other):
+    return FillInMiddle(
+        rate=rate, spm_rate=spm_rate, prefix=PRE, middle=MID, suffix=SUF, eod=EOD, seed=1, corpora=(), **other
+    )
+
+
+def parts(ids):
+    """Return what follows each sentinel, by its id."""
+    places = [int(np.flatnonzero(ids == sentinel)[0]) for sentinel in (PRE, MID, SUF)]
+    bounds = [*sorted(places), len(ids)]
+    return {int(ids[place]): ids[place + 1 : bounds[bounds.index(place) + 1]].tolist() for place in places}
+
+
+def test_psm_is_prefix_suffix_middle():
+    document = np.arange(10, 50)
+    for sample in range(20):
+        ids = fim().rearrange(document, "s", sample)
+        found = parts(ids)
+        assert [int(token) for token in ids if token in (PRE, MID, SUF)] == [PRE, SUF, MID]
+        assert found[PRE] + found[MID] + found[SUF] == document[:-3].tolist()
+
+
+def test_spm_is_suffix_prefix_middle():
+    document = np.arange(10, 50)
+    for sample in range(20):
+        ids = fim(spm_rate=1.0).rearrange(document, "s", sample)
+        found = parts(ids)
+        assert ids[0] == PRE and ids[1] == SUF and not found[PRE]
+        assert found[MID] + found[SUF] == document[:-3].tolist()  # prefix and middle follow <middle> together
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=st.lists(st.integers(0, 30), min_size=1, max_size=8), sample=st.integers(0, 10**6), spm=st.booleans())
+def test_length_document_ends_and_tokens_stay(lengths, sample, spm):
+    rng = np.random.default_rng(sum(lengths))
+    documents = [rng.integers(10, 1000, length) for length in lengths]
+    ids = np.concatenate([np.append(document, EOD) for document in documents])[:-1]
+    result = fim(spm_rate=float(spm)).rearrange(ids, "s", sample)
+    assert len(result) == len(ids) and np.array_equal(result == EOD, ids == EOD)
+    for before, after in zip(np.split(ids, ends(ids)), np.split(result, ends(ids)), strict=True):
+        real = [token for token in after if token not in (EOD, PRE, MID, SUF)]
+        kept = [token for token in before if token != EOD]
+        is_changed = len(real) < len(kept)
+        assert Counter(real) == Counter(kept[:-3] if is_changed else kept)
+
+
+def ends(ids):
+    return np.flatnonzero(ids == EOD) + 1
+
+
+def test_the_rates_hold():
+    ids = np.tile(np.append(np.arange(10, 20), EOD), 4000)
+    result = fim(rate=0.5, spm_rate=0.25).rearrange(ids, "s", 0)
+    starts = np.concatenate([[0], ends(ids)[:-1]])
+    chosen = result[starts] == PRE
+    empty_prefix = 1 - (7 / 8) ** 2  # PSM with a cut at the first of 8 places begins as SPM does
+    assert chosen.mean() == pytest.approx(0.5, abs=0.03)
+    assert (result[starts + 1] == SUF)[chosen].mean() == pytest.approx(0.25 + 0.75 * empty_prefix, abs=0.04)
+
+
+def test_the_same_sample_is_rearranged_alike_and_another_one_differently():
+    document = np.arange(10, 500)
+    assert np.array_equal(fim().rearrange(document, "a/s", 5), fim().rearrange(document, "b/s", 5))
+    assert not np.array_equal(fim().rearrange(document, "s", 5), fim().rearrange(document, "s", 6))
+
+
+def test_a_corpus_that_is_not_named_stays():
+    settings = dataclasses.replace(fim(), corpora=("code",))
+    assert settings.applies_to("code") and not settings.applies_to("text")
+    assert fim().applies_to("text")
+
+
+def test_a_sentinel_that_the_tokenizer_lacks_is_named(tmp_path, bpe_dir):
+    config = run_config(tmp_path, mix={}, corpora={})
+    tokens = {"fim_prefix_token": "Ġ", "fim_middle_token": "<|fim_middle|>", "fim_suffix_token": "!"}
+    data = DataConfig(tokenizer=str(bpe_dir), fim_rate=0.5, **tokens)
+    config = dataclasses.replace(config, data=data, paths=PathsConfig(data_dir="/"))
+    with pytest.raises(DataError, match=r"data.fim_middle_token: .* has no token '<|fim_middle|>'"):
+        fill_in_middle(config, load_tokenizer(bpe_dir))
+    config = dataclasses.replace(config, data=dataclasses.replace(data, fim_middle_token="."))
+    tokenizer = load_tokenizer(bpe_dir)
+    found = fill_in_middle(config, tokenizer)
+    assert tokenizer.decode([found.middle, found.suffix]) == ".!" and found.eod == tokenizer.eod_id
+
+
+def test_sentencepiece_tokens_are_found_by_name(sentencepiece_model):
+    from megatron_cpt.data.tokenizer import token_id
+
+    tokenizer = load_tokenizer(sentencepiece_model)
+    assert token_id(tokenizer, "</s>") == tokenizer.eod_id
+    assert token_id(tokenizer, "<|no_such_token|>") is None
