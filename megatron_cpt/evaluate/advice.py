@@ -11,7 +11,7 @@ from megatron_cpt.config.derived import duration_samples, train_tokens
 from megatron_cpt.config.load import read_resolved
 from megatron_cpt.config.schema import RunConfig
 from megatron_cpt.errors import DataError
-from megatron_cpt.evaluate.ladder import HELD, Position, Rung, Trial, labelled, ladder, next_rung
+from megatron_cpt.evaluate.ladder import HELD, Position, Rung, Trial, ladder, next_rung
 from megatron_cpt.evaluate.recovery import (
     TOLERANCE,
     Recovery,
@@ -21,6 +21,7 @@ from megatron_cpt.evaluate.recovery import (
 from megatron_cpt.evaluate.stages import Stage, read_metrics, read_stage
 from megatron_cpt.launch.run_dir import RunDir
 from megatron_cpt.launch.run_names import command_line_settings, run_names
+from megatron_cpt.launch.trials import labelled
 from megatron_cpt.log import format_count
 
 LEARNED = 0.005

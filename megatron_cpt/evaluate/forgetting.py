@@ -5,7 +5,7 @@ domain, drawn in pairs (the same documents for both models), which is far tighte
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,8 @@ class Change:
     """Bits per byte minus the reference's; 0 for the reference itself."""
     change_low: float
     change_high: float
+    reference: str = ""
+    """Model that it is compared with; empty in results of earlier versions: the first."""
 
     @property
     def verdict(self) -> str:
@@ -42,6 +44,18 @@ def compare_with_first(results: Sequence[Perplexity]) -> list[Change]:
 
     Raises: DataError when a model lacks a domain or two results measured different documents.
     """
+    return _compare(results, lambda models, index: models[0])
+
+
+def compare_with_previous(results: Sequence[Perplexity]) -> list[Change]:
+    """Return each result with its change from the model before it: what every stage of a series did.
+
+    Raises: as `compare_with_first`.
+    """
+    return _compare(results, lambda models, index: models[max(index - 1, 0)])
+
+
+def _compare(results: Sequence[Perplexity], reference: Callable[[list[str], int], str]) -> list[Change]:
     models = list(dict.fromkeys(result.model for result in results))
     by_key = {(result.model, result.text): result for result in results}
     changes = []
@@ -49,8 +63,8 @@ def compare_with_first(results: Sequence[Perplexity]) -> list[Change]:
         for model in models:
             if (model, text) not in by_key:
                 raise DataError(f"{model}: no result on {text}. Every model is measured on every text set.")
-        reference = by_key[models[0], text]
-        changes += [_change(by_key[model, text], reference) for model in models]
+        for index, model in enumerate(models):
+            changes.append(_change(by_key[model, text], by_key[reference(models, index), text]))
     return changes
 
 
@@ -71,6 +85,7 @@ def _change(result: Perplexity, reference: Perplexity) -> Change:
         change=result.bits_per_byte - reference.bits_per_byte,
         change_low=low,
         change_high=high,
+        reference=reference.model,
     )
 
 
@@ -98,8 +113,9 @@ def forgetting_table(changes: Sequence[Change]) -> str:
     texts = list(dict.fromkeys(change.text for change in changes))
     by_key = {(change.model, change.text): change for change in changes}
     heads = ["model"]
+    against = _reference_name(changes)
     for text in texts:
-        heads += [f"{text} bits per byte", f"change from {models[0]} (95 % interval)", "verdict"]
+        heads += [f"{text} bits per byte", f"change from {against} (95 % interval)", "verdict"]
     rows = []
     for model in models:
         row = [model]
@@ -112,6 +128,12 @@ def forgetting_table(changes: Sequence[Change]) -> str:
                 row += [f"{found.change:+.3f} ({found.change_low:+.3f} to {found.change_high:+.3f})", found.verdict]
         rows.append(row)
     return markdown_table(heads, rows, num_left=1)
+
+
+def _reference_name(changes: Sequence[Change]) -> str:
+    """Return the model that all are compared with, or that each is compared with the one before it."""
+    references = {change.reference for change in changes}
+    return changes[0].model if len(references) == 1 else "the model before"
 
 
 def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]], num_left: int) -> str:

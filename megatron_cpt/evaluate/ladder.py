@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from megatron_cpt.config.schema import RunConfig
+from megatron_cpt.launch.trials import labelled, mix_text, scaled_mix
 
 REPLAY_SHARES = (0.01, 0.05, 0.10, 0.25)
 BUFFER_MIXES = ((0.05, 0.48, 0.47), (0.0, 0.1, 0.9))
@@ -94,37 +95,6 @@ def ladder(at: Position) -> list[Rung]:
 def next_rung(rungs: list[Rung]) -> Rung | None:
     """Return the first rung that has something to try; None at the ladder's end."""
     return next((rung for rung in rungs if rung.trials), None)
-
-
-def mix_text(shares: Mapping[str, float]) -> str:
-    """Return a mix as YAML on one line: `{D0: 0.25, D1: 0.75}`; shares that are 0 are left out."""
-    return "{" + ", ".join(f"{name}: {share:.6g}" for name, share in shares.items() if share) + "}"
-
-
-def scaled_mix(mix: Mapping[str, float], parts: Mapping[str, float], old: tuple[str, ...]) -> dict[str, float]:
-    """Return a mix whose old, new and buffer shares are `parts`, each spread as it was; the sum is 1 to six digits.
-
-    An old or new part without any share so far is spread evenly over its corpora.
-    """
-    groups = {
-        "old": list(old),
-        "new": [name for name in mix if name not in old and name != "buffer"],
-        "buffer": ["buffer"],
-    }
-    scaled: dict[str, float] = {}
-    for group, names in groups.items():
-        total = math.fsum(mix.get(name, 0.0) for name in names)
-        for name in names:
-            within = mix.get(name, 0.0) / total if total else 1 / len(names)
-            scaled[name] = float(f"{parts.get(group, 0.0) * within:.6g}")
-    largest = max(scaled, key=lambda name: scaled[name])
-    scaled[largest] = float(f"{1 - math.fsum(share for name, share in scaled.items() if name != largest):.6g}")
-    return scaled
-
-
-def labelled(variant: str, label: str) -> str:
-    """Return `VARIANT+LABEL`; a label that is there already stays before the added one."""
-    return f"{variant}{'_' if '+' in variant else '+'}{label}"
 
 
 def _replay(at: Position) -> Rung:

@@ -172,7 +172,8 @@ def plot_forgetting(changes: Sequence[Change], colour: dict[str, str], path: Pat
             panel.set_xlim(low - (room if low < 0 else 0.25 * room), high + (room if high > 0 else 0.25 * room))
             reference = of_text[models[0]].bits_per_byte
             panel.set_title(f"{text}  ({models[0]}: {reference:.3f} bits per byte)")
-            panel.set_xlabel("change in bits per byte\n← learned      forgot →")
+            per_stage = " from the model before" if len({change.reference for change in changes}) > 1 else ""
+            panel.set_xlabel(f"change in bits per byte{per_stage}\n← learned      forgot →")
             panel.xaxis.set_major_locator(MaxNLocator(5))
             panel.grid(axis="y", visible=False)
             panel.tick_params(axis="y", length=0)

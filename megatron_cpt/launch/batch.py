@@ -8,6 +8,7 @@ from the job's id and moves on when it is taken.
 """
 
 import argparse
+import json
 import logging
 import os
 import re
@@ -69,6 +70,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--preflight", action="store_true", help="measure the nodes first; bad ones end the job")
     parser.add_argument("--max-failures", type=int, default=2, help="links without progress that break the chain")
+    parser.add_argument("--points", type=Path, default=None, help="sweep: what each array task trains, as JSON")
     options, program = list(argv), []
     if "--" in options:
         split = options.index("--")
@@ -96,10 +98,10 @@ def array_index(environment: Mapping[str, str]) -> int:
     return int(environment.get("SLURM_ARRAY_TASK_ID") or environment.get("PBS_ARRAY_INDEX") or 0)
 
 
-def rendezvous_port(job: str, attempt: int) -> int:
-    """Return a port that all nodes derive alike from the job's id; later attempts move far away."""
+def rendezvous_port(job: str, attempt: int, task: int = 0) -> int:
+    """Return a port that all nodes derive alike from the job's id; later attempts and array tasks move far away."""
     digits = re.match(r"\D*(\d+)", job)
-    return FIRST_PORT + (int(digits[1] if digits else 0) * 7 + attempt * 1009) % NUM_PORTS
+    return FIRST_PORT + (int(digits[1] if digits else 0) * 7 + attempt * 1009 + task * 211) % NUM_PORTS
 
 
 def process_command(arguments: argparse.Namespace, host: str, port: int, environment: Mapping[str, str]) -> list[str]:
@@ -124,6 +126,8 @@ def main(argv: Sequence[str]) -> int:
     os.environ["MEGATRON_CPT_JOB_START"] = f"{time.time():.0f}"  # the walltime counts from here, not from the training
     arguments.log_dir.mkdir(parents=True, exist_ok=True)
     try:
+        if arguments.points is not None:
+            _take_point(arguments)
         with caught_signals() as signals:
             if not arguments.launcher:
                 return _run_once(arguments, signals)
@@ -132,12 +136,27 @@ def main(argv: Sequence[str]) -> int:
         sys.stderr.write(f"{arguments.stage}: {error}\n")
         # 2 would say that every next link fails alike; what goes wrong in launching may go right on other nodes
         code = 1 if isinstance(error, LaunchError) else 2
-        append_record(arguments.run / "jobs", job_id(os.environ), state="failed", exit_code=code, reason=str(error))
+        append_record(arguments.run / "jobs", _record_id(arguments), state="failed", exit_code=code, reason=str(error))
         return code
 
 
+def _take_point(arguments: argparse.Namespace) -> None:
+    """Let this array task work on its point of a sweep: another run directory, log folder, length and program."""
+    points = json.loads(arguments.points.read_text(encoding="utf-8"))
+    point = points[array_index(os.environ)]
+    arguments.run, arguments.log_dir = Path(point["run"]), Path(point["log_dir"])
+    arguments.train_iters, arguments.program = point["train_iters"], [*arguments.program, *point["arguments"]]
+    arguments.log_dir.mkdir(parents=True, exist_ok=True)
+
+
+def _record_id(arguments: argparse.Namespace) -> str:
+    """Return what the ledger calls this job: a sweep's points are tasks of one array."""
+    job = job_id(os.environ)
+    return job if arguments.points is None else f"{job}/{array_index(os.environ)}"
+
+
 def _run_ranks(arguments: argparse.Namespace, signals: Signals) -> int:
-    run, job = RunDir(arguments.run), job_id(os.environ)
+    run, job = RunDir(arguments.run), _record_id(arguments)
     iteration = last_checkpoint(run)
     if arguments.train_iters is not None:
         links = [
@@ -213,7 +232,7 @@ def _start(arguments: argparse.Namespace, run: RunDir, job: str, host: str, sign
         return True
 
     for attempt in range(PORT_ATTEMPTS):
-        port = rendezvous_port(job, attempt)
+        port = rendezvous_port(job_id(os.environ), attempt, array_index(os.environ))
         command = process_command(arguments, host, port, os.environ)
         outcome = run_watched(command, arguments.log_dir, os.environ, signals, ask_to_end)
         if not outcome.port_taken:

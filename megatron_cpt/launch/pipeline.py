@@ -110,13 +110,16 @@ def pipeline_stages(submission: Submission, *, num_array_tasks: int = 1, soup_la
         stages.append(_soup_stage(config, run, soup, soup_last, iterations))
         after_training.append(("soup", soup))
     evaluation = _evaluation_stage(config, run, after_training, "soup" if soup_last else "convert-out")
+    compared: tuple[str, ...] = ()
     if evaluation is not None:
         stages.append(evaluation)
+        if config.init.from_path is not None:
+            compared = ("--evaluation", str(run.report / "evaluation" / "forgetting.json"))
     stages.append(
         Stage(
             name="report",
             stage="report",
-            arguments=("report", str(run.path), "--output", str(run.report)),
+            arguments=("report", str(run.path), "--output", str(run.report), *compared),
             needs=(stages[-1].name,),
             is_done=(run.report / "report.md").is_file() and is_trained,
         )
@@ -337,8 +340,9 @@ def _evaluation_stage(config: RunConfig, run: RunDir, models: Sequence[tuple[str
     if config.data.tokenizer:
         arguments += ["--tokenizer", str(data_dir / config.data.tokenizer)]
     output = run.report / "evaluation"
-    arguments += ["--output", str(output)]
-    is_done = output.is_dir() and any(output.iterdir())
+    result = output / ("perplexity.json" if source is None else "forgetting.json")
+    arguments += ["--output", str(result if source is None else output)]
+    is_done = result.is_file()
     return Stage(name="evaluate", stage="evaluate", arguments=tuple(arguments), needs=(needs,), is_done=is_done)
 
 

@@ -110,7 +110,7 @@ def submit_chain_links(
         waits = (Dependency("afterany", (ids[-1],)),) if ids else dependencies
         job = training_job(submission, link, must_finish=link == num_links, max_failures=max_failures)
         fields = {"chain": submission.chain or submission.stamp, "link": link, "name": "train"}
-        ids.append(_submit(submission, job, waits, fields))
+        ids.append(queue_job(submission, job, waits, fields))
     return ids
 
 
@@ -125,7 +125,7 @@ def submit_stage(
 ) -> str:
     """Submit one job that runs `megatron-cpt ARGUMENTS` once (or per array task) on one node; return its id."""
     job = stage_job(submission, stage, arguments, num_array_tasks=num_array_tasks, name=name)
-    return _submit(submission, job, dependencies, {"name": name or stage, "num_array_tasks": num_array_tasks})
+    return queue_job(submission, job, dependencies, {"name": name or stage, "num_array_tasks": num_array_tasks})
 
 
 def live_jobs(submission: Submission, stage: str, name: str | None = None) -> list[str]:
@@ -250,7 +250,8 @@ def _filled(text: str, nodes: int, gpus_per_node: int) -> str:
     return text.format(nodes=nodes, gpus_per_node=gpus_per_node)
 
 
-def _submit(submission: Submission, job: Job, dependencies: Sequence[Dependency], fields: dict[str, object]) -> str:
+def queue_job(submission: Submission, job: Job, dependencies: Sequence[Dependency], fields: dict[str, object]) -> str:
+    """Write the job's script, hand it to the scheduler and note it in the ledger with `fields`; return its id."""
     run, scheduler = submission.run, submission.scheduler
     job.log_dir.mkdir(parents=True, exist_ok=True)  # PBS holds a job, Slurm fails it, whose log folder is missing
     script = run.jobs / f"{job.log_dir.name}.sh"

@@ -4,10 +4,12 @@ A model is a Hugging Face folder or a Megatron checkpoint (`.../checkpoints`, `.
 text set is a .jsonl or .txt file (plain or compressed), a folder or a glob, written NAME=PATH.
 
   perplexity   bits per byte with 95 % intervals, per model and text set
-  forgetting   the same, compared with the first model: learned, forgotten; a table, a chart, JSON
+  forgetting   the same, compared with the first model: learned, forgotten; a table, a chart, JSON. With --series the
+               models are stages in order, and each is compared with the one before it too
   generate     continuations of prompts, side by side
   harness      tasks of lm-evaluation-harness, where it is installed; options after -- are its own
   divergence   how far each layer's weights moved from the first model's; a table and a chart
+  sweep        compare the points of `submit sweep` by what they learned and forgot; a table, a chart, JSON
 
 Example: megatron-cpt evaluate forgetting --model base=hf/base --model cpt=runs/ja/8b/80B/main/checkpoints
              --text D0=data/D0.validation.jsonl.zst --text D1=data/D1.validation.jsonl.zst --output evaluation
@@ -19,6 +21,15 @@ from pathlib import Path
 
 from megatron_cpt.errors import ConfigError
 
+HELP = {
+    "perplexity": "bits per byte with 95 %% intervals",
+    "forgetting": "what a series of models learned and forgot",
+    "generate": "continuations of prompts, side by side",
+    "divergence": "how far each layer's weights moved",
+    "harness": "tasks of lm-evaluation-harness",
+    "sweep": "compare the points of a sweep",
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     subparsers = parser.add_subparsers(dest="measure", required=True, metavar="MEASURE")
@@ -29,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("divergence", _divergence),
         ("harness", _harness),
     ):
-        part = subparsers.add_parser(name)
+        part = subparsers.add_parser(name, help=HELP[name])
         part.set_defaults(function=function)
         part.add_argument(
             "--model", action="append", required=True, metavar="NAME=PATH", help="a model; repeat for more"
@@ -41,6 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             part.add_argument("--context", type=int, metavar="TOKENS", help="window length; default: the model's own")
             part.add_argument("--stride", type=int, metavar="TOKENS", help="advance of windows; default: the context")
             part.add_argument("--max-documents", type=int, metavar="N", help="first N documents of each set only")
+        if name == "forgetting":
+            part.add_argument("--series", action="store_true", help="compare each model with the one before it too")
         if name == "perplexity":
             part.add_argument("--output", type=Path, metavar="FILE", help="write the results as JSON")
         if name in ("forgetting", "divergence", "harness"):
@@ -53,6 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             part.add_argument("--tokens", type=int, default=64, metavar="N", help="length of a continuation (64)")
             part.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): most likely")
             part.add_argument("--seed", type=int, default=1234, metavar="N", help="of sampling (1234)")
+    sweep = subparsers.add_parser("sweep", help=HELP["sweep"])
+    sweep.set_defaults(function=_sweep)
+    sweep.add_argument("folder", type=Path, metavar="SWEEP", help="folder with sweep.json, VARIANT+sweep")
+    sweep.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for results")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -72,16 +89,27 @@ def _perplexity(arguments: argparse.Namespace) -> None:
 
 def _forgetting(arguments: argparse.Namespace) -> None:
     from megatron_cpt.evaluate.drawing import colours
-    from megatron_cpt.evaluate.forgetting import as_json, compare_with_first, forgetting_table
+    from megatron_cpt.evaluate.forgetting import (
+        as_json,
+        compare_with_first,
+        compare_with_previous,
+        forgetting_table,
+    )
     from megatron_cpt.evaluate.plots import plot_forgetting
     from megatron_cpt.files import write_json, write_text
 
     results = _measure(arguments)
     changes = compare_with_first(results)
     table = forgetting_table(changes)
-    write_json(arguments.output / "forgetting.json", as_json(results, changes))
+    content, colour = as_json(results, changes), colours(result.model for result in results)
+    plot_forgetting(changes, colour, arguments.output / "forgetting.png")
+    if arguments.series:
+        steps = compare_with_previous(results)
+        table += "\n\n" + forgetting_table(steps)
+        content["stages"] = as_json([], steps)["changes"]
+        plot_forgetting(steps, colour, arguments.output / "stages.png")
+    write_json(arguments.output / "forgetting.json", content)
     write_text(arguments.output / "forgetting.md", table + "\n")
-    plot_forgetting(changes, colours(result.model for result in results), arguments.output / "forgetting.png")
     sys.stdout.write(table + "\n")
 
 
@@ -124,6 +152,12 @@ def _divergence(arguments: argparse.Namespace) -> None:
     write_json(arguments.output / "divergence.json", {"format": 1, "base": base, "divergence": divergence})
     plot_divergence(divergence, base, arguments.output / "divergence.png")
     sys.stdout.write(divergence_table(divergence) + "\n")
+
+
+def _sweep(arguments: argparse.Namespace) -> None:
+    from megatron_cpt.evaluate.sweep import write_sweep_report
+
+    sys.stdout.write(write_sweep_report(arguments.folder, arguments.output) + "\n")
 
 
 def _measure(arguments: argparse.Namespace) -> list:

@@ -5,15 +5,23 @@ Queue and account come from --queue and --account, MEGATRON_CPT_QUEUE and MEGATR
 
   train      one stage; the same command again continues it. --chain N lines up N jobs of one walltime each
   pipeline   tokenize, build-index, convert in, train, convert out, evaluate, report: what is missing of it
+  sweep      a small grid of settings, each point a run of its own, and one comparison: what is missing of it
+  evaluate   a job per kept checkpoint: bits per byte on the held-out texts, or lm-evaluation-harness
 
 Example:
   megatron-cpt submit train --task tasks/demo --params demo-5m --size 300K --variant base launch.gpus_per_node=2
+  megatron-cpt submit sweep --grid replay=0.05,0.25 --grid optimizer.lr=1e-3,2e-3 --task tasks/demo --params demo-5m \
+      --size 300K --variant replay
   megatron-cpt submit train --site leonardo --account MINE --chain 3 --dry-run --task tasks/ja --params 8b --size 50B
 """
 
 import argparse
 import os
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_cpt.launch.submit import Submission
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +49,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pipeline.add_argument(
         "--only", default="", metavar="STAGE[,STAGE]", help="of the graph only these, such as tokenize"
     )
-    for stage in (train, pipeline):
+    sweep = stages.add_parser("sweep", help="a grid of settings, each point a run of its own, and one comparison")
+    sweep.add_argument(
+        "--grid", action="append", required=True, metavar="KEY=V1,V2", help="setting and values, or replay=SHARE,SHARE"
+    )
+    sweep.add_argument("--old", action="append", default=[], metavar="CORPUS", help="data not to forget")
+    sweep.add_argument("--name", default="sweep", metavar="NAME", help="the sweep's folder is VARIANT+NAME (sweep)")
+    sweep.add_argument("--max-failures", type=int, default=2, metavar="K", help=argparse.SUPPRESS)
+    evaluate = stages.add_parser("evaluate", help="a job per kept checkpoint: bits per byte, or the harness")
+    evaluate.add_argument("--harness", default="", metavar="TASK,TASK", help="tasks of lm-evaluation-harness instead")
+    evaluate.add_argument("--every", type=int, metavar="N", help="only multiples of N iterations, and the last one")
+    for stage in (train, pipeline, sweep, evaluate):
         stage.add_argument("--depend", metavar="KIND:ID[:ID]", help="wait for jobs, such as afterok:123:124")
         stage.add_argument("--dry-run", action="store_true", help="print scripts and commands; write and queue nothing")
         stage.add_argument("--queue", metavar="NAME", help="queue or partition")
@@ -68,6 +86,8 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.overrides = with_variables(arguments, os.environ if arguments.from_environment else {})
     loaded = load_from_arguments(arguments)
     config = loaded.config
+    if config.launch.scheduler == "local" and arguments.depend:
+        raise LaunchError(f"--depend {arguments.depend}: launch.scheduler is local. A batch scheduler is needed.")
     submission = Submission(
         loaded=loaded,
         site=read_site(arguments.site, queue=arguments.queue, account=arguments.account),
@@ -75,10 +95,12 @@ def run(arguments: argparse.Namespace) -> int:
         depend=arguments.depend,
         dry_run=arguments.dry_run,
     )
+    if arguments.stage == "sweep":
+        return _sweep(submission, arguments)
+    if arguments.stage == "evaluate":
+        return _evaluate(submission, arguments)
     only = [name for name in getattr(arguments, "only", "").split(",") if name]
     if config.launch.scheduler == "local":
-        if arguments.depend:
-            raise LaunchError(f"--depend {arguments.depend}: launch.scheduler is local. A batch scheduler is needed.")
         if arguments.stage == "pipeline":
             return run_pipeline(submission, soup_last=arguments.soup_last, only=only)
         check_training(loaded, run_dir(config))
@@ -105,6 +127,50 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         ids = submit_chain(submission, num_links=arguments.chain, max_failures=arguments.max_failures)
     sys.stdout.write("".join(f"{job}\n" for job in ids))
+    return 0
+
+
+def _sweep(submission: "Submission", arguments: argparse.Namespace) -> int:
+    """Start a grid: every point is loaded, and so checked, before anything begins."""
+    import dataclasses
+
+    from megatron_cpt.config.load import load_from_arguments
+    from megatron_cpt.launch.sweep import (
+        Sweep,
+        grid_points,
+        old_corpora,
+        parse_grid,
+        run_sweep,
+        submit_sweep,
+        sweep_submission,
+    )
+    from megatron_cpt.launch.trials import labelled
+
+    config = submission.loaded.config
+    old = old_corpora(arguments, config)
+    points, submissions = grid_points(parse_grid(arguments.grid), config, old), []
+    for point in points:
+        settings = [f"{key}={value}" for key, value in point.settings.items()]
+        own = argparse.Namespace(**vars(arguments))
+        own.variant, own.overrides = labelled(arguments.variant, point.label), [*arguments.overrides, *settings]
+        loaded, words = load_from_arguments(own), tuple(run_arguments(own))
+        submissions.append(dataclasses.replace(submission, loaded=loaded, run_arguments=words))
+    whole = sweep_submission(submission, arguments.name)
+    sweep = Sweep(submission=whole, points=points, submissions=submissions, old=old)
+    if config.launch.scheduler == "local":
+        return run_sweep(sweep)
+    sys.stdout.write("".join(f"{job}\n" for job in submit_sweep(sweep, max_failures=arguments.max_failures)))
+    return 0
+
+
+def _evaluate(submission: "Submission", arguments: argparse.Namespace) -> int:
+    """Measure every kept checkpoint."""
+    from megatron_cpt.launch.checkpoint_jobs import checkpoint_stages, run_checkpoint_jobs, submit_checkpoint_jobs
+
+    stages = checkpoint_stages(submission, [name for name in arguments.harness.split(",") if name], arguments.every)
+    if submission.scheduler == "local":
+        return run_checkpoint_jobs(submission, stages)
+    sys.stdout.write("".join(f"{job}\n" for job in submit_checkpoint_jobs(submission, stages)))
     return 0
 
 

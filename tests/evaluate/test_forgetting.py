@@ -7,6 +7,7 @@ from megatron_cpt.errors import DataError
 from megatron_cpt.evaluate.forgetting import (
     as_json,
     compare_with_first,
+    compare_with_previous,
     forgetting_table,
     markdown_table,
     results_from_json,
@@ -50,6 +51,16 @@ def test_a_small_change_in_every_document_is_told_from_noise_by_pairing():
     assert cpt.change == pytest.approx(0.02, abs=1e-3)
     assert (cpt.verdict, other.verdict) == ("forgot", "unchanged")
     assert cpt.change_high - cpt.change_low < 0.02 < cpt.high - cpt.low
+
+
+def test_a_series_is_compared_stage_by_stage():
+    results = [result("base", "D1", BASE), result("one", "D1", shifted(-0.5)), result("two", "D1", shifted(-0.3))]
+    steps = compare_with_previous(results)
+    assert [(step.reference, step.verdict) for step in steps] == [
+        ("base", "unchanged"), ("base", "learned"), ("one", "forgot"),
+    ]  # fmt: skip
+    assert "change from the model before" in forgetting_table(steps)
+    assert "change from base" in forgetting_table(compare_with_first(results))
 
 
 def test_lower_bits_per_byte_are_learning():

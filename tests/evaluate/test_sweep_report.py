@@ -3,6 +3,12 @@
 import json
 from pathlib import Path
 
+import pytest
+
+from megatron_cpt.cli import main
+from megatron_cpt.errors import DataError
+from megatron_cpt.evaluate.sweep import write_sweep_report
+
 
 def write_metrics(
     run: Path,
@@ -28,3 +34,42 @@ def write_metrics(
         records.append({"kind": "end", "iteration": len(losses), "reason": end})
     run.mkdir(parents=True, exist_ok=True)
     (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def write_sweep(folder: Path, points: dict[tuple[str, str], tuple[float, float] | None]) -> None:
+    """Write a sweep over replay and peak whose points end with these changes on new and old data."""
+    listed = []
+    for (replay, lr), change in points.items():
+        label = f"replay-{replay}_lr-{lr}"
+        if change:
+            held_out = {"D1": [2.0, 2.0 + change[0]], "D0": [1.0, 1.0 + change[1]]}
+            write_metrics(folder.parent / label, [3.0] * 10, held_out)
+        axes = {"replay": replay, "optimizer.lr": lr}
+        listed.append({"label": label, "run": f"../{label}", "axes": axes, "train_iters": 10})
+    folder.mkdir()
+    (folder / "sweep.json").write_text(json.dumps({"format": 1, "old": ["D0"], "new": ["D1"], "points": listed}))
+
+
+def test_points_are_compared_and_those_that_none_beats_are_marked(tmp_path, capsys):
+    changes = {("0.05", "1e-3"): (-0.4, 0.2), ("0.05", "2e-3"): (-0.5, 0.3), ("0.25", "1e-3"): (-0.3, 0.25),
+               ("0.25", "2e-3"): None}  # fmt: skip
+    write_sweep(tmp_path / "main+sweep", changes)
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", "sweep", str(tmp_path / "main+sweep"), "--output", str(tmp_path / "report")])
+    assert not ended.value.code
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    assert rows[0] == ["", "replay", "optimizer.lr", "D0", "D1", "learned", "forgot", "training loss", "state"]
+    assert [row[0] for row in rows[2:]] == ["*", "*", "", ""], "less learned and more forgotten than the first"
+    assert rows[2][3:7] == ["+0.2000", "-0.4000", "-0.4000", "+0.2000"]
+    assert rows[5][3:] == ["", "", "", "", "", "0 of 10"]
+    assert (tmp_path / "report" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert "sweep.png" in (tmp_path / "report" / "sweep.md").read_text()
+
+
+def test_a_sweep_without_any_training_is_refused(tmp_path):
+    write_sweep(tmp_path / "sweep", {("0.05", "1e-3"): None})
+    with pytest.raises(DataError, match="no point has trained yet"):
+        write_sweep_report(tmp_path / "sweep", tmp_path / "report")
+    (tmp_path / "sweep" / "sweep.json").write_text("{}")
+    with pytest.raises(DataError, match="not written by `submit sweep`"):
+        write_sweep_report(tmp_path / "sweep", tmp_path / "report")
