@@ -15,7 +15,7 @@ venv:  ## build .venv with the pinned requirements and this package
 	@installers/venv.sh
 
 demo: venv  ## the tutorial: from documents to a trained, merged and evaluated model, on CPU
-	@$(PY) tasks/demo/run.py
+	@$(PY) -m tasks.demo.run
 
 demo-clean:  ## remove what the demo wrote
 	@rm -rf runs/demo
