@@ -14,7 +14,8 @@ from pathlib import Path
 from megatron_cpt.checkpoint import mcore
 from megatron_cpt.checkpoint.dcp import METADATA, DcpReader
 from megatron_cpt.checkpoint.deepspeed import DeepSpeedUniversalWeights, universal_step
-from megatron_cpt.checkpoint.mapping import FAMILIES, Family, units
+from megatron_cpt.checkpoint.hf_export_config import hf_config_from_model
+from megatron_cpt.checkpoint.mapping import FAMILIES, Unit, family_of, units
 from megatron_cpt.checkpoint.megatron_common import find_step, read_common
 from megatron_cpt.checkpoint.sources import MegatronWeights, TorchDistWeights
 from megatron_cpt.checkpoint.torch_format import MOMENTS, TorchFormat, Unmappable
@@ -80,7 +81,7 @@ def open_foreign(source: Path, model: ModelConfig) -> ForeignCheckpoint:
 def is_loadable(directory: Path, model: ModelConfig) -> bool:
     """Return whether training loads a `torch_dist` folder as it is: a key per layer, named as Transformer Engine does."""
     present = set(DcpReader(directory).tensor_keys())
-    return all(unit.key in present for unit in units(model, _any_family(model)))
+    return all(unit.key in present for unit in model_units(model))
 
 
 def _open_torch_format(directory: Path) -> ForeignCheckpoint:
@@ -131,5 +132,9 @@ def _open_torch_dist(directory: Path) -> ForeignCheckpoint:
     return ForeignCheckpoint("torch_dist", directory, weights, dict(moments), step)
 
 
-def _any_family(model: ModelConfig) -> Family:
-    return FAMILIES["MixtralForCausalLM" if model.num_moe_experts else "LlamaForCausalLM"]
+def model_units(model: ModelConfig) -> list[Unit]:
+    """Return the Megatron tensors of a model, also of one that no Hugging Face architecture expresses."""
+    try:
+        return units(model, family_of(hf_config_from_model(model, None)["architectures"][0]))
+    except CheckpointError:
+        return units(model, FAMILIES["Qwen3MoeForCausalLM"])

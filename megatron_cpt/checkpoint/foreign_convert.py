@@ -26,10 +26,9 @@ from megatron_cpt.checkpoint.convert import (
 )
 from megatron_cpt.checkpoint.dcp import DcpReader
 from megatron_cpt.checkpoint.dcp_writer import Slice, write_dcp
-from megatron_cpt.checkpoint.foreign import ForeignCheckpoint, open_foreign
+from megatron_cpt.checkpoint.foreign import ForeignCheckpoint, model_units, open_foreign
 from megatron_cpt.checkpoint.hf import sampled_hash
-from megatron_cpt.checkpoint.hf_export_config import hf_config_from_model
-from megatron_cpt.checkpoint.mapping import Unit, family_of, units
+from megatron_cpt.checkpoint.mapping import Unit
 from megatron_cpt.checkpoint.megatron_common import write_megatron_metadata
 from megatron_cpt.checkpoint.sources import MegatronWeights
 from megatron_cpt.checkpoint.transforms import pad_vocab
@@ -71,7 +70,7 @@ def foreign_to_mcore(
     if foreign.moments is None and optimizer == "if-there":
         logger.warning("%s: weights only: %s", foreign.directory, foreign.missing)
     moments = foreign.moments if optimizer != "none" else None
-    steps = units(model, family_of(hf_config_from_model(model, None)["architectures"][0]))
+    steps = model_units(model)
     left = foreign.weights.unclaimed(steps)
     if left:
         raise CheckpointError(

@@ -29,6 +29,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint import CheckpointException
 
+from megatron_cpt.checkpoint.dcp import read_metadata
 from megatron_cpt.checkpoint.mcore import (
     MANIFEST,
     check_free_space,
@@ -36,6 +37,14 @@ from megatron_cpt.checkpoint.mcore import (
     read_manifest,
     write_manifest,
     write_tracker,
+)
+from megatron_cpt.checkpoint.megatron_common import (
+    CHECKPOINT_VERSION,
+    CONTENT,
+    find_step,
+    megatron_args,
+    read_common,
+    write_common,
 )
 from megatron_cpt.config.schema import ModelConfig, RunConfig
 from megatron_cpt.errors import CheckpointError, ConfigError
@@ -79,7 +88,7 @@ def save_checkpoint(
     on_rank_0(lambda: _prepare_folder(directory, needed_bytes))
     state = _sharded_model(model)
     state["optimizer"] = optimizer.sharded_state_dict(_flat(state), metadata=_metadata())
-    state |= {"iteration": iteration, "checkpoint_version": 3.0}
+    state |= _common_state(iteration, manifest)
     _start_results_queue()
     content = {name: value for name, value in _metadata().items() if name != "dp_cp_group"}
     try:
@@ -100,6 +109,9 @@ def save_checkpoint(
     def complete() -> None:
         hashes = _gathered_hashes(directory, rank)
         if rank == 0:
+            write_common(
+                directory, read_common(directory)
+            )  # Megatron-Core up to 0.16 looks for it in a file of its own
             write_manifest(directory, manifest, hashes=hashes)
             write_tracker(root, iteration)
             if after is not None:
@@ -115,6 +127,42 @@ def save_checkpoint(
         request.add_finalize_fn(complete)
         queue.schedule_async_request(request)
     return directory
+
+
+def _common_state(iteration: int, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return what Megatron-LM's loader looks for besides tensors (see `checkpoint/megatron_common.py`).
+
+    Its scheduler's position is the samples consumed; rates are the run's own, so `--override-opt-param-scheduler` is needed
+    where Megatron-LM trains on.
+    """
+    samples = manifest.get("consumed_samples") or 0
+    config = manifest.get("config") or {}
+    schedule = {
+        "max_lr": (config.get("optimizer") or {}).get("lr"),
+        "lr_warmup_steps": 0,
+        "num_steps": samples,
+        "lr_decay_style": (config.get("schedule") or {}).get("lr_decay_style"),
+        "lr_decay_steps": samples,
+        "min_lr": (config.get("schedule") or {}).get("min_lr"),
+        "start_wd": (config.get("optimizer") or {}).get("weight_decay"),
+        "end_wd": (config.get("optimizer") or {}).get("weight_decay"),
+        "wd_incr_style": "constant",
+        "wd_incr_steps": samples,
+    }
+    arguments = megatron_args(
+        ModelConfig(**manifest["model"]),
+        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        consumed_train_samples=samples,
+        iteration=iteration,
+    )
+    return {
+        "args": arguments,
+        "iteration": iteration,
+        "checkpoint_version": CHECKPOINT_VERSION,
+        "num_floating_point_operations_so_far": 0,
+        "opt_param_scheduler": schedule,
+    }
 
 
 def _start_results_queue() -> None:
@@ -177,6 +225,7 @@ def load_checkpoint(directory: Path, model: list[Any], optimizer: MegatronOptimi
         raise CheckpointError(
             f"{directory}: holds weights only. init.load=full needs optimizer state. Use init.load=weights."
         )
+    on_rank_0(lambda: check_safe(directory))
     state = _sharded_model(model)
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(_flat(state), is_loading=True, metadata=_metadata())
@@ -192,6 +241,15 @@ def load_checkpoint(directory: Path, model: list[Any], optimizer: MegatronOptimi
         optimizer.load_state_dict(_optimizer_state(loaded["optimizer"], optimizer))
 
 
+def check_safe(directory: Path) -> None:
+    """Raise CheckpointError when a pickle that megatron-core and torch will load without an allow-list could run code.
+
+    That is the index `.metadata` and the common state; tensors are read with `weights_only` by them too.
+    """
+    read_metadata(directory)
+    read_common(directory)
+
+
 def _optimizer_state(loaded: dict[Any, Any], optimizer: MegatronOptimizer) -> dict[Any, Any]:
     """Return loaded optimizer state in the form this layout's optimizer expects.
 
@@ -199,7 +257,7 @@ def _optimizer_state(loaded: dict[Any, Any], optimizer: MegatronOptimizer) -> di
     differs. All of it follows from the settings except the number of updates, which is carried over.
     """
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    step = _find_step(loaded)
+    step = find_step(loaded)
     states: dict[Any, Any] = {}
     for index, part in enumerate(parts):
         source = loaded if len(parts) == 1 else loaded[index]
@@ -212,16 +270,6 @@ def _optimizer_state(loaded: dict[Any, Any], optimizer: MegatronOptimizer) -> di
             "param_state_sharding_type": "fully_reshardable",
         }
     return states[0] if len(parts) == 1 else states
-
-
-def _find_step(value: Any) -> int | None:
-    if isinstance(value, dict):
-        if "param_groups" in value:
-            return next((int(group["step"]) for group in value["param_groups"] if group.get("step") is not None), None)
-        value = [part for name, part in value.items() if name != "param_state"]
-    if isinstance(value, list):
-        return next((step for part in value if (step := _find_step(part)) is not None), None)
-    return None
 
 
 def check_model_fits(directory: Path, model: ModelConfig) -> None:
@@ -289,13 +337,7 @@ def _changed(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:
 
 
 def _metadata() -> dict[str, Any]:
-    return {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "distrib_optim_fully_reshardable_mem_efficient": False,
-        "non_homogeneous_layers": True,
-        "chained_optim_avoid_prefix": True,
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-    }
+    return {**CONTENT, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
 
 
 def _sharded_model(model: list[Any]) -> ShardedStateDict:

@@ -1,19 +1,26 @@
 """Where a stage's weights come from: a Hugging Face folder, a Megatron checkpoint, or another variant's run."""
 
 import dataclasses
+import logging
 from pathlib import Path
 
 from megatron_cpt.checkpoint.convert import hf_to_mcore
-from megatron_cpt.checkpoint.mcore import checkpoint_dir, find_checkpoint, verify_checkpoint
+from megatron_cpt.checkpoint.foreign import foreign_format, is_loadable
+from megatron_cpt.checkpoint.foreign_convert import foreign_to_mcore
+from megatron_cpt.checkpoint.mcore import MANIFEST, checkpoint_dir, find_checkpoint, read_manifest, verify_checkpoint
 from megatron_cpt.config.schema import RunConfig
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.launch.run_dir import RunDir, run_dir
+
+logger = logging.getLogger(__name__)
 
 
 def initial_checkpoint(config: RunConfig, run: RunDir) -> Path | None:
     """Return the verified checkpoint folder that `init.from_path` means, None when it is not set.
 
-    A Hugging Face folder is converted into `<run>/init` first (once). Raises: CheckpointError.
+    A Hugging Face folder, or a checkpoint of Megatron-LM or DeepSpeed that training cannot read as it is (torch format,
+    universal, stacked layers, no manifest), is converted into `<run>/init` first (once), its optimizer state too where
+    init.load is full. Raises: CheckpointError.
     """
     text = config.init.from_path
     if text is None:
@@ -33,7 +40,23 @@ def initial_checkpoint(config: RunConfig, run: RunDir) -> Path | None:
                 make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
             )
         return find_checkpoint(converted, config.checkpoint.verify_on_load)
+    foreign = foreign_format(path)
+    if foreign is not None and _is_to_be_converted(*foreign, config):
+        logger.info("%s: %s made elsewhere, converted into %s first", foreign[1], foreign[0], run.path / "init")
+        foreign_to_mcore(
+            foreign[1], run.path / "init", config.model, optimizer="needed" if config.init.load == "full" else "none"
+        )
+        return find_checkpoint(checkpoint_dir(run.path / "init", "release"), config.checkpoint.verify_on_load)
     return find_checkpoint(path, config.checkpoint.verify_on_load)
+
+
+def _is_to_be_converted(kind: str, directory: Path, config: RunConfig) -> bool:
+    if kind != "torch_dist":
+        return True
+    if not (directory / MANIFEST).exists():
+        is_ours = any(directory.parent.glob(f"*/{MANIFEST}"))  # then it is damaged or unfinished, not foreign
+        return not is_ours
+    return read_manifest(directory).get("source") == {"kind": "adopted"} and not is_loadable(directory, config.model)
 
 
 def _variant_checkpoint(config: RunConfig, text: str) -> Path:

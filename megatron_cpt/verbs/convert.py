@@ -5,6 +5,7 @@ Tensor by tensor, without building the model: memory holds a few tensors per wor
 Examples:
   megatron-cpt convert hf-to-mcore models/Qwen3-0.6B converted/qwen3-0.6b --verify
   megatron-cpt convert mcore-to-hf runs/t/p/50B/main/checkpoints/iter_0001000 out/hf --tokenizer data/tokenizer
+  megatron-cpt convert foreign-to-mcore old/iter_0001000 converted/old --params llama-1b --optimizer needed
   megatron-cpt convert latest --task tasks/demo --params demo-5m --size 8M --variant base
   megatron-cpt convert all --task tasks/demo --params demo-5m --size 8M --every 1000
   megatron-cpt convert verify models/Qwen3-0.6B converted/qwen3-0.6b --logits --text sample.txt
@@ -56,15 +57,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     to_hf.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file (5GB)")
     _add_options(to_hf)
     foreign = directions.add_parser(
-        "foreign-to-hf", help="Megatron torch format or DeepSpeed universal weights to Hugging Face"
+        "foreign-to-mcore", help="a checkpoint of Megatron-LM or DeepSpeed, optimizer too, to <output>/release"
     )
-    foreign.add_argument("source", type=Path, help="folder with mp_rank_*/, or with zero/<parameter>/fp32.pt")
-    foreign.add_argument("output", type=Path, help="Hugging Face folder to make")
-    foreign.add_argument("--params", required=True, help="params file that describes the model (a name or a path)")
+    to_folder = directions.add_parser(
+        "foreign-to-hf", help="weights of a checkpoint of Megatron-LM or DeepSpeed to a Hugging Face folder"
+    )
+    for part in (foreign, to_folder):
+        part.add_argument("source", type=Path, help="folder with mp_rank_*/, zero/<parameter>/fp32.pt, or .metadata")
+        part.add_argument("output", type=Path, help="folder to make")
+        part.add_argument("--params", required=True, help="params file that describes the model (a name or a path)")
+        _add_options(part)
     foreign.add_argument(
+        "--optimizer",
+        choices=("if-there", "needed", "none"),
+        default="if-there",
+        help="moments and step: take them where they can be mapped, fail without them, or leave them out (if-there)",
+    )
+    to_folder.add_argument(
         "--tokenizer", type=Path, help="tokenizer folder, tokenizer.json or SentencePiece model to copy"
     )
-    _add_options(foreign)
     latest = directions.add_parser("latest", help="a run's newest good checkpoint to <run>/checkpoints_hf")
     every = directions.add_parser("all", help="every kept checkpoint of a run that is not converted yet")
     every.add_argument("--every", type=int, default=1, metavar="N", help="only iterations that are multiples of N")
@@ -113,11 +124,14 @@ def run(arguments: argparse.Namespace) -> int | None:
                 **options,
             )
         ]
-    elif arguments.direction == "foreign-to-hf":
-        from megatron_cpt.checkpoint.foreign_convert import foreign_to_hf
+    elif arguments.direction.startswith("foreign"):
+        from megatron_cpt.checkpoint.foreign_convert import foreign_to_hf, foreign_to_mcore
 
-        model = params_model(arguments.params)
-        outputs = [foreign_to_hf(arguments.source, arguments.output, model, tokenizer=arguments.tokenizer, **options)]
+        places = arguments.source, arguments.output, params_model(arguments.params)
+        if arguments.direction == "foreign-to-hf":
+            outputs = [foreign_to_hf(*places, tokenizer=arguments.tokenizer, **options)]
+        else:
+            outputs = [foreign_to_mcore(*places, optimizer=arguments.optimizer, **options)]
     elif arguments.direction == "latest":
         outputs = [export_latest(load_from_arguments(arguments).config, **options)]
     else:

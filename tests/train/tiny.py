@@ -90,16 +90,15 @@ def run_steps(
             optimizer.reload_model_params()
     results = [train_step(model, optimizer, batches(config, step), config, 1e-3) for step in range(first, last)]
     if save:
-        manifest = {
-            "iteration": last,
-            "content": "full",
-            "model": dataclasses.asdict(config.model),
-            "config": None,
-            "tokenizer": None,
-        }
-        save_checkpoint(Path(save), last, model, optimizer, manifest)
+        save_checkpoint(Path(save), last, model, optimizer, manifest_of(config, last))
     finish_parallel()
     return [(result.loss, result.grad_norm) for result in results]
+
+
+def manifest_of(config: RunConfig, iteration: int) -> dict[str, Any]:
+    """Return the manifest of a checkpoint of these tests."""
+    model = dataclasses.asdict(config.model)
+    return {"iteration": iteration, "content": "full", "model": model, "config": None, "tokenizer": None}
 
 
 def logits(config: RunConfig, load: str | None, ids: list[list[int]]) -> Any:
