@@ -5,7 +5,9 @@ once. Types were checked before, in `config/fields.py`.
 """
 
 from collections.abc import Collection
+from dataclasses import replace
 
+from megatron_cpt.config.check_batch import ramp_problems
 from megatron_cpt.config.check_model import model_problems
 from megatron_cpt.config.check_parallel import parallel_problems
 from megatron_cpt.config.check_stage import stage_problems
@@ -30,6 +32,9 @@ def mistakes(config: RunConfig, origins: dict[str, str], unusable: Collection[st
     ]
     bad = {*unusable, *(keys[0] for keys, _ in found)}
     sane = with_ones(config, [keys[0] for keys, _ in found])
+    if ramp := [problem for problem in ramp_problems(sane) if not bad.intersection(problem.keys)]:
+        found += [(problem.keys, problem.text) for problem in ramp]
+        sane = replace(sane, training=replace(sane.training, rampup_batch_size=None))
     for problems in (model_problems, parallel_problems, stage_problems):
         found += [(problem.keys, problem.text) for problem in problems(sane) if not bad.intersection(problem.keys)]
     return [f"{_where(keys, origins) or f'task {config.task}'}: {text}" for keys, text in found]

@@ -143,6 +143,13 @@ def _world_problems(config: RunConfig) -> Iterator[Problem]:
             f"training.global_batch_size is {size}, not a multiple of micro_batch_size x data-parallel size "
             f"({micro} x {dp} = {micro * dp}). Use {nearest_multiples(size, micro * dp)}.",
         )
+    for name, value in zip(("starts at", "grows by"), (config.training.rampup_batch_size or ())[:2], strict=False):
+        if value % (micro * dp):
+            yield Problem(
+                ("training.rampup_batch_size", "training.micro_batch_size", *keys),
+                f"training.rampup_batch_size {name} {value}, not a multiple of micro_batch_size x data-parallel size "
+                f"({micro} x {dp} = {micro * dp}). Use {nearest_multiples(value, micro * dp)}.",
+            )
 
 
 def _expert_problems(config: RunConfig) -> Iterator[Problem]:

@@ -2,22 +2,24 @@
 
 import math
 
+from megatron_cpt.config.batch_sizes import batch_sizes
 from megatron_cpt.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainingConfig
 from megatron_cpt.config.values import Duration
 from megatron_cpt.errors import ConfigError
 
 
 def train_iters(training: TrainingConfig) -> int:
-    """Return the stage's iterations: stated, or rounded up from its samples or tokens.
+    """Return the stage's iterations: stated, or as many as its samples or tokens need, the last one whole.
 
-    `ceil(tokens / seq_length / global_batch_size)` as in LLM-jp's mid-training scripts, in integers.
+    `ceil(tokens / seq_length / global_batch_size)` as in LLM-jp's mid-training scripts, in integers; steps of a batch
+    ramp-up count with their own sizes.
     """
     if training.train_iters is not None:
         return training.train_iters
     if training.train_samples is not None:
-        return -(-training.train_samples // training.global_batch_size)
+        return batch_sizes(training).iterations(training.train_samples)
     if training.train_tokens is not None:
-        return -(-training.train_tokens // (training.seq_length * training.global_batch_size))
+        return batch_sizes(training).iterations(-(-training.train_tokens // training.seq_length))
     raise ConfigError("training: no length. Set one of train_tokens, train_samples and train_iters.")
 
 
@@ -30,7 +32,7 @@ def stage_corpora(data: DataConfig) -> list[str]:
 
 def train_samples(training: TrainingConfig) -> int:
     """Return the stage's samples: whole global batches."""
-    return train_iters(training) * training.global_batch_size
+    return batch_sizes(training).samples(train_iters(training))
 
 
 def train_tokens(training: TrainingConfig) -> int:
@@ -59,8 +61,13 @@ def rope_original_max_position_embeddings(model: ModelConfig) -> int:
     return model.rope_original_max_position_embeddings or model.max_position_embeddings
 
 
-def duration_samples(duration: Duration, training: TrainingConfig) -> int:
-    """Return a duration of a stage in samples."""
+def duration_samples(duration: Duration, training: TrainingConfig, *, is_at_end: bool = False) -> int:
+    """Return a duration of a stage in samples: iterations are the stage's first ones, or with `is_at_end` its last."""
+    if duration.unit == "iterations":
+        sizes, count = batch_sizes(training), math.ceil(duration.amount)
+        if not is_at_end:
+            return sizes.samples(count)
+        return train_samples(training) - sizes.samples(max(train_iters(training) - count, 0))
     return duration.samples(
         global_batch_size=training.global_batch_size,
         seq_length=training.seq_length,

@@ -60,7 +60,7 @@ def parse_field(kind: Any, value: Any, key: str = "") -> Any:
     if origin is Literal:
         return _parse_choice(arguments, value)
     if origin is tuple:
-        return _parse_strings(value)
+        return _parse_counts(value) if arguments[0] is int else _parse_strings(value)
     if origin is dict:
         return _parse_mapping(arguments[1], value)
     if key == "launch.walltime":
@@ -98,6 +98,12 @@ def _parse_strings(value: Any) -> tuple[str, ...]:
     if not isinstance(items, list | tuple) or not all(isinstance(item, str) for item in items):
         raise ValueError(f"{_shown(value)} is not a list of texts. Write [a, b]")
     return tuple(items)
+
+
+def _parse_counts(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{_shown(value)} is not a list of whole numbers. Write [16, 16, 1M]")
+    return tuple(parse_count(item) for item in value)
 
 
 def _parse_mapping(kind: Any, value: Any) -> dict[str, Any]:

@@ -79,6 +79,8 @@ def megatron_flags(config: RunConfig) -> list[str]:
         value = (row.flag_value or row.argument_value)(config)
         if value is True:
             flags.append(row.flag)
+        elif isinstance(value, tuple):
+            flags += [row.flag, *map(_flag_text, value)]
         elif value is not None and value is not False:
             flags += [row.flag, _flag_text(value)]
     flags += _grouped_query_flags(config) + _rope_flags(config)
@@ -93,10 +95,24 @@ def settings_without_flag(config: RunConfig) -> list[str]:
     """Return the training settings that matter in this run and that no Megatron-LM flag expresses."""
     found = [
         key
-        for key in ("training.z_loss_coeff", "schedule.lr_hold", "schedule.lr_hold_start", "data.mix")
+        for key in (
+            "training.z_loss_coeff",
+            "schedule.lr_hold",
+            "schedule.lr_hold_start",
+            "data.mix",
+            "data.skip_iterations",
+        )
         if setting_value(config, key)
     ]
-    if is_yarn(config):
+    if is_yarn(config) and not is_mla(config):
+        found += [
+            "model.rope_scaling_type",
+            "model.rope_scaling_factor",
+            "model.rope_beta_fast",
+            "model.rope_beta_slow",
+        ]
+        found.append("model.rope_original_max_position_embeddings")
+    elif is_yarn(config):
         found += [row.setting for row in ROWS if row.when == is_mla_with_yarn and row.flag is None]
     if config.schedule.lr_decay_style.startswith("infinite"):
         found.append("schedule.lr_decay_style")

@@ -53,9 +53,9 @@ class ModelConfig:
     rope_beta_slow: float = 1.0
     """YaRN: rotations within the original context below which a frequency is interpolated."""
     rope_mscale: float = 1.0
-    """YaRN: attention temperature coefficient."""
+    """YaRN with multi_latent_attention: attention temperature coefficient."""
     rope_mscale_all_dim: float = 0.0
-    """YaRN: attention temperature coefficient over all dimensions (DeepSeek)."""
+    """YaRN with multi_latent_attention: attention temperature coefficient over all dimensions (DeepSeek)."""
     layernorm_epsilon: float = 1e-5
     """Epsilon of RMSNorm."""
     untie_embeddings_and_output_weights: bool = True
@@ -181,8 +181,8 @@ class TrainingConfig:
     deterministic: bool = False
     """Choose deterministic kernels; two runs on the same hardware are then bit-identical."""
     spike_threshold: float = 0.0
-    """A loss above the median of the last 128 by more than this many robust standard deviations (1.4826 x median
-    absolute deviation) is a spike, reported with the step's samples and shards; 0: not looked for. 10 to 20 is usual."""
+    """A loss above the median of the last 16 by more than this many robust standard deviations of its noise over the
+    last 128 is a spike, reported with the step's samples and shards; 0: not looked for. Begin with 10."""
     spike_action: Literal["report", "rollback"] = "report"
     """What follows a spike: a report, or besides it a return to the last checkpoint, from where the spike's iterations
     are skipped (they are added to `<run>/skip_iterations.txt`)."""
@@ -359,6 +359,10 @@ class LoggingConfig:
     """Iterations per logged line."""
     tensorboard: bool = True
     """Write TensorBoard events beside metrics.jsonl."""
+    wandb_project: str | None = None
+    """Report to this project of Weights & Biases too (needs the package wandb); None: no."""
+    wandb_mode: Literal["online", "offline"] = "online"
+    """offline: W&B's files stay in the run directory until `wandb sync`. The variable WANDB_MODE wins."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -63,6 +63,11 @@ class RunDir:
         return self.path / "cache"
 
     @property
+    def skip_iterations_path(self) -> Path:
+        """Ranges of iterations that pass without a step; a person or a roll-back writes it."""
+        return self.path / "skip_iterations.txt"
+
+    @property
     def report(self) -> Path:
         """Plots and tables."""
         return self.path / "report"

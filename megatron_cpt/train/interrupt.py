@@ -20,11 +20,15 @@ class Interrupts:
         self._run_path = run_path
         self._signalled = False
         started = float(os.environ.get("MEGATRON_CPT_JOB_START", time.time()))
-        self._deadline = (
-            started + launch.walltime - launch.exit_before_walltime if launch.exit_before_walltime else None
-        )
+        self._end = started + launch.walltime - launch.exit_before_walltime
+        self._deadline = self._end if launch.exit_before_walltime else None
+        self._is_job = "MEGATRON_CPT_JOB_START" in os.environ or self._deadline is not None
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._note)
+
+    def seconds_left(self) -> float | None:
+        """Return the seconds until the walltime ends the run; None outside of a job."""
+        return round(max(self._end - time.time(), 0.0), 1) if self._is_job else None
 
     def _note(self, number: int, frame: object) -> None:
         self._signalled = True

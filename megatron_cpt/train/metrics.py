@@ -2,6 +2,8 @@
 
 import json
 import logging
+import resource
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,10 @@ from typing import Any
 import torch
 
 from megatron_cpt.config.derived import kv_channels, num_query_groups, padded_vocab_size
-from megatron_cpt.config.schema import ModelConfig
+from megatron_cpt.config.schema import ModelConfig, RunConfig
 from megatron_cpt.launch.run_dir import RunDir
-from megatron_cpt.log import format_count, format_seconds
+from megatron_cpt.log import format_bytes, format_count, format_seconds
+from megatron_cpt.train.wandb_run import start_wandb
 
 logger = logging.getLogger(__name__)
 
@@ -22,16 +25,19 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12, "
 class MetricsWriter:
     """Appends records to `metrics.jsonl` and TensorBoard; on ranks other than 0 it does nothing."""
 
-    def __init__(self, run: RunDir, *, is_writer: bool, tensorboard: bool):
+    def __init__(self, run: RunDir, *, is_writer: bool, config: RunConfig):
         self.is_writer = is_writer
         self._file = None
         self._events: Any = None
+        self._wandb: Any = None
         if not is_writer:
             return
         run.metrics_path.parent.mkdir(parents=True, exist_ok=True)
         _end_last_line(run.metrics_path)
         self._file = run.metrics_path.open("a", encoding="utf-8")
-        if tensorboard:
+        if config.logging.wandb_project is not None:
+            self._wandb = start_wandb(run, config)
+        if config.logging.tensorboard:
             # imported here: it costs a second, and only one rank needs it
             from torch.utils.tensorboard import SummaryWriter
 
@@ -43,15 +49,20 @@ class MetricsWriter:
             return
         self._file.write(json.dumps({"kind": kind, **values, "time": round(time.time(), 3)}) + "\n")
         self._file.flush()
-        if self._events is not None and kind in ("train", "validation"):
-            self._write_events(kind, values)
-
-    def _write_events(self, kind: str, values: dict[str, Any]) -> None:
+        if kind not in ("train", "validation"):
+            return
         group = f"validation/{values['corpus']}" if kind == "validation" else "train"
-        for name, value in values.items():
-            if name not in ("iteration", "corpus", "consumed_samples", "consumed_tokens") and value is not None:
-                if isinstance(value, int | float):
-                    self._events.add_scalar(f"{group}/{name}", value, values["iteration"])
+        scalars = {
+            f"{group}/{name}": value
+            for name, value in values.items()
+            if name not in ("iteration", "consumed_samples", "consumed_tokens") and isinstance(value, int | float)
+        }
+        if self._events is not None:
+            for name, value in scalars.items():
+                self._events.add_scalar(name, value, values["iteration"])
+        if self._wandb is not None:
+            place = {name: values[name] for name in ("iteration", "consumed_tokens")}
+            self._wandb.log({**scalars, **place}, step=values["iteration"])
 
     def close(self) -> None:
         """Flush and close the files."""
@@ -59,6 +70,8 @@ class MetricsWriter:
             self._file.close()
         if self._events is not None:
             self._events.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
 
 def _end_last_line(path: Path) -> None:
@@ -71,7 +84,7 @@ def _end_last_line(path: Path) -> None:
             file.truncate(content.rfind(b"\n") + 1)
 
 
-def train_line(record: dict[str, Any], train_iters: int, eta_seconds: float) -> str:
+def train_line(record: dict[str, Any], train_iters: int) -> str:
     """Return the console line of a logged step, its columns aligned over a run."""
     width = len(str(train_iters))
     parts = [
@@ -81,12 +94,24 @@ def train_line(record: dict[str, Any], train_iters: int, eta_seconds: float) -> 
         f"lr {record['lr']:.3e}",
         f"grad norm {record['grad_norm']:7.3f}",
         f"{format_count(record['tokens_per_second']):>6} tokens/s",
-        f"{record['tflops_per_gpu']:.3g} TFLOP/s/GPU",
+        f"{format_count(record['tokens_per_second_per_gpu']):>6}/GPU",
+        f"{record['tflops_per_gpu']:8.3g} TFLOP/s/GPU",
     ]
     if record.get("mfu") is not None:
         parts.append(f"MFU {record['mfu']:.1%}")
-    parts += [f"data {record['data_seconds'] * 1000:.0f} ms", f"ETA {format_seconds(eta_seconds)}"]
-    return " | ".join(parts)
+    parts += [f"{format_bytes(record['memory_bytes']):>9}", f"data {record['data_seconds'] * 1000:3.0f} ms"]
+    eta = f"ETA {format_seconds(record['eta_seconds'])}"
+    if record.get("walltime_left_seconds") is not None:
+        eta += f", walltime {format_seconds(record['walltime_left_seconds'])}"
+    return " | ".join([*parts, eta])
+
+
+def peak_memory_bytes() -> int:
+    """Return the most memory this rank has held: allocated on its GPU, or resident on a CPU."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return resident if sys.platform == "darwin" else resident * 1024
 
 
 def flops_per_token(model: ModelConfig, seq_length: int) -> float:

@@ -1,15 +1,16 @@
-"""Learning rate as a pure function of the samples consumed in a stage.
+"""Learning rate and weight decay as pure functions of the samples consumed in a stage.
 
 The scheduler is ours because megatron-core's keeps its bounds in the optimizer's param groups, where a resume with
 another learning rate raises or silently keeps the old one. Warm-up and decay shapes are Megatron-LM's
 (`megatron/core/optimizer_param_scheduler.py`, 0.19); the infinite forms (cool to a constant, hold, anneal) are those
-of arXiv:2403.08763, section 7; re-warming is a stage with a warm-up of its own.
+of arXiv:2403.08763, section 7; re-warming is a stage with a warm-up of its own. Weight decay follows the same file's
+`get_wd`.
 """
 
 import math
 from dataclasses import dataclass
 
-from megatron_cpt.config.derived import train_samples
+from megatron_cpt.config.derived import duration_samples, train_samples
 from megatron_cpt.config.schema import RunConfig
 
 # Shape of the anneal over its progress r in [0, 1]: 1 at its start, 0 at its end.
@@ -37,6 +38,17 @@ class Schedule:
     total: int
     hold: float | None = None
     hold_start: int | None = None
+    weight_decay_style: str = "constant"
+    weight_decay_start: float = 0.0
+    weight_decay_end: float = 0.0
+
+    def weight_decay(self, samples: int) -> float:
+        """Return the weight decay of the iteration that starts after `samples` samples of the stage."""
+        if self.weight_decay_style == "constant":
+            return self.weight_decay_end
+        progress = min(samples / self.total, 1.0)
+        risen = 0.5 * (math.cos(math.pi * (1 - progress)) + 1) if self.weight_decay_style == "cosine" else progress
+        return self.weight_decay_start + (self.weight_decay_end - self.weight_decay_start) * risen
 
     def learning_rate(self, samples: int) -> float:
         """Return the learning rate of the iteration that starts after `samples` samples of the stage."""
@@ -74,22 +86,20 @@ class Schedule:
 
 def schedule(config: RunConfig) -> Schedule:
     """Return the learning-rate curve of a stage from its settings."""
-    training, settings = config.training, config.schedule
-    total = train_samples(training)
-    units = {
-        "global_batch_size": training.global_batch_size,
-        "seq_length": training.seq_length,
-        "train_samples": total,
-    }
+    training, settings, optimizer = config.training, config.schedule, config.optimizer
+    start, end = optimizer.weight_decay_start, optimizer.weight_decay_end
     return Schedule(
         style=settings.lr_decay_style,
-        lr=config.optimizer.lr,
-        min_lr=config.optimizer.min_lr,
+        lr=optimizer.lr,
+        min_lr=optimizer.min_lr,
         warmup_init=settings.lr_warmup_init,
-        warmup=settings.lr_warmup.samples(**units),
-        cooldown=settings.lr_cooldown.samples(**units),
+        warmup=duration_samples(settings.lr_warmup, training),
+        cooldown=duration_samples(settings.lr_cooldown, training, is_at_end=True),
         cooldown_style=settings.lr_cooldown_style,
-        total=total,
+        total=train_samples(training),
         hold=settings.lr_hold,
-        hold_start=settings.lr_hold_start.samples(**units) if settings.lr_hold_start else None,
+        hold_start=duration_samples(settings.lr_hold_start, training) if settings.lr_hold_start else None,
+        weight_decay_style=optimizer.weight_decay_incr_style,
+        weight_decay_start=optimizer.weight_decay if start is None else start,
+        weight_decay_end=optimizer.weight_decay if end is None else end,
     )

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,15 +25,26 @@ class StepResult:
     loss: float
     grad_norm: float
     is_updated: bool
+    forward_backward_seconds: float
+    """Until the loss is known on every rank; on a GPU that waits for both passes."""
+    optimizer_seconds: float
+    """Reduction and norm of the gradients and the update; a GPU may finish the update during the next step."""
 
 
 def train_step(
-    model: list[Any], optimizer: MegatronOptimizer, batches: list[Batch], config: RunConfig, learning_rate: float
+    model: list[Any],
+    optimizer: MegatronOptimizer,
+    batches: list[Batch],
+    config: RunConfig,
+    learning_rate: float,
+    weight_decay: float | None = None,
 ) -> StepResult:
     """Run one step over this rank's micro-batches. A loss or gradient that is not finite leaves the parameters alone.
 
     The optimizer's own `step` updates before anyone can look at the norm, so its parts are called one by one.
+    `weight_decay` None is the setting's.
     """
+    started = time.monotonic()
     for chunk in model:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
@@ -47,7 +59,8 @@ def train_step(
         forward_only=False,
     )
     loss = global_loss([result["loss_and_tokens"] for result in results])
-    set_learning_rate(optimizer, learning_rate, config.optimizer.weight_decay)
+    evaluated = time.monotonic()
+    set_learning_rate(optimizer, learning_rate, config.optimizer.weight_decay if weight_decay is None else weight_decay)
     found_inf = optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())
     is_finite = not found_inf and math.isfinite(grad_norm) and math.isfinite(loss)
@@ -57,7 +70,8 @@ def train_step(
                 if parameters := part.get_parameters():
                     clip_grad_by_total_norm_fp32(parameters, config.optimizer.clip_grad, grad_norm)
         optimizer.step_with_ready_grads()
-    return StepResult(loss, grad_norm, is_finite)
+    ended = time.monotonic()
+    return StepResult(loss, grad_norm, is_finite, evaluated - started, ended - evaluated)
 
 
 def forward_step(iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Callable[..., Any]]:

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from megatron_cpt.config.schema import ModelConfig
+from megatron_cpt.config.schema import LoggingConfig, ModelConfig, RunConfig
 from megatron_cpt.launch.run_dir import RunDir
 from megatron_cpt.train.metrics import MetricsWriter, flops_per_token, train_line
 
@@ -13,6 +13,10 @@ LLAMA = ModelConfig(
     num_layers=32, hidden_size=4096, ffn_hidden_size=14336, num_attention_heads=32, num_query_groups=8,
     vocab_size=128256, max_position_embeddings=8192,
 )  # fmt: skip
+
+
+def config(**logging: object) -> RunConfig:
+    return RunConfig(task="t", params="p", size="s", model=LLAMA, logging=LoggingConfig(**logging))  # type: ignore[arg-type]
 
 
 def test_dense_flops_are_six_per_matrix_parameter_plus_causal_attention():
@@ -36,17 +40,20 @@ def test_a_window_bounds_the_attention():
 def test_lines_of_a_run_align():
     record = {
         "iteration": 5, "consumed_tokens": 20480, "loss": 8.81, "lr": 5e-4, "grad_norm": 1.7,
-        "tokens_per_second": 1590.0, "tflops_per_gpu": 0.02, "mfu": None, "data_seconds": 0.004,
+        "tokens_per_second": 1590.0, "tokens_per_second_per_gpu": 795.0, "tflops_per_gpu": 0.02, "mfu": None,
+        "data_seconds": 0.004, "memory_bytes": 1 << 30, "eta_seconds": 60.0, "walltime_left_seconds": None,
     }  # fmt: skip
-    short, long = (train_line(record | {"iteration": n, "loss": n * 1.0}, 1470, 60.0) for n in (5, 15))
+    short, long = (train_line(record | {"iteration": n, "loss": n * 1.0}, 1470) for n in (5, 15))
     assert [i for i, c in enumerate(short) if c == "|"] == [i for i, c in enumerate(long) if c == "|"]
-    assert "MFU 41.0%" in train_line(record | {"mfu": 0.41}, 1470, 60.0)
+    assert "MFU 41.0%" in train_line(record | {"mfu": 0.41}, 1470)
+    assert short.endswith("ETA 1m00s") and "1.0 GiB" in short
+    assert train_line(record | {"walltime_left_seconds": 4000.0}, 1470).endswith("ETA 1m00s, walltime 1h06m")
 
 
 def test_a_record_cut_short_by_a_kill_is_dropped(tmp_path):
     run = RunDir(tmp_path)
     run.metrics_path.write_text('{"kind": "start"}\n{"kind": "tra')
-    writer = MetricsWriter(run, is_writer=True, tensorboard=False)
+    writer = MetricsWriter(run, is_writer=True, config=config(tensorboard=False))
     writer.write("end", reason="finished")
     writer.close()
     kinds = [json.loads(line)["kind"] for line in run.metrics_path.read_text().splitlines()]
@@ -54,7 +61,7 @@ def test_a_record_cut_short_by_a_kill_is_dropped(tmp_path):
 
 
 def test_other_ranks_write_nothing(tmp_path):
-    writer = MetricsWriter(RunDir(tmp_path), is_writer=False, tensorboard=True)
+    writer = MetricsWriter(RunDir(tmp_path), is_writer=False, config=config(wandb_project="p"))
     writer.write("end", reason="finished")
     writer.close()
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,199 @@
+"""A stage ready to train: data, model and optimizer, at the place where the run stands.
+
+`prepare` finds the run's newest good checkpoint, refuses settings or data that would silently change a run that has begun,
+builds everything and loads it.
+"""
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron.core.optimizer import MegatronOptimizer
+
+from megatron_cpt.checkpoint.mcore import newest_good_checkpoint, read_manifest
+from megatron_cpt.config.batch_sizes import BatchSizes, batch_sizes
+from megatron_cpt.config.derived import train_iters, train_tokens
+from megatron_cpt.config.iteration_ranges import Ranges
+from megatron_cpt.config.load import LoadedConfig, write_resolved
+from megatron_cpt.config.schema import RunConfig
+from megatron_cpt.data.blend import plan_blend
+from megatron_cpt.data.datalist import DataEntry, read_data_list, write_data_list
+from megatron_cpt.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_cpt.errors import DataError
+from megatron_cpt.launch.run_dir import RunDir, run_dir
+from megatron_cpt.train.batches import DatasetTokenizer, build_train_dataset
+from megatron_cpt.train.checkpointing import check_model_fits, check_unchanged, load_checkpoint
+from megatron_cpt.train.evaluation import ValidationSet, build_validation_sets
+from megatron_cpt.train.init import initial_checkpoint
+from megatron_cpt.train.model import build_training_model
+from megatron_cpt.train.parallel import on_rank_0
+from megatron_cpt.train.revision import code_revision
+from megatron_cpt.train.samples import BlendedSamples
+from megatron_cpt.train.skipping import passed_ranges, skipped_ranges, tokens_per_corpus
+from megatron_cpt.train.step import layout_text
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Stage:
+    """Everything that a stage trains with."""
+
+    config: RunConfig
+    run: RunDir
+    sizes: BatchSizes
+    iterations: int
+    """Iterations of the whole stage."""
+    entries: list[DataEntry]
+    dataset: BlendedSamples
+    tokenizer: Tokenizer
+    validation_sets: list[ValidationSet]
+    model: list[Any]
+    optimizer: MegatronOptimizer
+    hf: dict[str, Any] | None
+    """What an export to Hugging Face needs to know of the model that the stage began with."""
+    skipped: Ranges
+    """Iterations that pass without a step."""
+    resume: Path | None
+    """The run's own checkpoint that was loaded; None at a stage's start."""
+    iteration: int
+    """Iterations that this checkpoint has behind it."""
+    recent_losses: list[float]
+    """The spike detector's window at that iteration."""
+    differences: list[str]
+    """Settings that differ from the checkpoint's."""
+
+    def tokens(self, iteration: int) -> int:
+        """Return the tokens consumed by the first `iteration` iterations."""
+        return self.sizes.samples(iteration) * self.config.training.seq_length
+
+    def manifest(self, iteration: int, losses: list[float]) -> dict[str, Any]:
+        """Return what a checkpoint says about the run at an iteration."""
+        config, samples = self.config, self.sizes.samples(iteration)
+        return {
+            "iteration": iteration,
+            "consumed_samples": samples,
+            "consumed_tokens": samples * config.training.seq_length,
+            "tokens_per_corpus": tokens_per_corpus(
+                self.entries, self.dataset, self.sizes, iteration, self.skipped, config.training.seq_length
+            ),
+            "skipped_iterations": passed_ranges(self.skipped, iteration),
+            "recent_losses": losses,
+            "train_tokens": train_tokens(config.training),
+            "layout": {"text": layout_text(), **dataclasses.asdict(config.parallel)},
+            "model": dataclasses.asdict(config.model),
+            "config": dataclasses.asdict(config),
+            "content": "full",
+            "tokenizer": self.tokenizer.identity,
+            "hf": self.hf,
+        }
+
+
+def prepare(loaded: LoadedConfig) -> Stage | None:
+    """Return the stage with everything loaded, None when the run is finished.
+
+    Raises: CptError for what a user can mend, on every rank.
+    """
+    config, run = loaded.config, run_dir(loaded.config)
+    iterations = train_iters(config.training)
+    resume = on_rank_0(lambda: newest_good_checkpoint(run.checkpoints, config.checkpoint.verify_on_load))
+    manifest = read_manifest(resume) if resume else None
+    iteration = int(manifest["iteration"]) if manifest else 0
+    if iteration >= iterations:
+        return None
+    differences = check_unchanged(manifest["config"] if manifest else None, config, resume or run.path)
+
+    may_change_list = resume is None or config.checkpoint.accept_changes
+    entries = on_rank_0(lambda: _prepare_run_dir(loaded, run, may_change_list=may_change_list))
+    data_dir = Path(config.paths.data_dir)
+    tokenizer = load_tokenizer(data_dir / config.data.tokenizer) if config.data.tokenizer else None
+    if tokenizer is None:
+        raise DataError("data.tokenizer: not set. Its end-of-document id is needed. Name the tokenizer's folder.")
+    dataset_tokenizer = DatasetTokenizer(tokenizer.eod_id, tokenizer.vocab_size, tokenizer.identity)
+    dataset = build_train_dataset(config, entries, dataset_tokenizer, run.cache)
+    validation_sets = build_validation_sets(config, dataset_tokenizer, run.cache, data_dir)
+
+    model, optimizer = build_training_model(config)
+    origin = _load_start(config, run, resume, model, optimizer)
+    return Stage(
+        config=config,
+        run=run,
+        sizes=batch_sizes(config.training),
+        iterations=iterations,
+        entries=entries,
+        dataset=dataset,
+        tokenizer=tokenizer,
+        validation_sets=validation_sets,
+        model=model,
+        optimizer=optimizer,
+        hf=read_manifest(origin).get("hf") if origin else None,
+        skipped=on_rank_0(lambda: skipped_ranges(config, run, manifest)),
+        resume=resume,
+        iteration=iteration,
+        recent_losses=manifest.get("recent_losses", []) if manifest else [],
+        differences=differences,
+    )
+
+
+def go_back(stage: Stage) -> None:
+    """Load the run's newest good checkpoint into the stage; the skipped iterations are read anew."""
+    config, run = stage.config, stage.run
+    directory = on_rank_0(lambda: newest_good_checkpoint(run.checkpoints, config.checkpoint.verify_on_load))
+    load_checkpoint(directory, stage.model, stage.optimizer)
+    set_hyperparameters(stage.optimizer, config)
+    manifest = read_manifest(directory)
+    stage.resume, stage.iteration = directory, int(manifest["iteration"])
+    stage.recent_losses = manifest.get("recent_losses", [])
+    stage.skipped = on_rank_0(lambda: skipped_ranges(config, run, manifest))
+
+
+def set_hyperparameters(optimizer: MegatronOptimizer, config: RunConfig) -> None:
+    """Give the optimizer this configuration's Adam settings: a checkpoint's groups carry those it was saved with."""
+    for group in optimizer.param_groups:
+        group["betas"] = (config.optimizer.adam_beta1, config.optimizer.adam_beta2)
+        group["eps"] = config.optimizer.adam_eps
+
+
+def _load_start(
+    config: RunConfig, run: RunDir, resume: Path | None, model: list[Any], optimizer: MegatronOptimizer
+) -> Path | None:
+    """Load the run's own checkpoint, else what the stage starts from; return it, None for random weights."""
+    source = None
+    if resume is not None:
+        check_model_fits(resume, config.model)
+        load_checkpoint(resume, model, optimizer)
+    else:
+        source = on_rank_0(lambda: initial_checkpoint(config, run))
+        if source is None:
+            logger.warning("init.from_path is not set: training starts from random weights")
+            return None
+        check_model_fits(source, config.model)
+        is_full = config.init.load == "full"
+        load_checkpoint(source, model, optimizer if is_full else None)
+        logger.info("loaded %s (%s)", source, "weights and optimizer" if is_full else "weights")
+        if not is_full:
+            optimizer.reload_model_params()
+    set_hyperparameters(optimizer, config)
+    return resume or source
+
+
+def _prepare_run_dir(loaded: LoadedConfig, run: RunDir, *, may_change_list: bool) -> list[DataEntry]:
+    """Write the run directory's configuration, revision and data list; return the list's entries.
+
+    Raises: DataError when the data of a run that has begun would change.
+    """
+    plan = plan_blend(loaded.config, begun=run.data_list_path)
+    run.path.mkdir(parents=True, exist_ok=True)
+    if run.data_list_path.exists() and not may_change_list:
+        if list(read_data_list(run.data_list_path)) != list(plan.entries):
+            raise DataError(
+                f"{run.data_list_path}: the run began with this list, but its data now gives another one. "
+                "Restore the token files or the mix, or start a new variant."
+            )
+    else:
+        write_data_list(run.data_list_path, plan.entries)
+    write_resolved(loaded, run.config_path)
+    run.revision_path.write_text(code_revision() + "\n", encoding="utf-8")
+    return list(plan.entries)
