@@ -5,12 +5,12 @@ be selected (`data/chat_selection.py`) the inputs are read twice; about 40 bytes
 Shards appear whole, the training shard last: it stands for all of them. The output does not depend on `workers`.
 """
 
-import contextlib
 import datetime
 import logging
+import shutil
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ from megatron_cpt.data.chat_encode import ON_LONG, ChatEncoder, ChatJob, Survey
 from megatron_cpt.data.chat_masks import TRAIN_ON_EOS
 from megatron_cpt.data.chat_pool import ChatPool
 from megatron_cpt.data.chat_selection import bounds_record, read_bounds, select
-from megatron_cpt.data.chat_writing import ChatWriting, chat_pieces, listed, shard_prefix
+from megatron_cpt.data.chat_writing import ChatWriting, chat_pieces, chat_rejects_path, listed, shard_prefix
 from megatron_cpt.data.documents import Source
 from megatron_cpt.data.indexed import manifest_path, read_index, read_shard_manifest
 from megatron_cpt.data.masked import read_mask
+from megatron_cpt.data.packing import PackOptions, pack_shard
 from megatron_cpt.data.tokenizer import same_tokenizer
 from megatron_cpt.errors import ConfigError, DataError
 from megatron_cpt.files import file_hash, write_json
@@ -54,43 +55,76 @@ def prepare_chat(
     job: ChatJob,
     choice: Choice,
     *,
+    pack: PackOptions | None = None,
     on_bad: str = "fail",
     workers: int = 1,
 ) -> dict[Path, dict[str, Any]]:
-    """Write the shards of conversations; return the manifest of each by prefix, training first.
+    """Write the shards of conversations, packed where `pack` says how; return each manifest by prefix, training first.
 
-    Shards that are whole already, of the same inputs, tokenizer, template and options, are kept.
+    Shards that are whole already, of the same inputs, tokenizer, template and options, are kept. `pack.max_packs` counts
+    for training only.
 
     Raises: DataError for bad conversations under the policy, and when the shards there were made otherwise.
     """
     _check_options(job, choice, on_bad)
     prefix = shard_prefix(output_prefix)
-    with contextlib.ExitStack() as stack:
-        if manifest_path(prefix).exists() and job.date is None:
-            if stated := read_shard_manifest(prefix).get("template", {}).get("date"):
-                job = ChatJob(**{**vars(job), "date": datetime.date.fromisoformat(stated)})
-        pool = ChatPool(job, workers)
-        encoder = stack.enter_context(pool)
+    job = replace(job, date=job.date or _stated_date(prefix))
+    if pack is not None and job.max_length is None:
+        job = replace(job, max_length=pack.seq_length)
+    pool = ChatPool(job, workers)
+    with pool as encoder:
         identity = _identity(sources, encoder, job, choice, on_bad)
+        identity["options"]["pack"] = None if pack is None else vars(pack)
         if kept := _finished(prefix, identity):
             return kept
         bounds_path = choice.bounds_path or _bounds_path(output_prefix)
-        selection = None
-        if not choice.is_all:
-            known = read_bounds(bounds_path, choice.held_out, job.held_out_by) if choice.held_out else {}
-            selection = select(
-                _surveys(pool, sources, job),
-                dedup=choice.dedup_prompts,
-                held_out=choice.held_out,
-                held_out_by=job.held_out_by,
-                known_bounds=known,
-                number=choice.number,
-            )
-        made = ChatWriting(sources, output_prefix, encoder, identity, selection, on_bad).run(pool)
-        if selection and choice.held_out:
-            record = bounds_record(selection.bounds, choice.held_out, job.held_out_by)
-            write_json(_bounds_path(output_prefix), record)
-        return made
+        known = read_bounds(bounds_path, choice.held_out, job.held_out_by) if choice.held_out else {}
+        work = output_prefix if pack is None else _unpacked_dir(output_prefix) / output_prefix.name
+        made = _finished(shard_prefix(work), identity)
+        if made is None:
+            selection = None
+            if not choice.is_all:
+                selection = select(
+                    _surveys(pool, sources, job),
+                    dedup=choice.dedup_prompts,
+                    held_out=choice.held_out,
+                    held_out_by=job.held_out_by,
+                    known_bounds=known,
+                    number=choice.number,
+                )
+            if selection and choice.held_out:
+                record = bounds_record(selection.bounds, choice.held_out, job.held_out_by)
+                write_json(_bounds_path(output_prefix), record)
+            made = ChatWriting(sources, work, encoder, identity, selection, on_bad).run(pool)
+    return made if pack is None else _packed(made, output_prefix, pack)
+
+
+def _packed(unpacked: dict[Path, dict[str, Any]], output_prefix: Path, pack: PackOptions) -> dict[Path, dict[str, Any]]:
+    """Pack the shards into the output's folder, training last, and remove the unpacked ones."""
+    made = {}
+    training = shard_prefix(output_prefix)
+    for prefix in reversed(unpacked):
+        target = output_prefix.with_name(prefix.name)
+        options = pack if target == training else replace(pack, max_packs=None)
+        made[target], _ = pack_shard(prefix, target, options)
+    folder = _unpacked_dir(output_prefix)
+    rejects = chat_rejects_path(folder / output_prefix.name)
+    if rejects.exists():
+        rejects.replace(chat_rejects_path(output_prefix))
+    shutil.rmtree(folder)
+    return dict(reversed(made.items()))
+
+
+def _stated_date(prefix: Path) -> datetime.date | None:
+    """Return the date that an earlier run's template used, so that the same command on another day is the same."""
+    if not manifest_path(prefix).exists():
+        return None
+    stated = read_shard_manifest(prefix).get("template", {}).get("date")
+    return datetime.date.fromisoformat(stated) if stated else None
+
+
+def _unpacked_dir(output_prefix: Path) -> Path:
+    return output_prefix.with_name(f".{output_prefix.name}.unpacked")
 
 
 def _bounds_path(output_prefix: Path) -> Path:

@@ -21,6 +21,8 @@ SUB_VERBS = {
     "dedup": "remove exact and near-duplicate documents",
     "decontaminate": "remove documents that hold passages of evaluation sets",
     "sample": "take a random subset, by field value or score",
+    "prepare-chat": "turn conversations into token shards with masks of what is learned",
+    "pack": "pack the documents of a token shard into training sequences by best fit",
     "split": "hold out a fixed validation set by document hash",
 }
 

@@ -1,0 +1,274 @@
+"""Conversations to masked shards: what is taken, what is refused, what happens on a second run."""
+
+import gzip
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from megatron_cpt.cli import main
+from megatron_cpt.data.chat_records import BadConversation, turns_of
+from megatron_cpt.data.indexed import bin_path, document_bounds, idx_path, read_index, read_shard_manifest, read_tokens
+from megatron_cpt.data.masked import LEARNED, PIECE, mask_prefix, read_mask
+from megatron_cpt.data.tokenizer import load_tokenizer
+
+TEMPLATE = """{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\n' ~ m.content ~ '<|im_end|>\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+
+
+def chat(*contents, key="conversations", **fields):
+    roles = ["user", "assistant"] * len(contents)
+    return {key: [{"role": role, "content": text} for role, text in zip(roles, contents)]} | fields
+
+
+def write_lines(path, records):
+    data = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+@pytest.fixture
+def template(tmp_path):
+    path = tmp_path / "chatml.jinja"
+    path.write_text(TEMPLATE)
+    return path
+
+
+@pytest.fixture
+def prepare(tmp_path, chat_dir, template, capsys):
+    """Return a function: (inputs, options) -> (exit code, output); shards go to tokens/a."""
+
+    def run(*inputs, options=(), prefix="tokens/a", workers=1):
+        arguments = ["data", "prepare-chat", "--input", *map(str, inputs), "--tokenizer", str(chat_dir)]
+        arguments += ["--template", str(template), "--output-prefix", str(tmp_path / prefix)]
+        with pytest.raises(SystemExit) as left:
+            main([*arguments, "--workers", str(workers), *map(str, options)])
+        said = capsys.readouterr()
+        return left.value.code, said.out + said.err
+
+    return run
+
+
+def documents(prefix, chat_dir):
+    """Return (text, learned text) of each document of a masked shard."""
+    tokenizer, index = load_tokenizer(chat_dir), read_index(prefix)
+    bounds, ids, mask = document_bounds(index), read_tokens(index), read_mask(index)
+    found = []
+    for start, end in itertools.pairwise(bounds):
+        flags = mask[start:end]
+        assert flags[0] & PIECE and not (flags[1:] & PIECE).any()
+        assert ids[end - 1] == tokenizer.eod_id
+        learned = ids[start:end][(flags & LEARNED).astype(bool)]
+        found.append((tokenizer.decode(ids[start:end]), tokenizer.decode(learned)))
+    return found
+
+
+def test_conversations_of_every_spelling_and_completion_data_become_one_shard(prepare, tmp_path, chat_dir):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    shared = [
+        {"from": "system", "value": "Be brief."},
+        {"from": "human", "value": "b?"},
+        {"from": "gpt", "value": "b!"},
+    ]
+    parts = [{"role": "user", "content": [{"type": "text", "text": "c?"}]}, {"role": "assistant", "content": "c!"}]
+    write_lines(tmp_path / "in/1.jsonl", [chat("a?", "a!", "more?", "more!"), {"text": "Prose, learned whole."}])
+    write_lines(tmp_path / "in/2.jsonl.gz", [{"conversations": shared, "id": 7}, {"messages": parts}])
+    pq.write_table(pa.Table.from_pylist([chat("d?", "d!", lang="eu")]), tmp_path / "in/3.parquet")
+    code, said = prepare(tmp_path / "in", options=["--text-key", "text"])
+    assert code == 0, said
+    prefix = tmp_path / "tokens/a_chat_document"
+    assert [learned for _, learned in documents(prefix, chat_dir)] == [
+        "a!<|im_end|>more!<|im_end|>",
+        "Prose, learned whole.<|end_of_text|>",
+        "b!<|im_end|>",
+        "c!<|im_end|>",
+        "d!<|im_end|>",
+    ]
+    manifest = read_shard_manifest(prefix)
+    assert manifest["statistics"]["turns"] == {"system": 1, "user": 5, "assistant": 5}
+    assert (manifest["documents"], manifest["mask"]["pieces"]) == (5, 5)
+    assert sum(source["documents"] for source in manifest["sources"]) == 5
+    assert "4 conversations (1 system, 5 user, 5 assistant turns), 1 texts" in said
+    assert np.load(f"{prefix}.provenance.npy").tolist() == [[0, 1], [0, 2], [1, 1], [1, 2], [2, 1]]
+
+
+@pytest.mark.parametrize(
+    ("turns", "reason"),
+    [
+        ("a text", "not a list of turns"),
+        ([], "no turns"),
+        (["a"], "turn is not an object of role and content"),
+        ([{"speaker": "me"}], "turn is not an object of role and content"),
+        ([{"role": "robot", "content": "a"}], "unknown role"),
+        ([{"role": "user", "content": "a"}] * 2, "two user turns in a row"),
+        (chat("a", "b")["conversations"][1:], "begins with the assistant"),
+        (chat("a", " \n")["conversations"], "empty answer"),
+        (chat("", "b")["conversations"], "empty prompt"),
+        (chat("a", None)["conversations"], "null text"),
+        (chat("a", 3)["conversations"], "text is not a string"),
+        (chat("a")["conversations"], "no assistant turn"),
+        (chat("a", "b", "c")["conversations"], "ends with the user"),
+        ([*chat("a", "b")["conversations"], {"role": "system", "content": "s"}], "system turn is not the first"),
+        ([*chat("a", "b")["conversations"], {"role": "assistant", "content": "s"}], "two assistant turns in a row"),
+        (chat("a", [{"type": "image"}])["conversations"], "text is not a string"),
+    ],
+)
+def test_a_bad_conversation_is_named(turns, reason):
+    with pytest.raises(BadConversation) as bad:
+        turns_of(turns)
+    assert bad.value.kind == reason
+
+
+def test_bad_conversations_stop_the_work_or_are_counted_and_kept_aside(prepare, tmp_path):
+    path = tmp_path / "in.jsonl"
+    lines = [chat("a?", "a!"), chat("b?"), {"other": 1}, chat("c?", "</s> is a control token"), chat("d?", "d!")]
+    write_lines(path, lines)
+    path.write_bytes(path.read_bytes() + b"{broken\n")
+    code, said = prepare(path)
+    assert code == 2 and f"{path}:2: no assistant turn" in said and "--on-bad skip" in said
+    assert not list((tmp_path / "tokens").iterdir())
+    code, said = prepare(path, options=["--on-bad", "skip"])
+    assert code == 0
+    rejects = [json.loads(line) for line in (tmp_path / "tokens/a.rejects.jsonl").read_text().splitlines()]
+    assert [(entry["line"], entry["reason"]) for entry in rejects] == [
+        (2, "no assistant turn"),
+        (3, "missing key"),
+        (4, "control token in a message"),
+        (6, "invalid JSON"),
+    ]
+    assert json.loads(rejects[0]["raw"]) == lines[1]
+    assert "no assistant turn: 1" in said and "rejects.jsonl" in said
+    assert read_shard_manifest(tmp_path / "tokens/a_chat_document")["documents"] == 2
+
+
+def test_filters_duplicate_prompts_and_validation_sets(prepare, tmp_path, chat_dir):
+    records = [
+        chat(f"q {lang} {n}", f"answer {lang} {n}", lang=lang, id=f"x_{n}") for n in range(20) for lang in ("eu", "en")
+    ]
+    records += [chat(f"q  en\n{n}", "again", lang="en", id=f"y_{n}") for n in range(5)]
+    records += [chat("unwanted", "no", lang="en", id=f"translation_{n}") for n in range(3)]
+    path = write_lines(tmp_path / "in.jsonl", records)
+    options = ["--drop", "id^=translation_", "--dedup-prompts", "--held-out", "4", "--held-out-by", "lang"]
+    code, said = prepare(path, options=options)
+    assert code == 0, said
+    assert "filtered: 3" in said and "duplicate prompt: 5" in said
+    sides = {
+        name: {learned for _, learned in documents(tmp_path / f"tokens/a{name}_chat_document", chat_dir)}
+        for name in ("", "_held_out_eu", "_held_out_en")
+    }
+    assert [len(sides[name]) for name in sides] == [32, 4, 4]
+    assert not sides[""] & (sides["_held_out_eu"] | sides["_held_out_en"])
+    assert all("answer eu" in text for text in sides["_held_out_eu"])
+
+    more = [
+        chat(f"fresh {n}", f"answer {lang} fresh {n}", lang=lang, id="z") for n in range(30) for lang in ("eu", "en")
+    ]
+    write_lines(path, [*more, *records])
+    options += ["--held-out-from", tmp_path / "tokens/a.held_out.json"]
+    code, said = prepare(path, options=options, prefix="tokens/b")
+    assert code == 0, said
+    for name, old in sides.items():
+        new = {learned for _, learned in documents(tmp_path / f"tokens/b{name}_chat_document", chat_dir)}
+        assert old <= new  # what was held out stays so, what was learned stays so
+        assert all("fresh" in text for text in new - old)
+
+
+def test_a_random_subset_depends_on_what_is_said_only(prepare, tmp_path, chat_dir):
+    records = [chat(f"q{n}", f"a{n}") for n in range(50)]
+    drawn = []
+    for order in (records, records[::-1]):
+        path = write_lines(tmp_path / f"{len(drawn)}.jsonl", order)
+        code, said = prepare(path, options=["--number", "10"], prefix=f"tokens/{len(drawn)}")
+        assert code == 0 and "not drawn: 40" in said
+        drawn.append({text for text, _ in documents(tmp_path / f"tokens/{len(drawn)}_chat_document", chat_dir)})
+    assert drawn[0] == drawn[1] and len(drawn[0]) == 10
+    code, said = prepare(path, options=["--number", "51"], prefix="tokens/2")
+    assert code == 2 and "only 50 conversations are left to draw from; 51 are wanted" in said
+
+
+def test_a_long_conversation_is_cut_after_an_assistant_turn(prepare, tmp_path, chat_dir):
+    path = write_lines(
+        tmp_path / "in.jsonl", [chat(*(f"turn {n}" for n in range(10))), chat("long " * 50, "b"), chat("c", "d")]
+    )
+    code, said = prepare(path, options=["--max-length", "60"])
+    assert code == 0 and "cut at a turn: 1" in said and "conversation too long: 1" in said
+    found = documents(tmp_path / "tokens/a_chat_document", chat_dir)
+    assert found[0][1].startswith("turn 1<|im_end|>turn 3<|im_end|>") and found[0][1] != found[1][1]
+    assert found[0][0].endswith("<|im_end|>\n<|end_of_text|>") and found[1][1] == "d<|im_end|>"
+    lengths = read_index(tmp_path / "tokens/a_chat_document").sequence_lengths
+    assert lengths.max() <= 60 and lengths[0] > 40
+    code, said = prepare(path, options=["--max-length", "60", "--on-long", "fail"], prefix="tokens/b")
+    assert code == 2 and f"{path}:1: conversation too long" in said
+
+
+def test_a_second_run_keeps_the_shard_and_a_changed_one_is_refused(prepare, tmp_path, template):
+    path = write_lines(tmp_path / "in.jsonl", [chat("a?", "a!")])
+    assert prepare(path)[0] == 0
+    stamp = bin_path(tmp_path / "tokens/a_chat_document").stat()
+    assert prepare(path)[0] == 0
+    assert bin_path(tmp_path / "tokens/a_chat_document").stat() == stamp
+    code, said = prepare(path, options=["--train-on-eos", "none"])
+    assert code == 2 and "was made with train_on_eos='turn', not 'none'" in said
+    template.write_text(TEMPLATE + " ")
+    code, said = prepare(path)
+    assert code == 2 and "another chat template" in said
+    template.write_text(TEMPLATE)
+    write_lines(path, [chat("a?", "b!!")])
+    code, said = prepare(path)
+    assert code == 2 and "other inputs, or they changed" in said
+
+
+def test_the_date_of_the_first_run_stays(prepare, tmp_path, template):
+    path = write_lines(tmp_path / "in.jsonl", [chat("a?", "a!")])
+    template.write_text("{{ strftime_now('%Y') }}" + TEMPLATE)
+    assert prepare(path, options=["--date", "2024-07-26"])[0] == 0
+    assert prepare(path)[0] == 0
+    code, said = prepare(path, options=["--date", "2025-01-01"])
+    assert code == 2 and "was made with the date 2024-07-26" in said
+
+
+def test_workers_change_nothing(prepare, tmp_path):
+    records = [chat(f"question {n} " * 200, f"answer {n} " * 300) for n in range(400)]
+    path = write_lines(tmp_path / "in.jsonl.gz", records)
+    for prefix, workers in (("tokens/one", 1), ("tokens/two", 2)):
+        code, said = prepare(path, options=["--dedup-prompts"], prefix=prefix, workers=workers)
+        assert code == 0, said
+    one, two = tmp_path / "tokens/one_chat_document", tmp_path / "tokens/two_chat_document"
+    for pair in ((one, two), (mask_prefix(one), mask_prefix(two))):
+        for path_of in (bin_path, idx_path):
+            assert path_of(pair[0]).read_bytes() == path_of(pair[1]).read_bytes()
+
+
+def test_packing_at_once_gives_packs_and_leaves_no_unpacked_shard(prepare, tmp_path, chat_dir):
+    records = [chat(f"q{n}", f"a{n} " * (n % 7), lang="eu") for n in range(1, 60) if n % 7]
+    path = write_lines(tmp_path / "in.jsonl", [*records, {"text": "word " * 300}])
+    options = ["--pack", "64", "--text-key", "text", "--held-out", "5", "--train-on-eos", "last"]
+    code, said = prepare(path, options=options)
+    assert code == 0 and "packs of 64 tokens" in said, said
+    assert sorted(entry.name for entry in (tmp_path / "tokens").iterdir() if entry.suffix == ".json") == [
+        "a.held_out.json",
+        "a_chat_document.json",
+        "a_held_out_chat_document.json",
+    ]
+    assert not [entry for entry in (tmp_path / "tokens").iterdir() if entry.name.startswith(".")]
+    index = read_index(tmp_path / "tokens/a_chat_document")
+    assert set(index.sequence_lengths.tolist()) == {64}
+    manifest = read_shard_manifest(tmp_path / "tokens/a_chat_document")
+    assert manifest["packed"]["split_documents"] == 1 and manifest["packed"]["lost_tokens"] == 0
+    assert manifest["packed"]["fill"] > 0.9
+    rows = np.load(tmp_path / "tokens/a_chat_document.provenance.npy")
+    assert len(rows) == manifest["mask"]["pieces"]
+    code, said = prepare(path, options=options)
+    assert code == 0, said
+    code, said = prepare(path, options=[*options, "--max-packs", "3"])
+    assert code == 2 and "was made with pack=" in said
+
+
+def test_a_sentencepiece_model_is_refused_since_it_has_no_offsets(prepare, tmp_path, sentencepiece_model):
+    path = write_lines(tmp_path / "in.jsonl", [chat("a?", "a!")])
+    code, said = prepare(path, options=["--tokenizer", sentencepiece_model])
+    assert code == 2 and "is a SentencePiece model" in said
