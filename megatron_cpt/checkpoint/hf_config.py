@@ -110,7 +110,7 @@ def model_config_from_hf(config: dict[str, Any], *, ignore: Sequence[str] = ()) 
         "init_method_std": reader.take("initializer_range", 0.02),
         "attention_dropout": reader.take("attention_dropout", 0.0),
         "untie_embeddings_and_output_weights": not reader.take("tie_word_embeddings", False),
-        **_rope(reader),
+        **_rope(reader, is_latent=family.model_type.startswith("deepseek")),
         **_window(reader, family.model_type),
     }
     bias = reader.take("attention_bias", False)
@@ -196,7 +196,7 @@ class _Reader:
                 self.refuse(key, value, " or ".join(repr(choice) for choice in _REQUIRED[key]))
 
 
-def _rope(reader: _Reader) -> dict[str, Any]:
+def _rope(reader: _Reader, *, is_latent: bool) -> dict[str, Any]:
     top_theta = reader.take("rope_theta", None)
     scaling = reader.take("rope_scaling", None)
     rope = dict(scaling or reader.take("rope_parameters", None) or {})
@@ -214,7 +214,8 @@ def _rope(reader: _Reader) -> dict[str, Any]:
     if kind == "llama3":
         known |= {"low_freq_factor": "rope_low_freq_factor", "high_freq_factor": "rope_high_freq_factor"}
     elif kind == "yarn":
-        known |= {name: f"rope_{name}" for name in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")}
+        names = ("beta_fast", "beta_slow", *(("mscale", "mscale_all_dim") if is_latent else ()))
+        known |= {name: f"rope_{name}" for name in names}
         if rope.pop("attention_factor", None) is not None or rope.pop("truncate", True) is not True:
             reader.refuse("rope_parameters", rope, "yarn without attention_factor and with truncate")
     elif kind not in ("default", "linear"):
@@ -325,7 +326,7 @@ def _effective(model: ModelConfig) -> dict[str, Any]:
         "rope_low_": model.rope_scaling_type == "llama3",
         "rope_high_": model.rope_scaling_type == "llama3",
         "rope_beta_": model.rope_scaling_type == "yarn",
-        "rope_mscale": model.rope_scaling_type == "yarn",
+        "rope_mscale": model.rope_scaling_type == "yarn" and is_latent,
         "num_query_groups": not is_latent,
         "kv_channels": not is_latent,
         **dict.fromkeys(("q_lora_", "kv_lora_", "qk_head_dim", "qk_pos_", "v_head_dim"), is_latent),

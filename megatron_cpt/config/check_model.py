@@ -42,10 +42,6 @@ def _head_problems(model: ModelConfig) -> Iterator[Problem]:
 
 def _rope_problems(model: ModelConfig) -> Iterator[Problem]:
     kind, keys = model.rope_scaling_type, ("model.rope_scaling_type", "model.multi_latent_attention")
-    if kind == "yarn" and not model.multi_latent_attention:
-        yield Problem(
-            keys, "model.rope_scaling_type is yarn without multi_latent_attention. Use none, linear or llama3."
-        )
     if kind in ("linear", "llama3") and model.multi_latent_attention:
         yield Problem(keys, f"model.rope_scaling_type is {kind} with multi_latent_attention. Use none or yarn.")
     used = {
@@ -62,8 +58,7 @@ def _rope_problems(model: ModelConfig) -> Iterator[Problem]:
             "rope_original_max_position_embeddings",
             "rope_beta_fast",
             "rope_beta_slow",
-            "rope_mscale",
-            "rope_mscale_all_dim",
+            *(("rope_mscale", "rope_mscale_all_dim") if model.multi_latent_attention else ()),
         ),
     }[kind]
     for name in section_fields(ModelConfig):

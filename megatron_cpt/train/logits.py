@@ -26,7 +26,7 @@ from megatron_cpt.config.megatron import megatron_arguments
 from megatron_cpt.config.schema import ModelConfig, RunConfig, TrainingConfig
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.train.layer_spec import build_layer_spec
-from megatron_cpt.train.model import CptGPTModel, rotary_frequencies, transformer_config
+from megatron_cpt.train.model import CptGPTModel, set_rotary_frequencies, transformer_config
 from megatron_cpt.train.parallel import finish_parallel, initialize_parallel
 
 
@@ -117,8 +117,7 @@ def _run_megatron_layer(checkpoint: Path, model: ModelConfig, layer: int, hidden
         post_process=False,
         **megatron_arguments(config, "GPTModel"),
     )
-    if hasattr(chunk, "rotary_pos_emb") and model.rope_scaling_type in ("none", "linear", "llama3"):
-        chunk.rotary_pos_emb.inv_freq = rotary_frequencies(model)
+    set_rotary_frequencies(chunk, model)
     state = chunk.sharded_state_dict(metadata={"non_homogeneous_layers": True})
     state = {name: value for name, value in state.items() if not name.endswith("_extra_state")}
     apply_prefix_mapping(state, {"decoder.layers.0.": f"decoder.layers.{layer}."})

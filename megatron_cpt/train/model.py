@@ -17,7 +17,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
-from megatron_cpt.config.derived import kv_channels
+from megatron_cpt.config.derived import kv_channels, rope_original_max_position_embeddings
 from megatron_cpt.config.megatron import megatron_arguments
 from megatron_cpt.config.schema import ModelConfig, RunConfig
 from megatron_cpt.train import cpu
@@ -89,7 +89,10 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         "batch_p2p_comm": on_gpu,
         "attention_softmax_in_fp32": True,
     }
-    return target(**arguments)
+    built = target(**arguments)
+    if config.model.rope_scaling_type == "yarn" and not is_mla:
+        built.yarn_rotary_scaling_factor = config.model.rope_scaling_factor  # attention scales cosines and sines by it
+    return built
 
 
 def build_model_chunks(config: RunConfig, megatron_config: TransformerConfig | None = None) -> list[torch.nn.Module]:
@@ -116,8 +119,7 @@ def build_model_chunks(config: RunConfig, megatron_config: TransformerConfig | N
         model.z_loss_coeff = config.training.z_loss_coeff
         if config.training.neftune_alpha and model.pre_process:
             add_embedding_noise(model, config)
-        if hasattr(model, "rotary_pos_emb") and config.model.rope_scaling_type in ("none", "linear", "llama3"):
-            model.rotary_pos_emb.inv_freq = rotary_frequencies(config.model).to(model.rotary_pos_emb.inv_freq.device)
+        set_rotary_frequencies(model, config.model)
         if not cpu.is_cpu():
             model.cuda(torch.cuda.current_device())
         chunks.append(Float16Module(megatron_config, model) if megatron_config.bf16 else model)
@@ -170,20 +172,37 @@ def unwrap(chunk: torch.nn.Module) -> CptGPTModel:
     return chunk
 
 
+def set_rotary_frequencies(chunk: GPTModel, model: ModelConfig) -> None:
+    """Give a model chunk the frequencies that its settings state; latent attention has an embedding of its own."""
+    if hasattr(chunk, "rotary_pos_emb") and not (model.multi_latent_attention and model.rope_scaling_type == "yarn"):
+        embedding = chunk.rotary_pos_emb
+        embedding.inv_freq = rotary_frequencies(model).to(embedding.inv_freq.device)
+
+
 def rotary_frequencies(model: ModelConfig) -> Tensor:
     """Return the rotary embedding's inverse frequencies `[kv_channels / 2]` in float32, scaled as the model wants.
 
     megatron's own Llama-3 scaling fixes the low and high factors and the original context; here they are settings.
 
-    Source: RoPE, arXiv:2104.09864; Llama-3 scaling, transformers 5 `modeling_rope_utils.py`, `_compute_llama3_parameters`.
+    Source: RoPE, arXiv:2104.09864; YaRN, arXiv:2309.00071, section 3.2; Llama-3 scaling, transformers 5
+    `modeling_rope_utils.py`, `_compute_llama3_parameters`.
     """
     channels = kv_channels(model)
     frequencies = 1.0 / model.rotary_base ** (torch.arange(0, channels, 2, dtype=torch.int64).float() / channels)
     if model.rope_scaling_type == "linear":
         return frequencies / model.rope_scaling_factor
-    if model.rope_scaling_type != "llama3":
+    if model.rope_scaling_type == "none":
         return frequencies
-    original = model.rope_original_max_position_embeddings or model.max_position_embeddings
+    original = rope_original_max_position_embeddings(model)
+    if model.rope_scaling_type == "yarn":
+        # a pair of channels turns `rotations` times within the original context at this (fractional) index
+        first, last = (
+            channels * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(model.rotary_base))
+            for rotations in (model.rope_beta_fast, model.rope_beta_slow)
+        )
+        first, last = max(math.floor(first), 0), min(math.ceil(last), channels - 1)
+        ramp = ((torch.arange(channels // 2).float() - first) / max(last - first, 0.001)).clamp(0, 1)
+        return frequencies * (1 - ramp) + frequencies / model.rope_scaling_factor * ramp
     low, high = model.rope_low_freq_factor, model.rope_high_freq_factor
     wavelengths = 2 * math.pi / frequencies
     smooth = (original / wavelengths - low) / (high - low)

@@ -61,6 +61,19 @@ MODELS = {
         "qwen3_moe",
         {**EXPERTS, "num_experts": 4, "moe_intermediate_size": 24, "head_dim": 16, "norm_topk_prob": True},
     ),
+    "qwen3-yarn": (
+        "qwen3",
+        {
+            **DENSE,
+            "head_dim": 16,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+        },
+    ),
     "deepseek-v2": (
         "deepseek_v2",
         {**LATENT, "q_lora_rank": 12, "n_shared_experts": 2, "norm_topk_prob": False, "rope_parameters": YARN_ROPE},

@@ -152,7 +152,10 @@ IMPOSSIBLE = {
     "zero": ("training.micro_batch_size=0", "training.micro_batch_size is 0. More than 0 is needed."),
     "negative": ("optimizer.weight_decay=-0.1", "optimizer.weight_decay is -0.1. 0 or more is needed."),
     "percent": ("model.hidden_dropout=10", "model.hidden_dropout is 10.0. 0 or more and less than 1 is needed."),
-    "yarn without latent attention": ("model.rope_scaling_type=yarn", "is yarn without multi_latent_attention"),
+    "temperature of yarn without latent attention": (
+        "model.rope_scaling_type=yarn model.rope_mscale=0.7",
+        "model.rope_mscale is 0.7 and has no effect with rope_scaling_type yarn",
+    ),
     "rope factor of no scaling": (
         "model.rope_scaling_factor=8",
         "is 8.0 and has no effect with rope_scaling_type none",
