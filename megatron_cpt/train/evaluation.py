@@ -11,6 +11,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_cpt.config.schema import RunConfig
 from megatron_cpt.data.indexed import read_shard_manifest
+from megatron_cpt.data.shard_form import read_shard_form
 from megatron_cpt.errors import DataError
 from megatron_cpt.train.batches import DatasetTokenizer, build_validation_dataset, microbatches
 from megatron_cpt.train.step import forward_step
@@ -22,7 +23,8 @@ class ValidationSet:
 
     corpus: str
     dataset: Any
-    bytes_per_token: float
+    bytes_per_token: float | None
+    """None for masked shards: the bytes of what is learned are not known."""
 
 
 def build_validation_sets(
@@ -36,6 +38,10 @@ def build_validation_sets(
         prefixes = [str(data_dir / prefix) for prefix in corpus.validation]
         if not prefixes:
             continue
+        dataset = build_validation_dataset(config, prefixes, tokenizer, cache)
+        if any(read_shard_form(Path(prefix)).is_masked for prefix in prefixes):
+            sets.append(ValidationSet(name, dataset, None))
+            continue
         manifests = [read_shard_manifest(Path(prefix)) for prefix in prefixes]
         unknown = [prefix for prefix, manifest in zip(prefixes, manifests, strict=True) if not manifest["bytes"]]
         if unknown:
@@ -45,14 +51,16 @@ def build_validation_sets(
             )
         num_bytes = sum(manifest["bytes"] for manifest in manifests)
         num_tokens = sum(manifest["tokens"] for manifest in manifests)
-        dataset = build_validation_dataset(config, prefixes, tokenizer, cache)
         sets.append(ValidationSet(name, dataset, num_bytes / num_tokens))
     return sets
 
 
 @torch.no_grad()
 def validation_loss(model: list[Any], validation: ValidationSet, config: RunConfig, eod_id: int) -> dict[str, float]:
-    """Return the mean loss in nats per token and bits per byte over the set's first `eval_iters` global batches."""
+    """Return the mean loss in nats per token over the set's first `eval_iters` global batches, and bits per byte.
+
+    Of masked shards only the learned tokens count, and there are no bits per byte.
+    """
     batch_size = config.training.global_batch_size
     num_batches = min(math.ceil(len(validation.dataset) / batch_size), config.evaluation.eval_iters)
     total = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
@@ -80,4 +88,6 @@ def validation_loss(model: list[Any], validation: ValidationSet, config: RunConf
     last = parallel_state.get_pipeline_model_parallel_last_rank()
     torch.distributed.broadcast(total, src=last, group=parallel_state.get_pipeline_model_parallel_group())
     loss = float(total[0] / total[1].clamp(min=1))
+    if validation.bytes_per_token is None:
+        return {"loss": loss}
     return {"loss": loss, "bits_per_byte": loss / math.log(2) / validation.bytes_per_token}
