@@ -11,14 +11,14 @@ from megatron_cpt.config.problem import Problem
 from megatron_cpt.config.schema import DataConfig, RunConfig
 from megatron_cpt.config.values import parse_rule
 
-LENGTHS = ("training.train_tokens", "training.train_samples", "training.train_iters")
+LENGTHS = ("training.train_tokens", "training.train_samples", "training.train_iters", "training.train_epochs")
 STYLES_THAT_DECAY_TO_THE_END = ("cosine", "linear")
 
 
 def stage_problems(config: RunConfig) -> Iterator[Problem]:
     """Yield what does not fit together in a stage."""
     yield from _length_problems(config)
-    if _num_lengths(config) == 1:
+    if _num_lengths(config) == 1 and config.training.train_epochs is None:  # epochs are resolved with data at hand
         yield from _schedule_length_problems(config)
     yield from _learning_rate_problems(config)
     yield from _weight_decay_problems(config)
@@ -37,7 +37,9 @@ def _length_problems(config: RunConfig) -> Iterator[Problem]:
     count = _num_lengths(config)
     if count != 1:
         found = "the stage has no length" if not count else f"the stage has {count} lengths"
-        yield Problem(LENGTHS, f"{found}. Exactly one of train_tokens, train_samples and train_iters is needed.")
+        yield Problem(
+            LENGTHS, f"{found}. Exactly one of train_tokens, train_samples, train_iters and train_epochs is needed."
+        )
     if training.seq_length > config.model.max_position_embeddings:
         yield Problem(
             ("training.seq_length", "model.max_position_embeddings"),

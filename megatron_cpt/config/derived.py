@@ -20,7 +20,12 @@ def train_iters(training: TrainingConfig) -> int:
         return batch_sizes(training).iterations(training.train_samples)
     if training.train_tokens is not None:
         return batch_sizes(training).iterations(-(-training.train_tokens // training.seq_length))
-    raise ConfigError("training: no length. Set one of train_tokens, train_samples and train_iters.")
+    if training.train_epochs is not None:
+        raise ConfigError(
+            f"training.train_epochs is {training.train_epochs:g} and the token files have not been counted. "
+            "`megatron-cpt blend plan` counts them; this command needs train_tokens, train_samples or train_iters."
+        )
+    raise ConfigError("training: no length. Set one of train_tokens, train_samples, train_iters and train_epochs.")
 
 
 def stage_corpora(data: DataConfig) -> list[str]:

@@ -2,7 +2,7 @@
 
 Later layers win: defaults < params file < task file < the task's `sizes.SIZE` < its `variants.VARIANT` < site file <
 `key=value` arguments. A null resets a setting to its default. `data.mix` is replaced as a whole, `data.corpora` is
-merged by corpus. The three lengths of `training` are one choice: the last layer that states one wins.
+merged by corpus. The four lengths of `training` are one choice: the last layer that states one wins.
 
 `VARIANT+LABEL` is VARIANT in a run directory of its own: what differs stands in `key=value`, so that a trial needs no
 edit of the task.

@@ -331,6 +331,7 @@ _TRAINING = (
     ),
     Row("training.rampup_batch_size", flag="--rampup-batch-size", honoured_by="config/batch_sizes.py"),
     Row("training.train_samples", honoured_by="config/derived.py, train_iters"),
+    Row("training.train_epochs", honoured_by="data/epochs.py"),
     Row("training.train_iters", honoured_by="config/derived.py, train_iters"),
     Row(
         "training.precision",

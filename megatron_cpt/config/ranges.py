@@ -16,7 +16,7 @@ POSITIVE = {
     "parallel": "tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size "
     "num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage context_parallel_size "
     "expert_model_parallel_size expert_tensor_parallel_size recompute_num_layers",
-    "training": "seq_length micro_batch_size global_batch_size train_tokens train_samples train_iters "
+    "training": "seq_length micro_batch_size global_batch_size train_tokens train_samples train_iters train_epochs "
     "spike_skip_iterations",
     "optimizer": "lr adam_eps",
     "schedule": "lr_hold",

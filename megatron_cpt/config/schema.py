@@ -152,7 +152,7 @@ class ParallelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """What one stage trains on in numbers. Exactly one of the three lengths is given."""
+    """What one stage trains on in numbers. Exactly one of the four lengths is given."""
 
     seq_length: int = 4096
     """Tokens per sample."""
@@ -169,6 +169,10 @@ class TrainingConfig:
     """Length in samples; iterations = ceil(samples / global_batch_size)."""
     train_iters: int | None = None
     """Length in iterations."""
+    train_epochs: float | None = None
+    """Length in epochs of the corpus with the largest share of data.mix (instruction data), counted from its token files
+    when a verb plans or trains the stage, and rounded down to whole iterations: show-config tells which train_iters it
+    became."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Compute precision; bf16 keeps fp32 master weights and reduces gradients in fp32."""
     seed: int = 1234

@@ -90,8 +90,8 @@ def fill_in_middle(config: RunConfig, tokenizer: Tokenizer) -> FillInMiddle | No
     if not data.fim_rate:
         return None
     ids = {}
-    for part in ("prefix", "middle", "suffix"):
-        name = getattr(data, f"fim_{part}_token")
+    names = {"prefix": data.fim_prefix_token, "middle": data.fim_middle_token, "suffix": data.fim_suffix_token}
+    for part, name in names.items():
         found = None if name is None else token_id(tokenizer, name)
         if found is None:
             raise DataError(

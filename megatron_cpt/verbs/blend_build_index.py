@@ -12,7 +12,8 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_cpt.config.load import add_run_arguments, load_from_arguments
+from megatron_cpt.config.load import add_run_arguments
+from megatron_cpt.data.epochs import load_run
 from megatron_cpt.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
     from megatron_cpt.train.evaluation import build_validation_sets
     from megatron_cpt.train.samples import build_train_indexes
 
-    config = load_from_arguments(arguments).config
+    config = load_run(arguments).config
     if config.data.tokenizer is None:
         raise DataError("data.tokenizer: not set. Its end-of-document id is needed. Name the tokenizer's folder.")
     run = run_dir(config)

@@ -8,7 +8,8 @@ Example: megatron-cpt blend plan --task tasks/demo --params demo-5m --size 8M --
 import argparse
 import sys
 
-from megatron_cpt.config.load import add_run_arguments, load_from_arguments
+from megatron_cpt.config.load import add_run_arguments
+from megatron_cpt.data.epochs import load_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +22,7 @@ def run(arguments: argparse.Namespace) -> None:
     from megatron_cpt.data.datalist import write_data_list
     from megatron_cpt.launch.run_dir import run_dir
 
-    config = load_from_arguments(arguments).config
+    config = load_run(arguments).config
     plan = plan_blend(config)
     sys.stdout.write(plan.table())
     if arguments.write:

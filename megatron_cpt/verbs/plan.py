@@ -25,13 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan; return 1 when the run does not fit."""
-    from megatron_cpt.config.load import load_from_arguments
+    from megatron_cpt.data.epochs import load_run
     from megatron_cpt.errors import LaunchError
     from megatron_cpt.launch.plan import GIB, plan_run, plan_text
     from megatron_cpt.launch.search import search_text
     from megatron_cpt.launch.site import read_site
 
-    config = load_from_arguments(arguments).config
+    config = load_run(arguments).config
     gib = arguments.gpu_memory or read_site(arguments.site).gpu_memory_gib
     gpu_memory = None if gib is None else int(gib * GIB)
     if arguments.search:

@@ -20,6 +20,8 @@ from megatron_cpt.config.explain import explain
 from megatron_cpt.config.fields import plain
 from megatron_cpt.config.load import LoadedConfig, add_run_arguments, load_from_arguments, resolved_text
 from megatron_cpt.config.megatron import megatron_flags, settings_without_flag
+from megatron_cpt.data.epochs import with_iterations
+from megatron_cpt.errors import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +50,10 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.overrides.append(arguments.explain)
         arguments.explain = ""
     loaded = load_from_arguments(arguments)
+    try:
+        loaded = with_iterations(loaded)
+    except DataError as problem:  # the token files may come later, or lie on another machine
+        logger.warning("%s", problem)
     if arguments.explain is not None:
         sys.stdout.write(explain(loaded, arguments.explain))
     elif arguments.format == "json":

@@ -42,7 +42,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _text(arguments: argparse.Namespace) -> str:
-    from megatron_cpt.config.load import load_from_arguments, read_resolved
+    from megatron_cpt.config.load import read_resolved
+    from megatron_cpt.data.epochs import load_run
     from megatron_cpt.errors import ConfigError
     from megatron_cpt.launch.run_dir import RunDir, run_dir
     from megatron_cpt.launch.status import status_text
@@ -51,7 +52,7 @@ def _text(arguments: argparse.Namespace) -> str:
         missing = [f"--{name}" for name in ("params", "size") if not getattr(arguments, name)]
         if missing:
             raise ConfigError(f"status: --task without {' and '.join(missing)}. They name the run. Add them.")
-        config = load_from_arguments(arguments).config
+        config = load_run(arguments).config
         return status_text(run_dir(config), config)
     parts = []
     for ledger in sorted(arguments.runs.glob("**/jobs/ledger.jsonl")):

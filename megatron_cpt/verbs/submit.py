@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Submit the stage; return its exit code (local) or 0 once it is queued."""
     from megatron_cpt.config.derived import world_size
-    from megatron_cpt.config.load import load_from_arguments
+    from megatron_cpt.data.epochs import load_run
     from megatron_cpt.errors import LaunchError
     from megatron_cpt.launch.aurora_variables import with_variables
     from megatron_cpt.launch.local import run_local
@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.from_environment or arguments.finetune or arguments.universal_checkpoint
     ):
         arguments.overrides = with_variables(arguments, os.environ if arguments.from_environment else {})
-    loaded = load_from_arguments(arguments)
+    loaded = load_run(arguments)
     config = loaded.config
     if config.launch.scheduler == "local" and arguments.depend:
         raise LaunchError(f"--depend {arguments.depend}: launch.scheduler is local. A batch scheduler is needed.")
@@ -134,7 +134,7 @@ def _sweep(submission: "Submission", arguments: argparse.Namespace) -> int:
     """Start a grid: every point is loaded, and so checked, before anything begins."""
     import dataclasses
 
-    from megatron_cpt.config.load import load_from_arguments
+    from megatron_cpt.data.epochs import load_run
     from megatron_cpt.launch.sweep import (
         Sweep,
         grid_points,
@@ -153,7 +153,7 @@ def _sweep(submission: "Submission", arguments: argparse.Namespace) -> int:
         settings = [f"{key}={value}" for key, value in point.settings.items()]
         own = argparse.Namespace(**vars(arguments))
         own.variant, own.overrides = labelled(arguments.variant, point.label), [*arguments.overrides, *settings]
-        loaded, words = load_from_arguments(own), tuple(run_arguments(own))
+        loaded, words = load_run(own), tuple(run_arguments(own))
         submissions.append(dataclasses.replace(submission, loaded=loaded, run_arguments=words))
     whole = sweep_submission(submission, arguments.name)
     sweep = Sweep(submission=whole, points=points, submissions=submissions, old=old)

@@ -11,7 +11,8 @@ The run continues from its last checkpoint. SIGTERM or SIGUSR1, `touch RUN/stop_
 
 import argparse
 
-from megatron_cpt.config.load import add_run_arguments, load_from_arguments
+from megatron_cpt.config.load import add_run_arguments
+from megatron_cpt.data.epochs import load_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train and return 0, also when the run was asked to stop: metrics.jsonl holds the reason."""
-    loaded = load_from_arguments(arguments)
+    loaded = load_run(arguments)
     # imported here: torch and megatron take seconds
     from megatron_cpt.train.loop import train
 
