@@ -23,6 +23,7 @@ from megatron_cpt.train.metrics import MetricsWriter, train_line
 from megatron_cpt.train.parallel import finish_parallel, initialize_parallel, on_rank_0
 from megatron_cpt.train.saving import Saver
 from megatron_cpt.train.schedule import schedule
+from megatron_cpt.train.sole_owner import sole_owner
 from megatron_cpt.train.spike_reaction import react
 from megatron_cpt.train.spikes import SpikeDetector
 from megatron_cpt.train.stage import Stage, prepare
@@ -45,7 +46,8 @@ def train(loaded: LoadedConfig) -> str:
     """
     initialize_parallel(loaded.config)
     try:
-        return _train(loaded)
+        with sole_owner(run_dir(loaded.config)):
+            return _train(loaded)
     finally:
         finish_parallel()
 
