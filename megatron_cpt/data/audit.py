@@ -4,6 +4,9 @@ For each shard: the index fits the `.bin` file and the manifest; lines add up (d
 texts); every document ends with the end-of-document token; the sources, read again, hold the documents and bytes the
 manifest counts; sampled documents, encoded again by the reference tokenizer, give the ids on disk, and the ids decode to
 the text; documents whose ids repeat are counted.
+
+Of a masked shard (instruction data, packs) the files themselves are checked: the mask fits the tokens and the manifest, every
+document starts a piece, and ends with the end-of-document token or is a pack of the stated length, filled as it should be.
 """
 
 import glob
@@ -27,6 +30,7 @@ from megatron_cpt.data.indexed import (
     read_shard_manifest,
     read_tokens,
 )
+from megatron_cpt.data.masked import LEARNED, PIECE, has_mask, is_mask, read_mask
 from megatron_cpt.data.records import BLANK_LINE, EMPTY_TEXT, Parsed
 from megatron_cpt.data.streams import Layout, parse_piece, pieces_of
 from megatron_cpt.data.tokenizer import Tokenizer, same_tokenizer
@@ -48,9 +52,15 @@ class Audit:
     """Samples whose ids decode to exactly the text (all, unless the tokenizer normalizes)."""
     inner_eod: int = 0
     """Documents with the end-of-document token before their end, from texts that spell it."""
+    masked: str = ""
+    """What was found in a masked shard, whose texts are not encoded again."""
     problems: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
+        if self.masked:
+            verdict = "its mask fits" if not self.problems else f"{len(self.problems)} problems"
+            line = f"{self.prefix}: {verdict}; {self.documents:,} documents, {self.tokens:,} tokens, {self.masked}"
+            return "\n".join([line, *(f"  {problem}" for problem in self.problems)]) + "\n"
         verdict = "holds its sources" if not self.problems else f"{len(self.problems)} problems"
         line = (
             f"{self.prefix}: {verdict}; {self.documents:,} documents, {self.tokens:,} tokens, "
@@ -69,8 +79,11 @@ def audit_shard(prefix: Path, tokenizer: Tokenizer, num_samples: int = 200, seed
             f"{prefix}: was tokenized with {manifest['tokenizer']['name']} (hash {manifest['tokenizer']['hash'][:8]}), "
             f"not with {tokenizer.identity['name']} ({tokenizer.identity['hash'][:8]}). Give the tokenizer that made it."
         )
-    _check_counts(index, manifest, found)
     bounds, tokens = document_bounds(index), read_tokens(index)
+    if "mask" in manifest or has_mask(prefix):
+        _check_mask(index, manifest, bounds, tokens, found)
+        return found
+    _check_counts(index, manifest, found)
     if manifest["options"]["append_eod"]:
         _check_ends(bounds, tokens, tokenizer.eod_id, found)
     found.duplicates = _duplicates(bounds, tokens)
@@ -115,7 +128,7 @@ def shard_prefixes(inputs: Sequence[str | Path]) -> list[Path]:
         if not files:
             raise DataError(f"{item}: names no shard. Name prefixes of .bin and .idx files, folders or globs of them.")
         found.update((file.with_name(file.name.removesuffix(".idx")), None) for file in files)
-    return list(found)
+    return [prefix for prefix in found if not is_mask(prefix)]
 
 
 def source_of(entry: dict[str, Any], manifest: dict[str, Any]) -> Source | None:
@@ -174,6 +187,49 @@ def _check_counts(index: ShardIndex, manifest: dict[str, Any], found: Audit) -> 
             found.problems.append(
                 f"{source['path']}: {source['lines']:,} lines, of which {accounted:,} are accounted for"
             )
+
+
+def _check_mask(
+    index: ShardIndex, manifest: dict[str, Any], bounds: np.ndarray, tokens: np.ndarray, found: Audit
+) -> None:
+    try:
+        mask = read_mask(index)
+    except DataError as problem:
+        found.masked = "a mask that does not fit"
+        found.problems.append(str(problem))
+        return
+    learned, pieces = int(np.count_nonzero(mask & LEARNED)), int(np.count_nonzero(mask & PIECE))
+    found.masked = f"{learned:,} learned, {pieces:,} pieces; its texts were not encoded again"
+    counts = {"documents": index.num_documents, "tokens": index.num_tokens}
+    stated = {name: manifest[name] for name in counts} | manifest.get("mask", {})
+    counts |= {"learned": learned, "pieces": pieces}
+    for name, count in counts.items():
+        if stated.get(name) != count:
+            found.problems.append(f"{name}: {count:,} in the files, {stated.get(name)} in the manifest")
+    starts = bounds[:-1][np.diff(bounds) > 0]
+    if without := int(np.count_nonzero(~(mask[starts] & PIECE).astype(bool))):
+        found.problems.append(f"{without:,} documents do not start a piece; they would see those before them")
+    eod_id, packed = manifest["tokenizer"]["eod_id"], manifest.get("packed")
+    if packed is None:
+        _check_ends(bounds, tokens, eod_id, found)
+        return
+    if wrong := int(np.count_nonzero(np.diff(bounds) != packed["seq_length"])):
+        found.problems.append(f"{wrong:,} packs do not hold {packed['seq_length']:,} tokens")
+    real = index.num_tokens - _filling(bounds, tokens, mask, eod_id)
+    if real != packed["real_tokens"]:
+        found.problems.append(f"packs hold {real:,} tokens besides filling, {packed['real_tokens']:,} in the manifest")
+
+
+def _filling(bounds: np.ndarray, tokens: np.ndarray, mask: np.ndarray, eod_id: int) -> int:
+    """Return the number of tokens that fill packs: from a piece's start to the pack's end, none learned, all eod."""
+    starts = np.flatnonzero((mask & (PIECE | LEARNED)) == PIECE)
+    starts = starts[tokens[starts] == eod_id]
+    ends = bounds[np.searchsorted(bounds, starts, side="right")]
+    return sum(
+        int(end - start)
+        for start, end in zip(starts.tolist(), ends.tolist(), strict=True)
+        if np.all(tokens[start:end] == eod_id) and not mask[start + 1 : end].any()
+    )
 
 
 def _check_ends(bounds: np.ndarray, tokens: np.ndarray, eod_id: int, found: Audit) -> None:

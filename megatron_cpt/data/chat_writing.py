@@ -154,6 +154,7 @@ class ChatWriting:
             self.identity
             | {
                 "key": KEY,
+                "is_held_out": not is_training,
                 "bytes": shard.counts["bytes"],
                 "lines": sum(self.lines),
                 "rejects": dict(sum(self.rejects, nothing)),

@@ -20,6 +20,7 @@ from megatron_cpt.data.indexed import (
     read_shard_manifest,
     write_index,
 )
+from megatron_cpt.data.masked import has_mask, mask_prefix, read_mask
 from megatron_cpt.data.shard_writer import provenance_path, rejects_path
 from megatron_cpt.data.tokenizer import same_tokenizer
 from megatron_cpt.errors import DataError
@@ -65,22 +66,35 @@ def merge_shards(prefixes: Sequence[Path], output_prefix: Path) -> dict[str, Any
     indexes = [read_index(prefix) for prefix in prefixes]
     manifests = [read_shard_manifest(prefix) for prefix in prefixes]
     _check_alike(prefixes, indexes, manifests)
+    masks = [has_mask(prefix) for prefix in prefixes]
+    if all(masks):
+        for index in indexes:
+            read_mask(index)
     manifest_path(output_prefix).unlink(missing_ok=True)
     progress = Progress("merge", sum(index.num_tokens * index.dtype.itemsize for index in indexes) / 1e6, "MB")
-    with whole_file(bin_path(output_prefix), "wb") as file:
-        for index in indexes:
-            _append(file.fileno(), bin_path(index.prefix), progress)
-    write_index(
-        idx_path(output_prefix),
-        indexes[0].dtype,
-        np.concatenate([index.sequence_lengths for index in indexes]),
-        _joined_documents(indexes),
-    )
+    if all(masks):
+        _join(mask_prefix(output_prefix), [mask_prefix(prefix) for prefix in prefixes], indexes, np.uint8, progress)
+    _join(output_prefix, prefixes, indexes, indexes[0].dtype, progress)
     _merge_provenance(prefixes, manifests, output_prefix)
     _merge_rejects(prefixes, manifests[0]["key"], output_prefix)
     manifest = _joined_manifest(manifests)
     write_json(manifest_path(output_prefix), manifest)
     return manifest
+
+
+def _join(
+    output: Path, prefixes: Sequence[Path], indexes: Sequence[ShardIndex], dtype: Any, progress: Progress
+) -> None:
+    """Write the pair of several pairs that have these indexes (a mask has those of its tokens)."""
+    with whole_file(bin_path(output), "wb") as file:
+        for prefix in prefixes:
+            _append(file.fileno(), bin_path(prefix), progress)
+    write_index(
+        idx_path(output),
+        np.dtype(dtype),
+        np.concatenate([index.sequence_lengths for index in indexes]),
+        _joined_documents(indexes),
+    )
 
 
 def _check_alike(prefixes: Sequence[Path], indexes: Sequence[ShardIndex], manifests: Sequence[dict[str, Any]]) -> None:
@@ -98,6 +112,19 @@ def _check_alike(prefixes: Sequence[Path], indexes: Sequence[ShardIndex], manife
             or manifest["key"] != first["key"]
         ):
             raise DataError(f"{prefix}: was tokenized with other options than {prefixes[0]}. They must not be mixed.")
+        if has_mask(prefix) != has_mask(prefixes[0]) or _form(manifest) != _form(first):
+            raise DataError(
+                f"{prefix}: has another form than {prefixes[0]} (a mask, packs of a length, a chat template, held out). "
+                "Only shards of one form become one."
+            )
+
+
+def _form(manifest: dict[str, Any]) -> tuple[Any, ...]:
+    return (
+        manifest.get("packed", {}).get("seq_length"),
+        manifest.get("template", {}).get("hash"),
+        manifest.get("is_held_out"),
+    )
 
 
 def _append(descriptor: int, path: Path, progress: Progress) -> None:
@@ -133,7 +160,7 @@ def _merge_provenance(prefixes: Sequence[Path], manifests: Sequence[dict[str, An
     rows, sources = [], 0
     for prefix, manifest in zip(prefixes, manifests, strict=True):
         found = np.load(provenance_path(prefix))
-        found[:, 0] += sources
+        found[found[:, 0] >= 0, 0] += sources  # -1 is filling of a pack
         rows.append(found)
         sources += len(manifest["sources"])
     with whole_file(provenance_path(output_prefix), "wb") as file:
@@ -156,7 +183,25 @@ def _joined_manifest(manifests: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for name in ("rejects", "notes"):
         joined[name] = dict(sum((Counter(manifest[name]) for manifest in manifests), Counter()))
     joined["sources"] = [source for manifest in manifests for source in manifest["sources"]]
+    if "mask" in joined:
+        joined["mask"] = _sums([manifest["mask"] for manifest in manifests])
+    if "statistics" in joined:
+        joined["statistics"] = _sums([manifest["statistics"] for manifest in manifests])
+        joined["inputs"] = [entry for manifest in manifests for entry in manifest["inputs"]]
+        joined["held_out_shards"] = []
+    if "packed" in joined:
+        counts = ("real_tokens", "lost_tokens", "split_documents", "truncated_documents", "dropped_documents")
+        totals = {name: sum(manifest["packed"].get(name, 0) for manifest in manifests) for name in counts}
+        joined["packed"] = {key: joined["packed"][key] for key in ("seq_length", "method")} | totals
+        joined["packed"]["fill"] = totals["real_tokens"] / max(joined["tokens"], 1)
     return joined
+
+
+def _sums(trees: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return trees of counts, added up leaf by leaf."""
+    names = dict.fromkeys(name for tree in trees for name in tree)
+    values = {name: [tree[name] for tree in trees if name in tree] for name in names}
+    return {name: _sums(found) if isinstance(found[0], dict) else sum(found) for name, found in values.items()}
 
 
 def _base_path(prefix: Path, key: str) -> Path:

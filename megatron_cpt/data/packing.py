@@ -237,8 +237,10 @@ def _packed_manifest(
         "dropped_documents": plan.dropped,
         "of": of | vars(options),
     }
-    # text and tokens go together only as long as no token is lost
-    num_bytes = round(manifest["bytes"] * real / max(num_tokens, 1)) if "bytes" in manifest else 0
+    # where tokens are left out their share of the text's bytes is left out as well, which is an estimate
+    num_bytes = manifest.get("bytes")
+    if num_bytes is not None and real < num_tokens:
+        num_bytes = round(num_bytes * real / num_tokens)
     return manifest | {"packed": packed, "bytes": num_bytes}
 
 

@@ -29,6 +29,8 @@ class Shard:
     """Identity of the tokenizer that made it: name, kind, hash, vocab_size, eod_id."""
     packed_seq_length: int | None = None
     """Tokens of each of its documents, where they are packs for training; None: documents of any length."""
+    is_held_out: bool = False
+    """Whether it is a validation set that was held out of a training shard beside it (`data prepare-chat`)."""
 
 
 def find_shards(patterns: Sequence[str], data_dir: Path) -> tuple[list[str], list[str]]:
@@ -73,6 +75,7 @@ def read_shard(prefix: str) -> Shard:
         documents=index.num_documents,
         tokenizer=manifest["tokenizer"] or {},
         packed_seq_length=read_shard_form(Path(prefix)).packed_seq_length,
+        is_held_out=bool(manifest.get("is_held_out")),
     )
 
 

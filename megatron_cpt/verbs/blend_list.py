@@ -1,18 +1,22 @@
 """List the token shards below folders, with their exact token counts from the index.
 
-Folders, prefixes and globs are searched for `.bin/.idx` pairs; an incomplete shard is refused by name. A shard's corpus
+Folders, prefixes and globs are searched for `.bin/.idx` pairs; an incomplete shard is refused by name, and a validation set
+that prepare-chat held out is left out unless its prefix is given. A shard's corpus
 is the first folder below the one given, or its own name where it lies directly in it.
 
 Example: megatron-cpt blend list data/tokens --format llm-jp --output train_data.all.sh
 """
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
 from megatron_cpt.data.datalist import FORMATS, DataEntry, render_data_list
 from megatron_cpt.errors import DataError
 from megatron_cpt.files import write_text
+
+logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +33,10 @@ def run(arguments: argparse.Namespace) -> None:
         prefixes, missing = find_shards([source], Path())
         shards, incomplete = read_shards(prefixes)
         problems += missing + incomplete
+        if prefixes != [source]:
+            for shard in (shard for shard in shards if shard.is_held_out):
+                logger.warning("%s: left out; it is a validation set. Name it to list it", shard.prefix)
+            shards = [shard for shard in shards if not shard.is_held_out]
         entries += [
             DataEntry(prefix=shard.prefix, tokens=shard.tokens, corpus=_corpus(Path(shard.prefix), Path(source)))
             for shard in shards
@@ -47,4 +55,4 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _corpus(prefix: Path, source: Path) -> str:
     inside = prefix.relative_to(source) if source.is_dir() else Path(prefix.name)
-    return inside.parts[0].removesuffix("_text_document")
+    return inside.parts[0].removesuffix("_text_document").removesuffix("_chat_document")

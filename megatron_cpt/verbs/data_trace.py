@@ -21,11 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int | None:
     # numpy and the tokenizer libraries are slow to import; --help must not wait for them
     from megatron_cpt.data.tokenizer import load_tokenizer
-    from megatron_cpt.data.trace import trace_document, trace_token
+    from megatron_cpt.data.trace import trace_documents, trace_token
 
     tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else None
     if arguments.document is not None:
-        origins = [trace_document(arguments.prefix, number) for number in arguments.document]
+        origins = [origin for number in arguments.document for origin in trace_documents(arguments.prefix, number)]
     else:
         origins = [trace_token(arguments.prefix, position) for position in arguments.token]
     for origin in origins:

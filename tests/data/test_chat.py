@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -266,6 +267,83 @@ def test_packing_at_once_gives_packs_and_leaves_no_unpacked_shard(prepare, tmp_p
     assert code == 0, said
     code, said = prepare(path, options=[*options, "--max-packs", "3"])
     assert code == 2 and "was made with pack=" in said
+
+
+@pytest.fixture
+def verb(capsys):
+    """Return a function: words of a command -> (exit code, output)."""
+
+    def run(*words):
+        with pytest.raises(SystemExit) as left:
+            main([str(word) for word in words])
+        said = capsys.readouterr()
+        return left.value.code, said.out + said.err
+
+    return run
+
+
+@pytest.mark.parametrize("options", [[], ["--pack", "64"]], ids=["unpacked", "packed"])
+def test_lists_audits_merges_and_traces_take_a_masked_shard_as_one(prepare, verb, tmp_path, chat_dir, options):
+    for name in "ab":
+        records = [chat(f"{name} asks {n}", f"{name} answers {n}") for n in range(20)]
+        path = write_lines(tmp_path / f"{name}.jsonl", records)
+        assert prepare(path, prefix=f"tokens/{name}", options=[*options, "--held-out", "2"])[0] == 0
+    tokens = tmp_path / "tokens"
+    code, said = verb("blend", "list", tokens)
+    assert (
+        code == 0 and said.count("prefix:") == said.count("left out; it is a validation") == 2 and ".mask" not in said
+    ), said
+    merged = tokens / "both_chat_document"
+    code, said = verb(
+        "data", "merge", "--output-prefix", merged, "--input", *(tokens / f"{name}_chat_document" for name in "ab")
+    )
+    assert code == 0 and "2 shards" in said, said
+    manifests = [read_shard_manifest(tokens / f"{name}_chat_document") for name in "ab"]
+    joined = read_shard_manifest(merged)
+    assert joined["mask"]["learned"] == sum(manifest["mask"]["learned"] for manifest in manifests)
+    assert joined["statistics"]["turns"] == {"system": 0, "user": 36, "assistant": 36}
+    code, said = verb("data", "audit", "--input", tokens, "--tokenizer", chat_dir)
+    assert code == 0 and said.count("its mask fits") == 5 and "5 shards" in said, said
+    code, said = verb("data", "trace", merged, "--tokenizer", chat_dir, "--document", joined["documents"] - 1)
+    *_, where, text = said.splitlines()
+    line = int(where.rpartition(":")[2])
+    assert code == 0 and f"b.jsonl:{line}" in where and f"b answers {line - 1}" in text
+    code, said = verb("data", "trace", merged, "--token", "3")
+    assert code == 0 and "a.jsonl:" in said
+
+
+def test_an_audit_finds_a_mask_that_does_not_fit(prepare, verb, tmp_path, chat_dir):
+    path = write_lines(tmp_path / "a.jsonl", [chat(f"asks {n}", f"answers {n}") for n in range(9)])
+    assert prepare(path, options=["--pack", "64"])[0] == 0
+    prefix = tmp_path / "tokens/a_chat_document"
+    masks = bin_path(mask_prefix(prefix))
+    whole = masks.read_bytes()
+    for damage, message in (
+        (bytes(len(whole)), "do not start a piece"),
+        (whole[:-1], "holds .* bytes; its index promises"),
+        (whole.replace(b"\x02\x00\x00", b"\x02\x01\x00"), "in the manifest"),
+        (None, "no such file"),
+    ):
+        if damage is None:
+            masks.unlink()
+        else:
+            masks.write_bytes(damage)
+        code, said = verb("data", "audit", "--input", prefix, "--tokenizer", chat_dir)
+        assert code == 1 and re.search(message, said), said
+
+
+def test_packs_of_a_tokenized_corpus_are_audited_and_traced(verb, tmp_path, bpe_dir):
+    path = write_lines(tmp_path / "a.jsonl", [{"text": f"document {n} " * n} for n in range(1, 30)])
+    plain, packed = tmp_path / "tokens/a_text_document", tmp_path / "packed/a_text_document"
+    words = ["--input", path, "--tokenizer", bpe_dir, "--output-prefix", tmp_path / "tokens/a", "--provenance"]
+    assert verb("tokenize", *words, "--workers", "1")[0] == 0
+    code, said = verb("data", "pack", "--input", plain, "--output", packed, "--seq-length", "128")
+    assert code == 0 and "packs of 128 tokens" in said
+    code, said = verb("data", "audit", "--input", packed, "--tokenizer", bpe_dir)
+    assert code == 0 and "its mask fits" in said, said
+    code, said = verb("data", "trace", packed, "--document", "0", "--tokenizer", bpe_dir)
+    places = said.splitlines()[::2]
+    assert code == 0 and all(f"{path}:" in place for place in places) and "pack 0, token 0" in places[0]
 
 
 def test_a_sentencepiece_model_is_refused_since_it_has_no_offsets(prepare, tmp_path, sentencepiece_model):
