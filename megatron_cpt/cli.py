@@ -20,6 +20,7 @@ VERBS = {
     "plan": "say what a run needs before it is queued: tokens, iterations, memory per rank, disk, time, node hours",
     "preflight": "measure every rank of a job in seconds before it trains, and name the nodes that are not fit",
     "submit": "start a run on this machine, PBS or Slurm, after checking everything that can be checked beforehand",
+    "lr-find": "sweep the learning rate once from the stage's start and suggest a peak",
     "fork": "begin a branch of a run from any kept iteration: a decay to a usable model, or another stage",
     "status": "show a run's jobs and progress, and why a job waits or died",
     "tokenize": "turn documents into .bin/.idx token files, restartable, with a manifest beside each",

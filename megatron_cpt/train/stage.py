@@ -91,21 +91,24 @@ class Stage:
         }
 
 
-def prepare(loaded: LoadedConfig) -> Stage | None:
+def prepare(loaded: LoadedConfig, *, from_start: bool = False) -> Stage | None:
     """Return the stage with everything loaded, None when the run is finished.
+
+    With `from_start` the run's own checkpoints are left aside.
 
     Raises: CptError for what a user can mend, on every rank.
     """
     config, run = loaded.config, run_dir(loaded.config)
     iterations = train_iters(config.training)
-    resume = on_rank_0(lambda: newest_good_checkpoint(run.checkpoints, config.checkpoint.verify_on_load))
+    own = on_rank_0(lambda: newest_good_checkpoint(run.checkpoints, config.checkpoint.verify_on_load))
+    resume = None if from_start else own
     manifest = read_manifest(resume) if resume else None
     iteration = int(manifest["iteration"]) if manifest else 0
     if iteration >= iterations:
         return None
     differences = check_unchanged(manifest["config"] if manifest else None, config, resume or run.path)
 
-    may_change_list = resume is None or config.checkpoint.accept_changes
+    may_change_list = own is None or config.checkpoint.accept_changes
     entries = on_rank_0(lambda: _prepare_run_dir(loaded, run, may_change_list=may_change_list))
     data_dir = Path(config.paths.data_dir)
     tokenizer = load_tokenizer(data_dir / config.data.tokenizer) if config.data.tokenizer else None
