@@ -143,12 +143,16 @@ def _world_problems(config: RunConfig) -> Iterator[Problem]:
             f"training.global_batch_size is {size}, not a multiple of micro_batch_size x data-parallel size "
             f"({micro} x {dp} = {micro * dp}). Use {nearest_multiples(size, micro * dp)}.",
         )
+    is_interleaved = (config.parallel.virtual_pipeline_model_parallel_size or 1) > 1
+    stages = config.parallel.pipeline_model_parallel_size if is_interleaved else 1
+    step, shown = micro * dp * stages, f"{micro} x {dp}{f' x {stages}' if is_interleaved else ''}"
     for name, value in zip(("starts at", "grows by"), (config.training.rampup_batch_size or ())[:2], strict=False):
-        if value % (micro * dp):
+        if value % step:
             yield Problem(
                 ("training.rampup_batch_size", "training.micro_batch_size", *keys),
-                f"training.rampup_batch_size {name} {value}, not a multiple of micro_batch_size x data-parallel size "
-                f"({micro} x {dp} = {micro * dp}). Use {nearest_multiples(value, micro * dp)}.",
+                f"training.rampup_batch_size {name} {value}, not a multiple of micro_batch_size x data-parallel size"
+                f"{' x pipeline stages (interleaved)' if is_interleaved else ''} ({shown} = {step}). "
+                f"Use {nearest_multiples(value, step)}.",
             )
 
 

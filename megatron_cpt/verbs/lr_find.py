@@ -13,7 +13,8 @@ import argparse
 import os
 import sys
 
-from megatron_cpt.config.load import add_run_arguments, load_from_arguments
+from megatron_cpt.config.load import add_run_arguments
+from megatron_cpt.data.epochs import load_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the test; rank 0 prints what it suggests. Return 1 when the loss never fell."""
-    loaded = load_from_arguments(arguments)
+    loaded = load_run(arguments)
     # imported here: torch and megatron take seconds
     from megatron_cpt.train.lr_finder import find_learning_rate, suggested_rate
 

@@ -1,0 +1,40 @@
+"""Batch ramp-ups, weight-decay schedules, skipped iterations and spike settings that cannot work are refused."""
+
+import pytest
+
+RAMP = "training.global_batch_size=64 training.rampup_batch_size="
+IMPOSSIBLE = {
+    "two numbers": (RAMP + "[16,16]", "training.rampup_batch_size is [16, 16]. Three numbers above 0 are needed"),
+    "a zero": (RAMP + "[16,0,100]", "Three numbers above 0 are needed"),
+    "no list": (RAMP + "16", "16 is not a list of whole numbers"),
+    "a start above the batch": (RAMP + "[64,16,100]", "starts at 64, not below global_batch_size (64)"),
+    "an increment that misses": (RAMP + "[16,20,100]", "64 - 16 = 48 is no multiple of 20"),
+    "a start that the ranks cannot share": (
+        RAMP + "[6,2,100] launch.gpus_per_node=4",
+        "training.rampup_batch_size starts at 6, not a multiple of micro_batch_size x data-parallel size (2 x 4 = 8)",
+    ),
+    "an increment that the ranks cannot share": (
+        RAMP + "[4,2,100] launch.gpus_per_node=4",
+        "training.rampup_batch_size grows by 2, not a multiple",
+    ),
+    "a ramp that interleaving cannot use": (
+        "training.global_batch_size=8 training.rampup_batch_size=[1,1,100] launch.gpus_per_node=2 "
+        "parallel.pipeline_model_parallel_size=2 parallel.virtual_pipeline_model_parallel_size=2",
+        "training.rampup_batch_size starts at 1, not a multiple of",
+    ),
+    "weight decay without a style": ("optimizer.weight_decay_end=0.2", "has no effect with weight_decay_incr_style constant"),
+    "a style without bounds": ("optimizer.weight_decay_incr_style=linear", "without weight_decay_start or weight_decay_end"),
+    "negative weight decay": (
+        "optimizer.weight_decay_incr_style=linear optimizer.weight_decay_end=-1",
+        "optimizer.weight_decay_end is -1.0. 0 or more is needed.",
+    ),
+    "a range backwards": ('data.skip_iterations=["9-3"]', "'9-3' is no range of iterations"),
+    "a roll-back without a threshold": ("training.spike_action=rollback", "Set spike_threshold."),
+    "no iteration to skip": ("training.spike_skip_iterations=0", "More than 0 is needed"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_what_cannot_work_is_refused_with_its_numbers(refused, case):
+    overrides, message = IMPOSSIBLE[case]
+    assert message in refused(*overrides.split())
