@@ -28,6 +28,7 @@ VERBS = {
     "convert": "convert models between Hugging Face folders and Megatron checkpoints, on a CPU, and prove it",
     "soup": "merge models: a run's last checkpoints, several runs, or any Hugging Face folders",
     "checkpoint": "list, verify, inspect, compare, prune, protect, copy, adopt checkpoints",
+    "hub": "push models to the Hugging Face Hub, fetch models and data sets, resumable",
     "evaluate": "bits per byte, learned and forgotten, samples, weight divergence of models",
     "analyze": "statistics of every tensor of a model",
     "advise": "judge a stage by its metrics and say what the CPT cookbook would do next",

@@ -168,6 +168,26 @@ def write_safetensors(
 
     Memory: one group per worker at a time.
     """
+    shards = shards_of(groups, max_shard_bytes)
+    count = len(shards)
+    names = [name for name, _ in shards]
+
+    def write_shard(number: int) -> str:
+        return _write_shard(directory / names[number], shards[number][1], progress)
+
+    with ThreadPoolExecutor(num_workers) as pool:
+        hashes = dict(zip(names, pool.map(write_shard, range(count)), strict=True))
+    if count > 1:
+        total = sum(group.num_bytes for group in groups)
+        weight_map = {tensor[0]: name for name, shard in shards for group in shard for tensor in group.tensors}
+        write_json(
+            directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+        )
+    return hashes
+
+
+def shards_of(groups: Sequence[OutputGroup], max_shard_bytes: int) -> list[tuple[str, list[OutputGroup]]]:
+    """Return (file name, groups) of each shard of at most about `max_shard_bytes`; a larger group has one of its own."""
     shards: list[list[OutputGroup]] = [[]]
     size = 0
     for group in groups:
@@ -177,29 +197,9 @@ def write_safetensors(
         shards[-1].append(group)
         size += group.num_bytes
     count = len(shards)
-    names = (
-        ["model.safetensors"]
-        if count == 1
-        else [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-    )
-
-    def write_shard(number: int) -> str:
-        return _write_shard(directory / names[number], shards[number], progress)
-
-    with ThreadPoolExecutor(num_workers) as pool:
-        hashes = dict(zip(names, pool.map(write_shard, range(count)), strict=True))
-    if count > 1:
-        total = sum(group.num_bytes for group in groups)
-        weight_map = {
-            tensor[0]: name
-            for name, shard in zip(names, shards, strict=True)
-            for group in shard
-            for tensor in group.tensors
-        }
-        write_json(
-            directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
-        )
-    return hashes
+    if count == 1:
+        return [("model.safetensors", shards[0])]
+    return [(f"model-{number:05d}-of-{count:05d}.safetensors", shard) for number, shard in enumerate(shards, 1)]
 
 
 def copy_side_files(source: Path, output: Path, patterns: Iterable[str] = SIDE_FILES) -> list[str]:

@@ -1,0 +1,142 @@
+"""The Hub, with a server made up here: what would be sent, what is sent, and what a missing network leaves."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_cpt import cli
+from megatron_cpt.checkpoint.hf import HFFolder
+from megatron_cpt.checkpoint.hub import download, plan_push, push
+from megatron_cpt.errors import CheckpointError
+
+
+class Server:
+    """What of `HfApi` a push calls; keeps the bytes that it is sent."""
+
+    def __init__(self):
+        self.calls, self.files = [], {}
+
+    def create_repo(self, repo, **options):
+        self.calls.append(("create_repo", repo, options))
+
+    def create_branch(self, repo, **options):
+        self.calls.append(("create_branch", repo, options))
+
+    def create_commit(self, repo, operations, **options):
+        self.calls.append(("create_commit", repo, options))
+        self.files = {each.path_in_repo: Path(each.path_or_fileobj).read_bytes() for each in operations}
+        return SimpleNamespace(commit_url=f"https://hub.invalid/{repo}/commit/1")
+
+
+@pytest.fixture
+def model(hf_models, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in hf_models("llama").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / ".hidden").write_text("stays here")
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def snapshot(folder):
+    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
+
+
+def run(*arguments):
+    with pytest.raises(SystemExit) as left:
+        cli.main([str(argument) for argument in arguments])
+    return left.value.code
+
+
+def test_files_of_allowed_size_go_as_they_are(model):
+    server = Server()
+    address = push(plan_push(model, 10**9), "team/model", 10**9, private=True, revision="iter-100", api=server)
+    assert address == "https://hub.invalid/team/model/commit/1"
+    assert server.files == {path.name: path.read_bytes() for path in model.iterdir() if path.name != ".hidden"}
+    assert server.calls[0] == ("create_repo", "team/model", {"repo_type": "model", "private": True, "exist_ok": True})
+    assert server.calls[1][2]["branch"] == "iter-100" and server.calls[2][2]["revision"] == "iter-100"
+
+
+def test_larger_weight_files_are_cut_anew_without_touching_the_folder(model, tmp_path):
+    before = snapshot(tmp_path)
+    plan = plan_push(model, 20_000)
+    assert plan.replaced == ("model.safetensors",) and len(plan.new_shards) > 2
+    server = Server()
+    push(plan, "team/model", 20_000, api=server)
+    assert snapshot(tmp_path) == before
+    weights = {name: data for name, data in server.files.items() if name.endswith(".safetensors")}
+    assert [(name, len(data) < 20_000) for name, data in sorted(weights.items())] == [
+        (name, True) for name, _ in plan.new_shards
+    ]
+    assert "model.safetensors" not in weights and "model.safetensors.index.json" in server.files
+    sent = tmp_path / "sent"
+    sent.mkdir()
+    for name, data in server.files.items():
+        (sent / name).write_bytes(data)
+    one, other = HFFolder(model), HFFolder(sent)
+    assert sorted(one.names()) == sorted(other.names())
+    assert all(torch.equal(one.read(name), other.read(name)) for name in one.names())
+
+
+def test_a_dry_run_says_what_would_be_sent(model, tmp_path, capsys):
+    before = snapshot(tmp_path)
+    assert run("hub", "push", model, "--repo", "team/model", "--max-shard-size", "20KB", "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "tokenizer.json" in said and ".hidden" not in said and "instead of model.safetensors" in said
+    assert "model-00001-of-" in said and "nothing was sent to the model team/model" in said
+    assert snapshot(tmp_path) == before
+
+
+def test_without_a_network_a_push_fails_on_one_line_and_changes_nothing(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_TOKEN", "not a token")
+    before = snapshot(tmp_path)
+    assert run("hub", "push", model, "--repo", "team/model", "--max-shard-size", "20KB") == 2
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error and "http://127.0.0.1:9 refused or cannot be reached" in error
+    assert "Nothing here was changed" in error
+    assert snapshot(tmp_path) == before
+
+
+def test_an_incomplete_model_is_not_sent(model):
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(CheckpointError, match="truncated"):
+        plan_push(model, 10**9)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        plan_push(model / "x", 10**9)
+
+
+def test_a_data_set_goes_as_it_is(tmp_path):
+    (tmp_path / "eu").mkdir()
+    (tmp_path / "eu/train.jsonl").write_text("{}\n")
+    server = Server()
+    push(plan_push(tmp_path, 1, "dataset"), "team/data", 1, kind="dataset", api=server)
+    assert server.files == {"eu/train.jsonl": b"{}\n"}
+    assert server.calls[0][2]["repo_type"] == "dataset"
+
+
+def test_a_download_passes_on_what_is_wanted_and_counts_what_came(tmp_path):
+    asked = {}
+
+    def fetch(repo, **options):
+        asked.update(options, repo=repo)
+        folder = Path(options["local_dir"])
+        (folder / ".cache/huggingface").mkdir(parents=True)
+        (folder / ".cache/huggingface/x.lock").write_text("")
+        (folder / "a.parquet").write_bytes(b"1234")
+
+    assert download("team/data", tmp_path / "d", kind="dataset", include=["*.parquet"], fetch=fetch) == (1, 4)
+    assert (asked["repo"], asked["repo_type"], asked["allow_patterns"]) == ("team/data", "dataset", ["*.parquet"])
+    assert asked["ignore_patterns"] is None
+
+    def fail(repo, **options):
+        raise ConnectionError("no route to host")
+
+    with pytest.raises(CheckpointError, match=r"no route to host.*What was fetched stays"):
+        download("team/data", tmp_path / "d", fetch=fail)
+    with pytest.raises(CheckpointError, match="no file matches"):
+        download("team/data", tmp_path / "empty", fetch=lambda repo, **options: None)
