@@ -7,6 +7,7 @@ Queue and account come from --queue and --account, MEGATRON_CPT_QUEUE and MEGATR
   pipeline   tokenize, build-index, convert in, train, convert out, evaluate, report: what is missing of it
   sweep      a small grid of settings, each point a run of its own, and one comparison: what is missing of it
   evaluate   a job per kept checkpoint: bits per byte on the held-out texts, or lm-evaluation-harness
+  job        any other verb as a job on one node, with a stage's resources: CPU preprocessing, publishing
 
 Example:
   megatron-cpt submit train --task tasks/demo --params demo-5m --size 300K --variant base launch.gpus_per_node=2
@@ -59,7 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     evaluate = stages.add_parser("evaluate", help="a job per kept checkpoint: bits per byte, or the harness")
     evaluate.add_argument("--harness", default="", metavar="TASK,TASK", help="tasks of lm-evaluation-harness instead")
     evaluate.add_argument("--every", type=int, metavar="N", help="only multiples of N iterations, and the last one")
-    for stage in (train, pipeline, sweep, evaluate):
+    job = stages.add_parser("job", help="any other verb as a job of its own on one node")
+    job.add_argument("--command", required=True, help="the verb and its arguments, quoted: 'data prepare-chat ...'")
+    job.add_argument("--name", required=True, help="of the job, in the ledger and the logs")
+    job.add_argument("--resources", default="tokenize", metavar="STAGE", help="of the site file's stages (tokenize)")
+    for stage in (train, pipeline, sweep, evaluate, job):
         stage.add_argument("--depend", metavar="KIND:ID[:ID]", help="wait for jobs, such as afterok:123:124")
         stage.add_argument("--dry-run", action="store_true", help="print scripts and commands; write and queue nothing")
         stage.add_argument("--queue", metavar="NAME", help="queue or partition")
@@ -70,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Submit the stage; return its exit code (local) or 0 once it is queued."""
     from megatron_cpt.config.derived import world_size
+    from megatron_cpt.config.load import load_from_arguments
     from megatron_cpt.data.epochs import load_run
     from megatron_cpt.errors import LaunchError
     from megatron_cpt.launch.aurora_variables import with_variables
@@ -84,7 +90,8 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.from_environment or arguments.finetune or arguments.universal_checkpoint
     ):
         arguments.overrides = with_variables(arguments, os.environ if arguments.from_environment else {})
-    loaded = load_run(arguments)
+    # what prepares the tokens runs before a length in epochs can be counted
+    loaded = load_from_arguments(arguments) if arguments.stage == "job" else load_run(arguments)
     config = loaded.config
     if config.launch.scheduler == "local" and arguments.depend:
         raise LaunchError(f"--depend {arguments.depend}: launch.scheduler is local. A batch scheduler is needed.")
@@ -99,6 +106,8 @@ def run(arguments: argparse.Namespace) -> int:
         return _sweep(submission, arguments)
     if arguments.stage == "evaluate":
         return _evaluate(submission, arguments)
+    if arguments.stage == "job":
+        return _job(submission, arguments)
     only = [name for name in getattr(arguments, "only", "").split(",") if name]
     if config.launch.scheduler == "local":
         if arguments.stage == "pipeline":
@@ -160,6 +169,17 @@ def _sweep(submission: "Submission", arguments: argparse.Namespace) -> int:
     if config.launch.scheduler == "local":
         return run_sweep(sweep)
     sys.stdout.write("".join(f"{job}\n" for job in submit_sweep(sweep, max_failures=arguments.max_failures)))
+    return 0
+
+
+def _job(submission: "Submission", arguments: argparse.Namespace) -> int:
+    """Start one verb as a job of its own."""
+    from megatron_cpt.launch.tool_job import run_tool_job, submit_tool_job
+
+    if submission.scheduler == "local":
+        return run_tool_job(submission, arguments.command)
+    identifier = submit_tool_job(submission, arguments.name, arguments.command, arguments.resources)
+    sys.stdout.write(f"{identifier}\n" if identifier else "")
     return 0
 
 
