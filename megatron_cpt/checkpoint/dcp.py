@@ -2,7 +2,8 @@
 
 A `torch_dist` folder is `.metadata` (a pickled index: which slice of which tensor lies where) and `__R_I.distcp` files
 (each slice one `torch.save`). The index is unpickled through an allow-list and slices with `weights_only`, so that
-nothing in a checkpoint can run code.
+nothing in a checkpoint can run code. torch writes a CRC-32 with each slice but does not look at it when it loads; it is
+checked here, so that a flipped bit is an error whoever made the checkpoint.
 
 Source: torch 2.13, `torch/distributed/checkpoint/{metadata,filesystem}.py`.
 """
@@ -12,6 +13,7 @@ import math
 import os
 import pathlib
 import pickle
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, cast
@@ -28,6 +30,7 @@ from megatron_cpt.checkpoint.safe import Placeholder, load_safely
 from megatron_cpt.errors import CheckpointError
 
 METADATA = ".metadata"
+_CHUNK_BYTES = 1 << 22
 
 
 class DcpReader:
@@ -106,7 +109,10 @@ class DcpReader:
         try:
             with path.open("rb", buffering=0) as file:
                 view = cast("IO[bytes]", _FileView(file, info.offset, info.length))
-                return load_safely(view, f"{path}: {index.fqn} at byte {info.offset}", only_tensors=only_tensors)
+                where = f"{path}: {index.fqn} at byte {info.offset}"
+                _check_crc(view, where)
+                view.seek(0)
+                return load_safely(view, where, only_tensors=only_tensors)
         except FileNotFoundError:
             raise CheckpointError(f"{path}: no such file. {index.fqn} is in it. Use another checkpoint.") from None
 
@@ -131,6 +137,26 @@ def read_metadata(directory: Path) -> Metadata:
     if not isinstance(index, Metadata) or index.storage_data is None:
         raise CheckpointError(f"{path}: is no index of a torch_dist checkpoint. Use another checkpoint.")
     return index
+
+
+def _check_crc(view: IO[bytes], where: str) -> None:
+    """Raise CheckpointError when a `torch.save` archive does not have the CRC-32 it was written with."""
+    try:
+        archive = zipfile.ZipFile(view)
+    except zipfile.BadZipFile:
+        return  # truncated: torch says so
+    with archive:
+        for number, info in enumerate(sorted(archive.infolist(), key=lambda info: info.file_size)):
+            try:
+                with archive.open(info) as record:
+                    while record.read(_CHUNK_BYTES):
+                        pass
+            except zipfile.BadZipFile:
+                if number == 0 and info.file_size < 64:
+                    return  # the smallest record too: written without (torch.serialization.set_crc32_options)
+                raise CheckpointError(
+                    f"{where}: its CRC-32 does not fit its content. The file is damaged. Use another checkpoint."
+                ) from None
 
 
 class _FileView(io.RawIOBase):

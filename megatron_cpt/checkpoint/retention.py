@@ -34,7 +34,8 @@ def superseded_iterations(
     """Return the iterations to delete, oldest first, of `iterations` that are known to be good.
 
     Kept are the newest `keep_last` (None: all), multiples of `keep_every` and `protected` ones. When the kept ones
-    exceed `quota_bytes` together (by `sizes`), the oldest unprotected ones go too. The newest always stays.
+    exceed `quota_bytes` together (by `sizes`), the oldest unprotected ones go too, multiples of `keep_every` last. The newest
+    always stays.
     """
     if keep_last is not None and keep_last < 1:
         raise CheckpointError(f"keep_last is {keep_last}. At least 1 checkpoint must be kept. Use 1 or more.")
@@ -45,7 +46,8 @@ def superseded_iterations(
     if quota_bytes is not None:
         sizes = sizes or {}
         total = sum(sizes[iteration] for iteration in kept)
-        for iteration in [i for i in kept if i not in fixed]:
+        by_worth = sorted(kept, key=lambda i: (bool(keep_every) and i % (keep_every or 1) == 0, i))
+        for iteration in [i for i in by_worth if i not in fixed]:
             if total <= quota_bytes:
                 break
             kept.remove(iteration)
@@ -55,7 +57,7 @@ def superseded_iterations(
 
 def prune(
     root: Path,
-    keep_last: int | None,
+    keep_last: int | None = None,
     keep_every: int | None = None,
     protected: Collection[int] = (),
     quota: int | None = None,

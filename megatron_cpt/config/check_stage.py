@@ -204,7 +204,7 @@ def _run_problems(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             ("init.from_path",), f"init.from_path is variant:{config.variant}, the run itself. Name another variant."
         )
-    if checkpoint.keep_every is not None and checkpoint.keep_last is None:
+    if checkpoint.keep_every is not None and checkpoint.keep_last is None and checkpoint.keep_bytes is None:
         yield Problem(
             ("checkpoint.keep_every", "checkpoint.keep_last"),
             f"checkpoint.keep_every is {checkpoint.keep_every} without keep_last, so all are kept. Set keep_last.",

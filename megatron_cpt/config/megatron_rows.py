@@ -448,7 +448,9 @@ _RUN = (
     Row("checkpoint.save_interval", flag="--save-interval", honoured_by="train/loop.py"),
     Row("checkpoint.keep_last", honoured_by="checkpoint/retention.py"),
     Row("checkpoint.keep_every", honoured_by="checkpoint/retention.py"),
-    Row("checkpoint.async_save", flag="--async-save", honoured_by="train/loop.py"),
+    Row("checkpoint.keep_bytes", honoured_by="train/saving.py"),
+    Row("checkpoint.verify_on_save", honoured_by="train/saving.py"),
+    Row("checkpoint.async_save", flag="--async-save", honoured_by="train/saving.py"),
     Row("checkpoint.verify_on_load", honoured_by="train/init.py"),
     Row("checkpoint.accept_changes", honoured_by="train/checkpointing.py"),
     Row(

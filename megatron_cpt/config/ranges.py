@@ -21,7 +21,7 @@ POSITIVE = {
     "optimizer": "lr adam_eps",
     "schedule": "lr_hold",
     "data": "max_epochs",
-    "checkpoint": "save_interval keep_last keep_every",
+    "checkpoint": "save_interval keep_last keep_every keep_bytes",
     "evaluation": "eval_iters",
     "logging": "log_interval",
     "launch": "nodes gpus_per_node walltime",

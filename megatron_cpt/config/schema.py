@@ -336,8 +336,14 @@ class CheckpointConfig:
     """Checkpoints kept, the newest ones; None: all."""
     keep_every: int | None = None
     """Checkpoints at multiples of this are kept besides; None: none."""
+    keep_bytes: int | None = None
+    """Bytes that a run's checkpoints may take together, e.g. 2T or 500B (10^9); beyond it the oldest go, but never the newest or
+    a protected one (`checkpoint protect`); None: no limit."""
     async_save: bool = False
     """Write checkpoints while training continues."""
+    verify_on_save: bool = True
+    """Read every file back, on another rank than wrote it, and compare its hash before a checkpoint counts and older ones are
+    deleted; False: trust the file system."""
     verify_on_load: Literal["full", "size"] = "full"
     """Check every file's hash, or its size only, before a checkpoint is loaded."""
     accept_changes: bool = False

@@ -23,7 +23,7 @@ from megatron_cpt.errors import CptError, LaunchError
 from megatron_cpt.launch.chain import BROKEN_EXIT_CODE, NOT_FINISHED_EXIT_CODE, chain_verdict
 from megatron_cpt.launch.hosts import job_hosts, training_hosts, write_hostfile
 from megatron_cpt.launch.ledger import append_record, read_jobs
-from megatron_cpt.launch.lock import run_lock
+from megatron_cpt.launch.lock import HELD, run_lock
 from megatron_cpt.launch.preflight import BAD_NODES_EXIT_CODE, read_excluded
 from megatron_cpt.launch.processes import (
     SHUTDOWN_SECONDS,
@@ -47,7 +47,7 @@ LOCK_WAIT_SECONDS = 120
 """Longer than a lock lives: the link before may have died on another node a moment ago."""
 HOSTFILE = "%hostfile%"
 """Stands for the job's node file in the launcher's command."""
-FORWARDED = ("PATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "MEGATRON_CPT_JOB_START")
+FORWARDED = ("PATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "MEGATRON_CPT_JOB_START", HELD)
 """Variables of the job that launchers such as mpirun do not carry to other nodes by themselves."""
 
 

@@ -21,6 +21,9 @@ from megatron_cpt.files import write_json
 
 logger = logging.getLogger(__name__)
 
+HELD = "MEGATRON_CPT_RUN_LOCK"
+"""Environment variable that tells what a job starts which lock the job holds for it."""
+
 
 @contextlib.contextmanager
 def run_lock(path: Path, owner: str, expiry_seconds: float = 90.0, wait_seconds: float = 0.0) -> Iterator[None]:
@@ -44,14 +47,21 @@ def run_lock(path: Path, owner: str, expiry_seconds: float = 90.0, wait_seconds:
     released = threading.Event()
     renewer = threading.Thread(target=_renew, args=(path, claim, expiry_seconds, released), daemon=True)
     renewer.start()
+    os.environ[HELD] = os.path.abspath(path)
     try:
         yield
     finally:
+        os.environ.pop(HELD, None)
         released.set()
         renewer.join()
         with _guard(path):
             if _read(path).get("since") == claim["since"]:
                 path.unlink(missing_ok=True)
+
+
+def is_held_for_us(path: Path) -> bool:
+    """Return whether the job that started this process holds the lock `path`."""
+    return os.environ.get(HELD) == os.path.abspath(path)
 
 
 def _take(path: Path, claim: dict[str, Any], expiry_seconds: float) -> None:

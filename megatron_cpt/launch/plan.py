@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_cpt.config.derived import (
@@ -100,12 +100,13 @@ def plan_run(
     if tokens_per_second is None:
         tokens_per_second = measured_tokens_per_second(run_dir(config).metrics_path)
         source = "measured in this run" if tokens_per_second else "unknown"
+    checkpoint_bytes = num_parameters(config.model) * FULL_BYTES[config.training.precision]
     return Plan(
         config=config,
         stages=stage_memories(config, is_fused=is_fused),
         gpu_memory_bytes=gpu_memory_bytes,
-        checkpoint_bytes=num_parameters(config.model) * FULL_BYTES[config.training.precision],
-        num_checkpoints=num_checkpoints(config.checkpoint, train_iters(config.training)),
+        checkpoint_bytes=checkpoint_bytes,
+        num_checkpoints=num_checkpoints(config.checkpoint, train_iters(config.training), checkpoint_bytes),
         free_bytes=free_bytes(Path(config.paths.runs_dir)),
         quota=tightest_quota(Path(config.paths.runs_dir)),
         tokens_per_second=tokens_per_second,
@@ -113,9 +114,12 @@ def plan_run(
     )
 
 
-def num_checkpoints(checkpoint: CheckpointConfig, iterations: int) -> int:
-    """Return how many checkpoints lie on disk at most, the one being written included."""
+def num_checkpoints(checkpoint: CheckpointConfig, iterations: int, checkpoint_bytes: int = 0) -> int:
+    """Return how many checkpoints of `checkpoint_bytes` lie on disk at most, the one being written included."""
     saved = [*range(checkpoint.save_interval, iterations, checkpoint.save_interval), iterations]
+    if checkpoint.keep_bytes is not None and checkpoint_bytes:
+        allowed = max(checkpoint.keep_bytes // checkpoint_bytes, 1) + 1
+        return min(allowed, num_checkpoints(replace(checkpoint, keep_bytes=None), iterations))
     if checkpoint.keep_last is None:
         return len(saved)
     newest = set(saved[-checkpoint.keep_last :]) if checkpoint.keep_last else set()

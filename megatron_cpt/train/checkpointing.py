@@ -70,15 +70,17 @@ def save_checkpoint(
     manifest: dict[str, Any],
     *,
     queue: AsyncCallsQueue | None = None,
+    read_back: bool = True,
     after: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write `<root>/iter_%07d` from all ranks, then its manifest, then the tracker; return the folder.
 
-    Every rank hashes the files it wrote. With `queue` the files are written by forked processes while training goes on:
+    Every rank hashes the files it wrote; with `read_back` the next rank, often on another node, reads them again and compares
+    before the tracker names the checkpoint. With `queue` the files are written by forked processes while training goes on:
     the call returns at once, and the checkpoint is complete when the queue has finalized it. `after` runs on rank 0
     then. An earlier save still in the queue is waited for.
 
-    Raises: CheckpointError when the disk has too little room.
+    Raises: CheckpointError when the disk has too little room, or a file reads back otherwise than it was written.
     """
     if queue is not None:
         queue.maybe_finalize_async_calls(blocking=True)
@@ -108,6 +110,8 @@ def save_checkpoint(
 
     def complete() -> None:
         hashes = _gathered_hashes(directory, rank)
+        if read_back:
+            _read_back(directory, hashes)
         if rank == 0:
             write_common(
                 directory, read_common(directory)
@@ -208,6 +212,25 @@ def _gathered_hashes(directory: Path, rank: int) -> dict[str, str]:
     gathered: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(gathered, hashes)
     return {name: value for part in gathered for name, value in part.items()}
+
+
+def _read_back(directory: Path, hashes: dict[str, str]) -> None:
+    """Read the files of the rank before this one and compare their hashes. Raises: CheckpointError on every rank."""
+    neighbour = (torch.distributed.get_rank() - 1) % torch.distributed.get_world_size()
+    own = {name: digest for name, digest in hashes.items() if name.startswith(f"__{neighbour}_")}
+    wrong = [name for name, digest in own.items() if not _has_hash(directory / name, digest)]
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, wrong)
+    damaged = [name for part in gathered for name in part]
+    if damaged:
+        raise CheckpointError(
+            f"{directory}: {', '.join(damaged)} reads back with another hash than it was written with. The save does not "
+            "count and nothing older is deleted. Look at the file system."
+        )
+
+
+def _has_hash(path: Path, digest: str) -> bool:
+    return path.is_file() and file_hash(path) == digest
 
 
 def _hashes_path(directory: Path, rank: int) -> Path:

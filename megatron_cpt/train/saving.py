@@ -33,8 +33,9 @@ class Saver:
             seconds = time.monotonic() - started
             self._writer.write("save", iteration=iteration, seconds=round(seconds, 3), stall_seconds=round(stall, 3))
             logger.info("saved %s in %.1f s, %.1f s of them stalled", directory, seconds, stall or seconds)
-            if stage.config.checkpoint.keep_last is not None:
-                prune(stage.run.checkpoints, stage.config.checkpoint.keep_last, stage.config.checkpoint.keep_every)
+            kept = stage.config.checkpoint
+            if kept.keep_last is not None or kept.keep_bytes is not None:
+                prune(stage.run.checkpoints, kept.keep_last, kept.keep_every, quota=kept.keep_bytes)
 
         save_checkpoint(
             stage.run.checkpoints,
@@ -43,6 +44,7 @@ class Saver:
             stage.optimizer,
             stage.manifest(iteration, losses),
             queue=self._queue if can_wait else None,
+            read_back=stage.config.checkpoint.verify_on_save,
             after=after,
         )
         stall = time.monotonic() - started

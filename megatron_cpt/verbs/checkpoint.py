@@ -4,7 +4,7 @@ ROOT is a run's `checkpoints` folder; DIR is one checkpoint in it, or a ROOT, wh
 
 Examples:
   megatron-cpt checkpoint list runs/t/p/50B/main/checkpoints
-  megatron-cpt checkpoint verify runs/t/p/50B/main/checkpoints --full
+  megatron-cpt checkpoint verify runs/t/p/50B/main/checkpoints
   megatron-cpt checkpoint prune runs/t/p/50B/main/checkpoints --keep-last 3 --keep-every 1000 --dry-run
   megatron-cpt checkpoint copy runs/t/p/50B/main/checkpoints /archive/t
 """
@@ -19,19 +19,19 @@ from megatron_cpt.errors import CheckpointError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     part = actions.add_parser("list", help="a line per complete checkpoint")
-    part.add_argument("root", type=Path, metavar="ROOT")
+    part.add_argument("root", type=Path, metavar="ROOT", help="a run's `checkpoints` folder")
     part = actions.add_parser("verify", help="check every file of one or all checkpoints; exit 1 when one is damaged")
-    part.add_argument("path", type=Path, metavar="ROOT|DIR")
+    part.add_argument("path", type=Path, metavar="ROOT|DIR", help="a `checkpoints` folder, or one checkpoint")
     part.add_argument("--size", action="store_true", help="check sizes only, not hashes")
     part = actions.add_parser("inspect", help="what a checkpoint holds")
-    part.add_argument("path", type=Path, metavar="DIR")
+    part.add_argument("path", type=Path, metavar="DIR", help="a checkpoint, or a folder of them")
     part.add_argument("--tensors", action="store_true", help="a line per tensor")
     part = actions.add_parser("diff", help="how two checkpoints differ in settings and weights; exit 1 when they do")
-    part.add_argument("left", type=Path, metavar="DIR")
-    part.add_argument("right", type=Path, metavar="DIR")
+    part.add_argument("left", type=Path, metavar="DIR", help="the one")
+    part.add_argument("right", type=Path, metavar="DIR", help="the other")
     part = actions.add_parser("prune", help="delete superseded checkpoints, never the only good one")
-    part.add_argument("root", type=Path, metavar="ROOT")
-    part.add_argument("--keep-last", type=int, required=True, metavar="K", help="newest checkpoints to keep")
+    part.add_argument("root", type=Path, metavar="ROOT", help="a run's `checkpoints` folder")
+    part.add_argument("--keep-last", type=int, metavar="K", help="newest checkpoints to keep (all; give this or --quota)")
     part.add_argument("--keep-every", type=int, metavar="N", help="keep multiples of N too")
     part.add_argument("--protect", type=int, action="append", default=[], metavar="ITERATION", help="keep this one too")
     part.add_argument(
@@ -39,14 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     part.add_argument("--dry-run", action="store_true", help="say what would be deleted")
     part = actions.add_parser("protect", help="never delete these iterations")
-    part.add_argument("root", type=Path, metavar="ROOT")
-    part.add_argument("iterations", type=int, nargs="+", metavar="ITERATION")
+    part.add_argument("root", type=Path, metavar="ROOT", help="a run's `checkpoints` folder")
+    part.add_argument("iterations", type=int, nargs="+", metavar="ITERATION", help="numbers of iterations")
     part.add_argument("--remove", action="store_true", help="lift the protection")
     part = actions.add_parser("copy", help="copy with checksums; goes on where it was interrupted")
-    part.add_argument("path", type=Path, metavar="ROOT|DIR")
-    part.add_argument("target", type=Path, metavar="TARGET_ROOT")
+    part.add_argument("path", type=Path, metavar="ROOT|DIR", help="a `checkpoints` folder, or one checkpoint")
+    part.add_argument("target", type=Path, metavar="TARGET_ROOT", help="folder for the copy")
     part = actions.add_parser("adopt", help="write a manifest for a torch_dist folder that Megatron-LM made")
-    part.add_argument("path", type=Path, metavar="DIR")
+    part.add_argument("path", type=Path, metavar="DIR", help="a checkpoint, or a folder of them")
     part.add_argument("--params", required=True, metavar="NAME", help="params file that describes its model")
 
 
@@ -109,6 +109,8 @@ def _prune(arguments: argparse.Namespace) -> int:
     from megatron_cpt.checkpoint.arguments import parse_bytes
     from megatron_cpt.checkpoint.retention import prune
 
+    if arguments.keep_last is None and arguments.quota is None:
+        raise CheckpointError("prune: nothing says what is superseded. Give --keep-last K, --quota SIZE, or both.")
     deleted = prune(
         arguments.root,
         arguments.keep_last,
