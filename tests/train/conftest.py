@@ -49,7 +49,12 @@ def experiment_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def experiment(tmp_path: Path, experiment_data: Path) -> Path:
     """Return a task folder whose runs live beside it; `params/tiny.yaml` is its params file."""
-    task = tmp_path / "tasks" / "small"
+    return write_experiment(tmp_path, experiment_data)
+
+
+def write_experiment(folder: Path, data: Path) -> Path:
+    """Write the task that the fixture `experiment` describes, on the data folder `data`; return its folder."""
+    task = folder / "tasks" / "small"
     (task / "params").mkdir(parents=True)
     (task / "params" / "tiny.yaml").write_text(
         textwrap.dedent("""\
@@ -67,7 +72,7 @@ def experiment(tmp_path: Path, experiment_data: Path) -> Path:
     )
     (task / "task.yaml").write_text(
         textwrap.dedent(f"""\
-        paths: {{runs_dir: {tmp_path}/runs, data_dir: {experiment_data}}}
+        paths: {{runs_dir: {folder}/runs, data_dir: {data}}}
         data:
           tokenizer: tokenizer
           corpora:

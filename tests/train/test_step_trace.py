@@ -1,0 +1,119 @@
+"""What a run says it read is what its steps read, across a restart under another layout, to the document and line."""
+
+import pickle
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from megatron_cpt.checkpoint.mcore import read_manifest
+from megatron_cpt.cli import main
+from megatron_cpt.data.indexed import document_bounds, read_index, read_tokens
+from megatron_cpt.data.tokenization import tokenize
+from megatron_cpt.errors import DataError
+from tests.train.test_loop import run_path, run_stage
+
+SEQ, BATCH, SKIPPED = 32, 8, 5
+
+
+def recorded_stage(task: str, folder: str, overrides: tuple[str, ...]) -> str:
+    """Train, and write what each step of this rank got: (sample id, entry, token ids)."""
+    import os
+
+    from megatron_cpt.train import loop
+
+    original, seen = loop.train_step, []
+
+    def step(model, optimizer, batches, *arguments, **options):
+        seen.extend(
+            (int(sample), int(entry), row.tolist())
+            for batch in batches
+            for sample, entry, row in zip(batch.sample_ids, batch.dataset_ids, batch.tokens, strict=True)
+        )
+        return original(model, optimizer, batches, *arguments, **options)
+
+    loop.train_step = step
+    try:
+        return run_stage(task, "base", overrides)
+    finally:
+        loop.train_step = original
+        Path(folder, f"{overrides[0]}-{os.environ['RANK']}.pickle").write_bytes(pickle.dumps(seen))
+
+
+@pytest.fixture(scope="module")
+def traced(ranks, experiment_data, tmp_path_factory):
+    """Return (run directory, what the steps of a run with a restart read): one rank, then two."""
+    from tests.train import conftest
+
+    folder = tmp_path_factory.mktemp("traced")
+    data = folder / "data"
+    shutil.copytree(experiment_data, data, ignore=shutil.ignore_patterns("D1_text_document.*"))
+    tokenize([data / "D1.jsonl"], data / "tokenizer", output_prefix=data / "tokens/D1", provenance=True)
+    task = conftest.write_experiment(folder, data)
+    run = run_path(task, "base")
+    run.mkdir(parents=True)
+    common = ("data.mix={D0: 0.25, D1: 0.75}", f"data.skip_iterations=['{SKIPPED}']")
+    (run / "stop_now").touch()
+    assert ranks.run(recorded_stage, 1, str(task), str(folder), ("launch.nodes=1", *common)) == ["stop_now"]
+    two = ("launch.gpus_per_node=2", "training.micro_batch_size=1", *common)
+    assert ranks.run(recorded_stage, 2, str(task), str(folder), two) == ["finished"] * 2
+    seen = [row for file in sorted(folder.glob("*.pickle")) for row in pickle.loads(file.read_bytes())]
+    return run, sorted(seen), data
+
+
+def test_the_ledger_equals_a_recount_of_every_batch(traced):
+    run, seen, _ = traced
+    expected = [n for n in range(8 * BATCH) if n // BATCH != SKIPPED - 1]
+    assert [sample for sample, _, _ in seen] == expected
+    corpora = Counter(("D0", "D1")[entry] for _, entry, _ in seen)
+    manifest = read_manifest(run / "checkpoints" / "iter_0000008")
+    assert manifest["tokens_per_corpus"] == {name: count * SEQ for name, count in corpora.items()}
+
+
+def test_a_step_is_traced_to_what_it_read(traced):
+    from megatron_cpt.train.step_trace import RunTrace
+
+    run, seen, data = traced
+    trace = RunTrace(run)
+    tokens = {sample: row for sample, _, row in seen}
+    found = {}
+    for iteration in range(1, 9):
+        assert trace.is_skipped(iteration) == (iteration == SKIPPED)
+        for sample in trace.samples(iteration):
+            index = read_index(Path(sample.prefix))
+            ids, bounds = read_tokens(index), document_bounds(index)
+            read = [
+                ids[bounds[part.document] + part.first_token :][: part.num_tokens].tolist() for part in sample.parts
+            ]
+            found[sample.sample] = [token for part in read for token in part]
+            for part in sample.parts:
+                if sample.corpus == "D0":
+                    assert part.origin is None
+                else:
+                    assert part.origin == f"{data}/D1.jsonl:{part.document + 1}"
+    assert {sample: row for sample, row in found.items() if sample in tokens} == tokens
+
+
+def exit_code(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(["data", "trace", *arguments])
+    return ended.value.code
+
+
+def test_the_verb_prints_the_documents_of_a_range(traced, capsys):
+    run, _, data = traced
+    assert exit_code("--run", str(run), "--iteration", "4-5") == 0
+    output = capsys.readouterr().out
+    assert "iteration 4, sample 24: " in output and "iteration 5: skipped" in output
+    assert f"{data}/D1.jsonl:" in output and "no provenance sidecar" in output
+    assert exit_code("--run", str(run), "--iteration", "9") == 2
+    assert exit_code("--iteration", "9") == 2
+    assert exit_code("--document", "9") == 2
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path):
+    from megatron_cpt.train.step_trace import RunTrace
+
+    with pytest.raises(DataError, match="config.yaml: no such file"):
+        RunTrace(tmp_path)
