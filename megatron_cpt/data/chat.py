@@ -152,13 +152,20 @@ def _identity(
     sources: Sequence[Source], encoder: ChatEncoder, job: ChatJob, choice: Choice, on_bad: str
 ) -> dict[str, Any]:
     """Return what a shard is made of: the same again means the same shard."""
-    template = encoder.template
+    template, turn_end = encoder.template, encoder.turn_end()
+    if turn_end == "":
+        logger.warning(
+            "%s: ends no answer with a special token of the tokenizer, so that a model learns to stop only at the end of a "
+            "conversation (end-of-document token). Use a tokenizer with the template's control tokens",
+            template.name,
+        )
     bounds = choice.bounds_path
     return {
         "tokenizer": encoder.tokenizer.identity,
         "template": {
             "name": template.name,
             "hash": template.hash,
+            "turn_end": turn_end,
             "date": str(template.date) if template.uses_date else None,
         },
         "options": {

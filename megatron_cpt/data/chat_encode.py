@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_cpt.data.chat_masks import Tokenized, UnclearTemplate, render_with_spans, tokens_of
+from megatron_cpt.data.chat_masks import Tokenized, UnclearTemplate, render_with_spans, tokens_of, turn_end_of
 from megatron_cpt.data.chat_records import (
     ChatLayout,
     Conversation,
@@ -123,6 +123,16 @@ class ChatEncoder:
         self._control = re.compile("|".join(map(re.escape, sorted(special.values()))) or r"(?!)")
         where, drop = [*map(parse_condition, job.where)], [*map(parse_condition, job.drop)]
         self._holds = lambda record: all(test(record) for test in where) and not any(test(record) for test in drop)
+
+    def turn_end(self) -> str | None:
+        """Return what ends an assistant's turn: empty where no special token does, None where a trial is refused."""
+        trial = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        try:
+            page = self._render(trial)
+        except _Unfit:
+            return None
+        encoding = self.tokenizer.backend.encode(page.text, add_special_tokens=False)
+        return turn_end_of(page, encoding, self.special_ids)
 
     def survey(self, piece: Piece) -> Survey:
         """Return what decides where the records of a piece go."""

@@ -105,6 +105,15 @@ def tokens_of(
     return Tokenized(ids, mask, turn_ends)
 
 
+def turn_end_of(rendered: Rendered, encoding: Any, special_ids: np.ndarray) -> str:
+    """Return the text that ends an assistant's turn; empty where no special token does."""
+    offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+    starts, ends = offsets[:, 0], offsets[:, 1]
+    is_special = np.isin(encoding.ids, special_ids)
+    _, last_end = _without_end(rendered, rendered.spans[-1], starts, ends, is_special)
+    return _closing(rendered.text, last_end, starts, ends, is_special)
+
+
 def _marked(text: str, num_answers: int) -> Rendered:
     spans, pieces, length = [], [], 0
     head, *marked = text.split(OPEN)
@@ -188,15 +197,19 @@ def _turns(
 ) -> tuple[list[tuple[int, int, int]], bool]:
     """Return (start, end of the answer, end of the turn) of each span, and whether the last turn ends in the text."""
     spans = [_without_end(rendered, span, starts, ends, is_special) for span in rendered.spans]
-    last_end = spans[-1][1]
-    following = np.flatnonzero(is_special & (starts >= last_end))
-    closing = rendered.text[last_end : int(ends[following[0]])] if len(following) else ""
+    closing = _closing(rendered.text, spans[-1][1], starts, ends, is_special)
     turns = []
     for (start, end), (_, marked_end) in zip(spans, rendered.spans, strict=True):
         has_end = bool(closing) and rendered.text.startswith(closing, end)
         turn_end = max(end + len(closing) if has_end else end, marked_end)
         turns.append((start, end, turn_end))
     return turns, bool(closing)
+
+
+def _closing(text: str, last_end: int, starts: np.ndarray, ends: np.ndarray, is_special: np.ndarray) -> str:
+    """Return what follows the last answer up to the first special token; empty where there is none."""
+    following = np.flatnonzero(is_special & (starts >= last_end))
+    return text[last_end : int(ends[following[0]])] if len(following) else ""
 
 
 def _without_end(

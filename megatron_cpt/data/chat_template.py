@@ -24,6 +24,18 @@ from megatron_cpt.files import read_json, text_hash
 
 # Noncharacters of Unicode: no text that is interchanged holds them, and no `trim` takes them for white space.
 OPEN, CLOSE, STAND_IN = "\ufdd0", "\ufdd1", "\ufdd2"
+BUILT_IN = {
+    "chatml": (
+        "{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\\n' ~ m.content ~ '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    ),
+    "llama3": (
+        "{{ bos_token }}{% for m in messages %}"
+        "{{ '<|start_header_id|>' ~ m.role ~ '<|end_header_id|>\\n\\n' ~ m.content | trim ~ '<|eot_id|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+    ),
+}
+"""Templates for base models, which have none of their own; the tokenizer needs their control tokens."""
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -86,14 +98,19 @@ def load_template(
     variables: Mapping[str, Any] | None = None,
     date: datetime.date | None = None,
 ) -> ChatTemplate:
-    """Return the template in `template_path`, or else the tokenizer's own.
+    """Return the template in `template_path` (a file or a name in `BUILT_IN`), or else the tokenizer's own.
 
     `variables` are set in the template (`enable_thinking`); `date` is what `strftime_now` tells, today where it is None.
 
     Raises: DataError when there is none or it is no Jinja program.
     """
     folder = tokenizer_dir if tokenizer_dir.is_dir() else tokenizer_dir.parent
-    source, name = _own_template(folder) if template_path is None else (_text(template_path), str(template_path))
+    if template_path is None:
+        source, name = _own_template(folder)
+    elif str(template_path) in BUILT_IN and not template_path.exists():
+        source, name = BUILT_IN[str(template_path)], str(template_path)
+    else:
+        source, name = _text(template_path), str(template_path)
     return ChatTemplate(source, _special_tokens(folder) | dict(variables or {}), name, date)
 
 
@@ -114,7 +131,7 @@ def _own_template(folder: Path) -> tuple[str, str]:
     if not isinstance(found, str):
         raise DataError(
             f"{folder}: has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json). "
-            "A base model has none; name one with --template FILE.jinja."
+            f"A base model has none; name one with --template FILE.jinja, or one of {', '.join(BUILT_IN)}."
         )
     return found, f"{path} (chat_template)"
 

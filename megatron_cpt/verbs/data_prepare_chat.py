@@ -9,7 +9,7 @@ Conditions of --where (all must hold) and --drop (none may): lang=eu, lang!=eu, 
 id~=REGEX. Bad conversations (two user turns in a row, an empty answer, an unknown role) are named; --on-bad skip counts
 them and keeps them in PREFIX.rejects.jsonl.
 
-Example: megatron-cpt data prepare-chat --input chat/*.jsonl --tokenizer models/base --template chatml.jinja \\
+Example: megatron-cpt data prepare-chat --input chat/*.jsonl --tokenizer models/base --template llama3 \\
   --output-prefix tokens/chat --drop 'conversation_id^=translation_' --dedup-prompts --held-out 1000 --held-out-by lang \\
   --pack 8192 --workers 16
 """
@@ -42,7 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text-key", help="field of completion data, learned whole, in records without turns")
     template = parser.add_argument_group("template")
     template.add_argument(
-        "--template", type=Path, metavar="FILE.jinja", help="chat template (default: the tokenizer's)"
+        "--template",
+        type=Path,
+        metavar="FILE.jinja",
+        help="chat template, or chatml or llama3 (default: the tokenizer's)",
     )
     template.add_argument(
         "--set",

@@ -232,6 +232,13 @@ def test_the_date_of_the_first_run_stays(prepare, tmp_path, template):
     assert code == 2 and "was made with the date 2024-07-26" in said
 
 
+def test_a_tokenizer_without_the_templates_tokens_is_warned_of(prepare, tmp_path, bpe_dir):
+    path = write_lines(tmp_path / "in.jsonl", [chat("a?", "a!")])
+    code, said = prepare(path, options=["--tokenizer", bpe_dir])
+    assert code == 0 and "ends no answer with a special token" in said
+    assert documents(tmp_path / "tokens/a_chat_document", bpe_dir)[0][1] == "a!<|end_of_text|>"
+
+
 def test_workers_change_nothing(prepare, tmp_path):
     records = [chat(f"question {n} " * 200, f"answer {n} " * 300) for n in range(400)]
     path = write_lines(tmp_path / "in.jsonl.gz", records)

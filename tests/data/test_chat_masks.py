@@ -1,6 +1,7 @@
 """What the assistant says, by the template: several styles of templates, and templates that change their mind."""
 
 import datetime
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 
 from megatron_cpt.data.chat_encode import ChatEncoder, ChatJob
 from megatron_cpt.data.chat_masks import Rendered, UnclearTemplate, render_with_spans, tokens_of
-from megatron_cpt.data.chat_template import ChatTemplate, TemplateRefusal, load_template
+from megatron_cpt.data.chat_template import BUILT_IN, ChatTemplate, TemplateRefusal, load_template
 from megatron_cpt.data.masked import LEARNED, PIECE
 from megatron_cpt.errors import DataError
 
@@ -199,6 +200,13 @@ def test_templates_render_as_transformers_renders_them(chat_dir):
                 turns, chat_template=source, tokenize=False, add_generation_prompt=prompt
             )
             assert template.render(turns, add_generation_prompt=prompt) == expected
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_template_that_is_built_in_ends_turns_with_a_token(chat_dir, name):
+    encoder = ChatEncoder(ChatJob(tokenizer_path=chat_dir, template_path=Path(name)))
+    assert encoder.turn_end() == {"chatml": "<|im_end|>", "llama3": "<|eot_id|>"}[name]
+    assert encoder.template.render(TURNS).count("\n") > 4
 
 
 def test_a_folder_without_a_template_says_what_to_do(chat_dir, tmp_path):
