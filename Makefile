@@ -5,8 +5,9 @@ SHELL := bash
 .DEFAULT_GOAL := help
 PY := .venv/bin/python
 SHELL_FILES = $(shell git ls-files --cached --others --exclude-standard '*.sh' .ci/run)
+RECIPES = llmjp-v4-midtraining aurora-cpt openseek-cpt snakmodel-danish latxa-instruct
 
-.PHONY: help venv demo demo-clean test test-fast check format bench doctor clean cluster-packages
+.PHONY: help venv demo demo-clean recipes recipes-clean test test-fast check format bench docs doctor clean cluster-packages
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -19,6 +20,12 @@ demo: venv  ## the tutorial: from documents to a trained, merged and evaluated m
 
 demo-clean:  ## remove what the demo wrote
 	@rm -rf runs/demo
+
+recipes: venv  ## the five recipes in small, one after the other, with checks of their results
+	@for recipe in $(RECIPES); do printf '\n#### %s\n' "$$recipe"; $(PY) -m "tasks.$$recipe.mini"; done
+
+recipes-clean:  ## remove what the recipes wrote
+	@rm -rf runs/mini runs/short $(RECIPES:%=runs/%)
 
 test: venv cluster-packages  ## run the whole test-suite
 	@$(PY) -m pytest -q
@@ -39,6 +46,9 @@ format: venv  ## rewrite the sources in the one format
 
 bench: venv  ## run the benchmarks and print their tables
 	@for file in benchmarks/*.py; do echo "== $$file"; OMP_NUM_THREADS=1 $(PY) "$$file"; done
+
+docs: venv  ## write docs/reference/ from the code
+	@$(PY) tools/write_reference.py
 
 doctor: venv  ## say what is missing or incompatible on this machine
 	@$(PY) -m megatron_cpt doctor

@@ -297,7 +297,8 @@ def test_every_path_and_link_in_a_document_exists(document):
     links = {target for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) if "://" not in target}
     missing = [target for target in links if not (document.parent / target).exists()]
     for path in re.findall(rf"(?<![\w./-])((?:{FOLDERS})/[\w./-]*\w)", text):
-        if not (ROOT / path).exists() and not re.search("/[A-Z_]+([./]|$)", path):  # tasks/NAME is a placeholder
+        # tasks/NAME is a placeholder, and tasks/ja the task of the guides (tests/guide_scratch.py)
+        if not (ROOT / path).exists() and not re.search("/[A-Z_]+([./]|$)", path) and path != "tasks/ja":
             missing.append(path)
     assert not missing, f"{document.name} names what does not exist: {sorted(set(missing))}"
 

@@ -1,6 +1,14 @@
 """What a run directory says about a stage: its curves without superseded records, its interruptions, its blend.
 
-`metrics.jsonl` is append-only. A stage that was killed and continued holds some iterations twice: after a `start` record
+`metrics.jsonl` has one JSON object a line, each with `kind` and `time` (seconds since 1970):
+
+    start        iteration, consumed_tokens, resumed, layout, world_size, changed_settings
+    train        iteration, consumed_tokens, loss, lr, grad_norm, tokens_per_second and what else a step logs
+    validation   iteration, consumed_tokens, corpus, loss (nats per token), bits_per_byte
+    save         iteration, seconds, stall_seconds
+    end          iteration, reason: finished, a signal, a file such as stop_now, the walltime
+
+It is append-only. A stage that was killed and continued holds some iterations twice: after a `start` record
 with `resumed`, every earlier record of a later iteration counts no more.
 """
 
