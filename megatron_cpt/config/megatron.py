@@ -97,6 +97,8 @@ def settings_without_flag(config: RunConfig) -> list[str]:
         key
         for key in (
             "training.z_loss_coeff",
+            "training.neftune_alpha",
+            "data.fim_rate",
             "schedule.lr_hold",
             "schedule.lr_hold_start",
             "data.mix",

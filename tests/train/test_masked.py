@@ -156,3 +156,29 @@ def test_shards_without_a_whole_sample_cannot_be_held_out(tmp_path):
     write_shard(tmp_path / "s", [SEQ])
     with pytest.raises(DataError, match="not one sequence"):
         build_epoch_samples([str(tmp_path / "s")], dataset_config(), tmp_path / "cache")
+
+
+def test_documents_are_rearranged_in_shards_without_a_mask_only(tmp_path):
+    from megatron_cpt.data.fim import FillInMiddle
+
+    write_conversations(tmp_path / "chat")
+    write_shard(tmp_path / "code", [20] * 40, first_token=1000)
+    write_shard(tmp_path / "text", [20] * 40, first_token=5000)
+    entries = [
+        DataEntry(prefix=str(tmp_path / name), tokens=12 * SEQ, corpus=name) for name in ("chat", "code", "text")
+    ]
+    plain, changed = (build_blended_samples(entries, 36, dataset_config(), tmp_path / "cache") for _ in range(2))
+    changed.fim = FillInMiddle(
+        rate=1.0, spm_rate=0.5, prefix=1, middle=2, suffix=3, eod=EOD, seed=1, corpora=("chat", "code")
+    )
+    changed.fim_prefixes = {
+        number: entry.prefix for number, entry in enumerate(entries) if changed.fim.applies_to(entry.corpus)
+    }
+    for index in range(36):
+        before, after, again = plain[index], changed[index], changed[index]
+        is_code = before["dataset_id"] == 1
+        assert torch.equal(before["tokens"], after["tokens"]) != is_code
+        assert torch.equal(after["tokens"], again["tokens"]) and after["tokens"].shape == before["tokens"].shape
+        assert torch.equal(after["tokens"][1:], after["labels"][:-1])
+        assert torch.equal(after["loss_mask"], before["loss_mask"])
+        assert not is_code or {1, 2, 3} <= set(after["tokens"].tolist()) | set(after["labels"].tolist())
