@@ -221,7 +221,7 @@ def run_patched(patches: str, words: list[str]) -> None:
     from megatron_cpt.train import layer_spec, stage
 
     if "unfused" in patches:
-        layer_spec.SdpaCoreAttention = DotProductAttention  # type: ignore[assignment,misc]
+        layer_spec.SdpaCoreAttention = DotProductAttention  # type: ignore[misc]
     if "compile" in patches:
         build = stage.build_training_model
 

@@ -1,4 +1,6 @@
-"""A Llama in plain PyTorch and its training loop: what `benchmarks/train.py` compares with. Reads a JSON description.
+"""A Llama in plain PyTorch and its training loop: what `benchmarks/train.py` compares with.
+
+Its argument is a JSON description; without one it trains a tiny model.
 
 RMSNorm, rotary positions, grouped queries through `scaled_dot_product_attention`, SwiGLU; AdamW, gradient clipping,
 gradient accumulation over micro-batches, random tokens. On a GPU: fp32 weights under bf16 autocast, fused AdamW.
@@ -114,5 +116,13 @@ def main(description: dict[str, Any]) -> dict[str, Any]:
     return {"seconds": seconds, "losses": losses, "parameters": parameters, "peak_bytes": peak}
 
 
+TINY = {
+    "shape": {
+        "num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 8, "num_query_groups": 4,
+        "vocab_size": 512, "untie_embeddings_and_output_weights": True,
+    },
+    "seq_length": 64, "micro_batch_size": 2, "global_batch_size": 4, "steps": 3, "tokens": 300, "compile": False,
+}  # fmt: skip
+
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(main(json.loads(sys.argv[1]))) + "\n")
+    sys.stdout.write(json.dumps(main(json.loads(sys.argv[1]) if len(sys.argv) > 1 else TINY)) + "\n")

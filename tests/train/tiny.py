@@ -23,6 +23,17 @@ KINDS: dict[str, dict[str, Any]] = {
         "qk_layernorm": True,
     },
 }
+# DeepSeek-V3's parts, as in OpenSeek-Small: latent attention, a leading dense layer, shared experts, a router bias
+KINDS["deepseek"] = KINDS["mla"] | {
+    "num_moe_experts": 4,
+    "moe_ffn_hidden_size": 48,
+    "moe_num_dense_layers": 1,
+    "moe_shared_expert_intermediate_size": 32,
+    "moe_router_score_function": "sigmoid",
+    "moe_router_pre_softmax": True,
+    "moe_router_enable_expert_bias": True,
+    "moe_router_topk_scaling_factor": 1.5,
+}
 
 
 def tiny_config(
