@@ -103,6 +103,21 @@ def build_base(folder: Path, tokenizer: Path) -> None:
         shutil.copy(tokenizer / name, folder / name)
 
 
+def write_chat(path: Path) -> None:
+    """Write conversations in two languages, a bad one among them."""
+    records: list[dict] = [
+        {
+            "conversations": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
+            "conversation_id": f"{'translation' if number % 10 == 9 else 'talk'}_{number}",
+            "lang": "eu" if number % 2 else "en",
+        }
+        for number, (question, answer) in enumerate(zip(documents("D0", 60, 5), documents("D1", 60, 5)))
+    ]
+    records[3]["conversations"][1]["content"] = ""
+    path.parent.mkdir(parents=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
 def build_scratch(root: Path) -> None:
     """Write everything but the trained stages into `root`."""
     import zstandard
@@ -140,6 +155,7 @@ def build_scratch(root: Path) -> None:
     (root / "runs/demo/models/base-mcore/latest_checkpointed_iteration.txt").write_text("release")
     messages = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"}]
     write("raw/chat/c.jsonl", ["unused"] * 5, conversations=messages, conversation_id="x_1")
+    write_conversations(root / "conversations")
     task = root / "tasks/ja"
     (task / "params").mkdir(parents=True)
     (task / "task.yaml").write_text(TASK)
@@ -149,6 +165,26 @@ def build_scratch(root: Path) -> None:
     for name in ("sbatch", "scontrol", "scancel", "qsub", "qstat", "qdel"):
         (commands / name).write_text(SCHEDULER)
         (commands / name).chmod(0o755)
+
+
+def write_conversations(folder: Path) -> None:
+    """Write instruction data of two languages, with duplicates of prompts and ids that are left out."""
+    folder.mkdir()
+    for lang, corpus in (("eu", "D0"), ("en", "D1")):
+        questions, answers = documents(corpus, 30, 5), documents(corpus, 30, 6)
+        records = [
+            {
+                "conversation_id": f"{'translation' if number % 10 == 0 else 'x'}_{number}",
+                "lang": lang,
+                "conversations": [
+                    {"role": "user", "content": " ".join(question.split()[:8])},
+                    {"role": "assistant", "content": " ".join(answer.split()[:12])},
+                ],
+            }
+            for number, (question, answer) in enumerate(zip(questions, answers, strict=True))
+        ]
+        lines = [json.dumps(record) + "\n" for record in [*records, records[1]]]
+        (folder / f"{lang}.jsonl").write_text("".join(lines))
 
 
 def train_stage(root: str, variant: str) -> str:
