@@ -46,6 +46,7 @@ from megatron_cpt.checkpoint.megatron_common import (
     read_common,
     write_common,
 )
+from megatron_cpt.config.fields import default_value
 from megatron_cpt.config.schema import ModelConfig, RunConfig
 from megatron_cpt.errors import CheckpointError, ConfigError
 from megatron_cpt.files import file_hash, read_json, write_json
@@ -334,7 +335,7 @@ def check_unchanged(stored: dict[str, Any] | None, config: RunConfig, directory:
     if stored is None:
         return []
     differences, decisive = [], []
-    for key, old, new in _changed(stored, dataclasses.asdict(config)):
+    for key, old, new in _changed(_with_defaults(stored, config), dataclasses.asdict(config)):
         section = key.split(".")[0]
         line = f"{key}: {old} -> {new}"
         differences.append(line)
@@ -346,6 +347,21 @@ def check_unchanged(stored: dict[str, Any] | None, config: RunConfig, directory:
             "Restore them, use another variant, or set checkpoint.accept_changes=true to go on with the new ones."
         )
     return differences
+
+
+def _with_defaults(stored: dict[str, Any], config: RunConfig) -> dict[str, Any]:
+    """Return stored settings with those that the version which saved them did not know: they acted as their defaults."""
+    filled = dict(stored)
+    for name, section in vars(config).items():
+        if dataclasses.is_dataclass(section):
+            known = {field.name: default_value(field) for field in dataclasses.fields(section)}
+            later = {
+                key: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
+                for key, value in known.items()
+                if value is not dataclasses.MISSING
+            }
+            filled[name] = later | dict(stored.get(name) or {})
+    return filled
 
 
 def _changed(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:
