@@ -21,11 +21,12 @@ from tasks.mini.recipe import (
     require_lower,
     validation,
 )
-from tasks.mini.steps import ROOT, Step, checked, cpt, exists, is_finished, step
+from tasks.mini.steps import ROOT, Command, Step, checked, cpt, exists, is_finished, run_command, step
 
 RECIPE = Recipe("aurora-cpt", "tasks/mini/params/mini-3m.yaml")
 LR_FACTOR = 10
 """A model of three million parameters takes ten times the rates of one of seven billion."""
+NEXT_RUNG = "D1+replay-0.1"
 STAGES = ("D0", "D1", "D2", "D3")
 NAMES = {"D0": "prose", "D1": "code", "D2": "math", "D3": "reasoning"}
 
@@ -43,7 +44,7 @@ def steps(recipe: Recipe) -> list[Step]:
         ]
     lists = recipe.data / "lists"
     last = {stage: recipe.exported(stage) for stage in STAGES}
-    ways = {name: recipe.exported(name) for name in ("D0", "D1", "D1-no-replay", "reuse-D1", "legacy-D1")}
+    ways = {name: recipe.exported(name) for name in ("D0", "D1-no-replay", "D1", NEXT_RUNG, "reuse-D1", "legacy-D1")}
     return [
         *beginning(recipe),
         train(recipe, "Stage 1 (D0): infinite schedule, stopped at its held rate", "D0"),
@@ -62,6 +63,12 @@ def steps(recipe: Recipe) -> list[Step]:
             ],
             exists(recipe.evaluation / "advice-no-replay.json"),
             check=lambda: check_advice(recipe),
+        ),
+        step(
+            "The ladder's next rung, by the command that the advice prints",
+            [cpt("advise", recipe.run("D1"), "--output", recipe.evaluation / "advice-D1.json")],
+            lambda: is_finished(recipe.run(NEXT_RUNG)),
+            run=lambda command: run_advised(command, recipe.evaluation / "advice-D1.json"),
         ),
         train(
             recipe,
@@ -152,11 +159,21 @@ def check_rates(recipe: Recipe) -> str:
 
 
 def check_advice(recipe: Recipe) -> str:
-    """Check that the advice tells the stage with replay from the one without."""
-    found = {}
+    """Check that more replay is advised after 5 % of it and after none, where the old data's loss is the higher."""
+    advice = {}
     for name in ("D1", "no-replay"):
-        found[name] = json.loads((recipe.evaluation / f"advice-{name}.json").read_text(encoding="utf-8"))
-    return str({name: sorted(content) for name, content in found.items()})
+        advice[name] = json.loads((recipe.evaluation / f"advice-{name}.json").read_text(encoding="utf-8"))
+        require(advice[name]["next"] == "more replay", f"after {name} the advice is {advice[name]['next']}.")
+    with_replay, without = (advice[name]["old"]["D0"]["now"] for name in ("D1", "no-replay"))
+    require(with_replay < without, f"held-out D0 ended at {with_replay:.3f} with replay, at {without:.3f} without.")
+    return f"held-out D0 ended at {with_replay:.3f} with replay, at {without:.3f} without; next: more replay"
+
+
+def run_advised(command: Command, advice: Path) -> None:
+    """Run `advise`, then the training commands that it prints."""
+    run_command(command)
+    for arguments in json.loads(advice.read_text(encoding="utf-8"))["commands"]:
+        run_command(cpt("submit", "train", *arguments))
 
 
 def check_stages(recipe: Recipe) -> str:
@@ -171,8 +188,9 @@ def check_stages(recipe: Recipe) -> str:
 def check_ways(recipe: Recipe) -> str:
     """Check the comparison of the ways from prose to source."""
     bits = recipe.bits("ways")
-    for way in ("D1", "D1-no-replay", "reuse-D1", "legacy-D1"):
+    for way in ("D1", "D1-no-replay", NEXT_RUNG, "reuse-D1", "legacy-D1"):
         require_lower(bits, "code", way, "D0")
+    require_lower(bits, "prose", NEXT_RUNG, "D1")
     return require_lower(bits, "prose", "D1", "D1-no-replay")
 
 

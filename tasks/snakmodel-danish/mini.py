@@ -72,6 +72,16 @@ def steps(recipe: Recipe) -> list[Step]:
         step("The same command continues from the last checkpoint", [train], lambda: is_finished(run)),
         checked("Every iteration was trained, and not again from the beginning", lambda: check_continued(recipe)),
         recipe.export("Out: all checkpoints to Hugging Face", "main", every=True),
+        step(
+            "To the hub, in files of 5 MB at most (2 GB for the real model); said only, for want of a network",
+            [
+                cpt(
+                    *("hub", "push", recipe.exported("main"), "--repo", "my-team/snakmodel-mini"),
+                    *("--max-shard-size", "5MB", "--private", "--dry-run"),
+                )
+            ],
+            lambda: False,
+        ),
         recipe.evaluate("What was learned and forgotten", models, texts),
         checked("Danish was learned", lambda: require_lower(recipe.bits(), "danish", list(models)[-1], "base")),
     ]  # fmt: skip
