@@ -41,7 +41,6 @@ from megatron_cpt.checkpoint.mcore import (
 from megatron_cpt.checkpoint.megatron_common import (
     CHECKPOINT_VERSION,
     CONTENT,
-    find_step,
     megatron_args,
     read_common,
     write_common,
@@ -51,6 +50,7 @@ from megatron_cpt.config.schema import ModelConfig, RunConfig
 from megatron_cpt.errors import CheckpointError, ConfigError
 from megatron_cpt.files import file_hash, read_json, write_json
 from megatron_cpt.train.model import unwrap
+from megatron_cpt.train.optimizer_state import loadable_state, main_prefix, rename_main_parameters
 from megatron_cpt.train.parallel import on_rank_0
 
 logger = logging.getLogger(__name__)
@@ -253,6 +253,7 @@ def load_checkpoint(directory: Path, model: list[Any], optimizer: MegatronOptimi
     state = _sharded_model(model)
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(_flat(state), is_loading=True, metadata=_metadata())
+        rename_main_parameters(state["optimizer"], on_rank_0(lambda: main_prefix(directory)))
     try:
         loaded = dist_checkpointing.load(state, os.fspath(directory))
     except (KeyError, dist_checkpointing.core.CheckpointingException) as problem:
@@ -262,7 +263,7 @@ def load_checkpoint(directory: Path, model: list[Any], optimizer: MegatronOptimi
     for index, chunk in enumerate(model):
         unwrap(chunk).load_state_dict(loaded["model" if len(model) == 1 else f"model{index}"], strict=False)
     if optimizer is not None:
-        optimizer.load_state_dict(_optimizer_state(loaded["optimizer"], optimizer))
+        optimizer.load_state_dict(loadable_state(loaded["optimizer"], optimizer))
 
 
 def check_safe(directory: Path) -> None:
@@ -272,28 +273,6 @@ def check_safe(directory: Path) -> None:
     """
     read_metadata(directory)
     read_common(directory)
-
-
-def _optimizer_state(loaded: dict[Any, Any], optimizer: MegatronOptimizer) -> dict[Any, Any]:
-    """Return loaded optimizer state in the form this layout's optimizer expects.
-
-    Experts have an optimizer of their own when EP > 1, and share one otherwise, so what is stored beside the moments
-    differs. All of it follows from the settings except the number of updates, which is carried over.
-    """
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    step = find_step(loaded)
-    states: dict[Any, Any] = {}
-    for index, part in enumerate(parts):
-        source = loaded if len(parts) == 1 else loaded[index]
-        state = part.state_dict()
-        for group in state["optimizer"]["param_groups"]:
-            if step is not None:
-                group["step"] = step
-        states[index] = state | {
-            "param_state": source["param_state"],
-            "param_state_sharding_type": "fully_reshardable",
-        }
-    return states[0] if len(parts) == 1 else states
 
 
 def check_model_fits(directory: Path, model: ModelConfig) -> None:

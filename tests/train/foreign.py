@@ -43,11 +43,17 @@ def train_and_write_torch_format(config: RunConfig, root: str, ours: str) -> int
     return 2
 
 
-def load_and_save(config: RunConfig, source: str, target: str) -> int:
-    """Load a checkpoint with its optimizer under `config`'s layout and save what the ranks then hold; return the step."""
+def load_and_save(
+    config: RunConfig, source: str, target: str, next_step: int | None = None
+) -> int | tuple[float, float]:
+    """Load a checkpoint with its optimizer under `config`'s layout and save what the ranks then hold.
+
+    Return the optimizer's number of updates; with `next_step` run that step, return its loss and gradient norm.
+    """
     from megatron_cpt.train.checkpointing import load_checkpoint, save_checkpoint
     from megatron_cpt.train.model import build_training_model
     from megatron_cpt.train.parallel import finish_parallel, initialize_parallel
+    from megatron_cpt.train.step import train_step
     from tests.train.tiny import manifest_of
 
     initialize_parallel(config)
@@ -55,6 +61,7 @@ def load_and_save(config: RunConfig, source: str, target: str) -> int:
     load_checkpoint(Path(source), model, optimizer)
     steps = {group["step"] for group in optimizer.param_groups}
     save_checkpoint(Path(target), 1, model, optimizer, manifest_of(config, 1))
+    result = train_step(model, optimizer, batches(config, next_step), config, 1e-3) if next_step is not None else None
     finish_parallel()
     (step,) = steps
-    return int(step)
+    return int(step) if result is None else (result.loss, result.grad_norm)

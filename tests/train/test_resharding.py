@@ -1,0 +1,111 @@
+"""Any layout saves what any other loads: parameters and moments bit by bit, and the next step as one rank's.
+
+`RESHARDING_EXAMPLES` sets how many pairs of layouts are drawn (4; a release tries 100).
+"""
+
+import itertools
+import os
+import shutil
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.train.foreign import load_and_save
+from tests.train.test_foreign import assert_equal
+from tests.train.tiny import run_steps, tiny_config
+
+TP, PP, VPP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"
+CP, EP, ETP = "context_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size"
+FIRST, LAST = "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"
+UNEVEN = {PP: 3, FIRST: 1, LAST: 1}
+STAGES = ({}, {PP: 2}, UNEVEN, {PP: 4}, {PP: 2, VPP: 2}, {PP: 2, FIRST: 3})
+MOST_RANKS = 4
+
+
+def layouts(kind):
+    """Return (ranks, settings) of every layout of a kind of model that fits `MOST_RANKS`."""
+    found = []
+    for stages, tp, cp, dp, ep in itertools.product(STAGES, (1, 2), (1, 2), (1, 2, 3, 4), (1, 2)):
+        world = stages.get(PP, 1) * tp * cp * dp
+        if world > MOST_RANKS or (ep > 1 and (kind != "moe" or (tp * cp * dp) % ep)):
+            continue
+        layout = {**stages, **({TP: tp} if tp > 1 else {}), **({CP: cp} if cp > 1 else {})}
+        layout |= {EP: ep, ETP: 1} if ep > 1 else {}
+        found.append((world, layout))
+    return found
+
+
+def trains(world, layout):
+    """Return whether the tests' global batch divides over the layout: three data-parallel ranks only hold it."""
+    model_ranks = layout.get(PP, 1) * layout.get(TP, 1) * layout.get(CP, 1)
+    return world // model_ranks != 3
+
+
+CASES = st.sampled_from(["dense", "moe", "mla"]).flatmap(
+    lambda kind: st.tuples(
+        st.just(kind),
+        st.sampled_from(layouts(kind)),
+        st.sampled_from([layout for layout in layouts(kind) if trains(*layout)]),
+    )
+)
+
+
+@pytest.fixture(scope="module")
+def trained(ranks, tmp_path_factory):
+    """Per kind of model: a checkpoint of one rank after two steps, and its next step."""
+    made = {}
+
+    def get(kind):
+        if kind not in made:
+            root = tmp_path_factory.mktemp(kind)
+            ranks.run(run_steps, 1, tiny_config(kind), 0, 2, None, str(root))
+            checkpoint = root / "iter_0000002"
+            ((step,),) = ranks.run(run_steps, 1, tiny_config(kind), 2, 3, str(checkpoint), None)
+            made[kind] = checkpoint, step
+        return made[kind]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    return tmp_path_factory.mktemp("resharded")
+
+
+@given(CASES)
+@settings(
+    max_examples=int(os.environ.get("RESHARDING_EXAMPLES", "4")),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+def test_what_one_layout_saves_any_other_loads(ranks, trained, scratch, case):
+    kind, (left_ranks, left), (right_ranks, right) = case
+    checkpoint, expected = trained(kind)
+    for part in scratch.iterdir():
+        shutil.rmtree(part)
+    ranks.run(load_and_save, left_ranks, tiny_config(kind, **left), str(checkpoint), str(scratch / "left"))
+    assert_equal(scratch / "left" / "iter_0000001", checkpoint)
+    results = ranks.run(
+        load_and_save,
+        right_ranks,
+        tiny_config(kind, **right),
+        str(scratch / "left" / "iter_0000001"),
+        str(scratch / "right"),
+        2,
+    )
+    assert_equal(scratch / "right" / "iter_0000001", checkpoint)
+    for result in results:
+        np.testing.assert_allclose(result, expected, rtol=5e-6)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("saved", "loaded"), [(False, False), (True, False), (False, True)])
+def test_the_plain_and_the_distributed_optimizer_load_each_others_state(ranks, tmp_path, precision, saved, loaded):
+    first = tiny_config("dense", precision, use_distributed_optimizer=saved)
+    (whole,) = ranks.run(run_steps, 1, first, 0, 4, None, None)
+    ranks.run(run_steps, 1, first, 0, 2, None, str(tmp_path))
+    then = tiny_config("dense", precision, use_distributed_optimizer=loaded)
+    (again,) = ranks.run(run_steps, 1, then, 2, 4, str(tmp_path / "iter_0000002"), None)
+    np.testing.assert_allclose(again, whole[2:], rtol=5e-6)
