@@ -42,6 +42,7 @@ PUBLISHED_ITERATIONS = {
 }
 
 
+IDENTITY = {"name": "t", "kind": "huggingface", "hash": "0", "vocab_size": 8192, "eod_id": 0}
 SMALL = ("model.num_layers=8", "model.hidden_size=1280", "model.ffn_hidden_size=1280", "model.vocab_size=8192")
 
 
@@ -147,7 +148,7 @@ def write_packs(prefix: Path, number: int) -> None:
     with MaskedShardWriter(prefix, np.dtype(np.uint16)) as writer:
         mask = np.tile(np.array([3] + [1] * 31, np.uint8), number)
         writer.add(np.ones(32 * number, np.uint16), mask, np.full(number, 32))
-        writer.finish({"packed": {"seq_length": 32, "method": "best-fit"}})
+        writer.finish({"tokenizer": IDENTITY, "packed": {"seq_length": 32, "method": "best-fit"}})
 
 
 def environment() -> dict[str, str]:
