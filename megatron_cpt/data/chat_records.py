@@ -40,7 +40,7 @@ NOT_A_LIST = "not a list of turns"
 NO_TURNS = "no turns"
 NOT_A_TURN = "turn is not an object of role and content"
 UNKNOWN_ROLE = "unknown role"
-EMPTY_TURN = {"system": "empty system prompt", "user": "empty prompt", "assistant": "empty answer"}
+EMPTY_TURN = {"user": "empty prompt", "assistant": "empty answer"}
 LATE_SYSTEM = "system turn is not the first"
 TWO_IN_A_ROW = {"user": "two user turns in a row", "assistant": "two assistant turns in a row"}
 NO_ANSWER = "no assistant turn"
@@ -128,7 +128,7 @@ def read_piece(
 
 
 def turns_of(value: Any) -> list[dict[str, str]]:
-    """Return the turns of a conversation with the roles system, user and assistant.
+    """Return the turns of a conversation with the roles system, user and assistant; an empty system prompt is none.
 
     Raises: BadConversation naming what is wrong and where (turns are counted from 1).
     """
@@ -139,6 +139,8 @@ def turns_of(value: Any) -> list[dict[str, str]]:
     turns: list[dict[str, str]] = []
     for number, message in enumerate(value, 1):
         role, content = _turn(message, number)
+        if role == "system" and number == 1 and not content.strip():
+            continue
         if role == "system" and number > 1:
             raise BadConversation(LATE_SYSTEM, f"turn {number}")
         if turns and role == turns[-1]["role"]:
@@ -235,8 +237,11 @@ def _conversation(line: int, record: dict[str, Any], layout: ChatLayout) -> Conv
 def _turn(message: Any, number: int) -> tuple[str, str]:
     if not isinstance(message, dict):
         raise BadConversation(NOT_A_TURN, f"turn {number} is a {type(message).__name__}")
-    spelled = message.get("role", message.get("from"))
-    content = message.get("content", message.get("value"))
+    # a table has every column in every row, null where a record has none
+    spelled, content = (
+        next((message[key] for key in keys if message.get(key) is not None), None)
+        for keys in (("role", "from"), ("content", "value"))
+    )
     if spelled is None:
         raise BadConversation(NOT_A_TURN, f"turn {number} has the keys {', '.join(map(repr, list(message)[:8]))}")
     role = ROLES.get(spelled) if isinstance(spelled, str) else None

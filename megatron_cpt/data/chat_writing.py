@@ -1,6 +1,7 @@
 """Masked shards of conversations while they are written: places, counts, rejects, manifests."""
 
 import contextlib
+import glob
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -85,8 +86,11 @@ class ChatWriting:
         dtype = token_dtype(self.encoder.tokenizer.vocab_size)
         progress = Progress("prepare-chat", sum(source.size for source in self.sources) / 1e6, "MB")
         with contextlib.ExitStack() as files:
-            rejects = files.enter_context(whole_file(chat_rejects_path(self.output_prefix)))
             shards = [_Shard(files.enter_context(MaskedShardWriter(prefix, dtype))) for prefix in self.prefixes]
+            path = chat_rejects_path(self.output_prefix)
+            for left_behind in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+                left_behind.unlink(missing_ok=True)
+            rejects = files.enter_context(whole_file(path))
             for piece, result in pool.results("encode", self._tasks()):
                 for problem in result.problems:
                     self._reject(piece.source, problem, rejects)

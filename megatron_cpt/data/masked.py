@@ -10,7 +10,10 @@ and unused room is filled with the end-of-document id, mask 0, its first token `
 """
 
 import contextlib
-from collections.abc import Iterable
+import fcntl
+import glob
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -77,7 +80,10 @@ def read_mask(index: ShardIndex) -> np.ndarray:
 class MaskedShardWriter:
     """Writes a masked shard document by document; the pair, its mask and last the manifest appear when it is finished.
 
-    A context: an exception inside of it, or leaving it unfinished, leaves what stood there before.
+    A context: an exception inside of it, or leaving it unfinished, leaves what stood there before. A lock keeps two
+    processes from writing one shard; what a killed one left behind is removed.
+
+    Raises: DataError when another process is writing the shard.
     """
 
     def __init__(self, prefix: Path, dtype: np.dtype):
@@ -89,9 +95,13 @@ class MaskedShardWriter:
 
     def __enter__(self) -> "MaskedShardWriter":
         with contextlib.ExitStack() as files:
-            self._mask = files.enter_context(whole_file(bin_path(mask_prefix(self.prefix)), "wb"))
-            self._ids = files.enter_context(whole_file(bin_path(self.prefix), "wb"))
-            self._files = files.pop_all()
+            files.enter_context(_lock(self.prefix))
+            for path in self.prefix.parent.glob(f".{glob.escape(self.prefix.name)}.*.partial"):
+                path.unlink(missing_ok=True)
+            pair = files.enter_context(contextlib.ExitStack())
+            self._mask = pair.enter_context(whole_file(bin_path(mask_prefix(self.prefix)), "wb"))
+            self._ids = pair.enter_context(whole_file(bin_path(self.prefix), "wb"))
+            self._files, self._pair = files.pop_all(), pair
         return self
 
     def __exit__(
@@ -120,7 +130,7 @@ class MaskedShardWriter:
     def finish(self, manifest: dict[str, Any]) -> dict[str, Any]:
         """Make the shard whole; return its manifest: `manifest` with the counts that are known here."""
         manifest_path(self.prefix).unlink(missing_ok=True)
-        self._files.close()
+        self._pair.close()
         self._is_finished = True
         lengths = np.concatenate([np.empty(0, np.int32), *self._lengths])
         write_index(idx_path(mask_prefix(self.prefix)), np.dtype(np.uint8), lengths)
@@ -134,6 +144,32 @@ class MaskedShardWriter:
         }
         write_json(manifest_path(self.prefix), whole)
         return whole
+
+
+@contextlib.contextmanager
+def _lock(prefix: Path) -> Iterator[None]:
+    """Hold `.<name>.lock`, which is removed afterwards. File systems without locks are taken on trust."""
+    path = prefix.with_name(f".{prefix.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise DataError(
+                f"{prefix}: another process is writing this shard. Let it finish, or stop it first."
+            ) from None
+        except OSError:
+            break
+        if path.exists() and path.stat().st_ino == os.fstat(descriptor).st_ino:
+            break
+        os.close(descriptor)  # removed by its owner between opening and locking
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def write_masked_shard(

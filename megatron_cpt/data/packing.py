@@ -10,6 +10,7 @@ lengths; their segment tree is a sorted list of the rooms that occur here).
 """
 
 import bisect
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from megatron_cpt.data.shard_writer import provenance_path
 from megatron_cpt.errors import ConfigError, DataError
 from megatron_cpt.files import file_hash, whole_file
 from megatron_cpt.log import Progress
+
+logger = logging.getLogger(__name__)
 
 OVERFLOW = ("split", "truncate", "drop", "fail")
 METHOD = "best-fit"
@@ -111,6 +114,11 @@ def pack_shard(prefix: Path, output_prefix: Path, options: PackOptions) -> tuple
     bounds, tokens = document_bounds(index), read_tokens(index)
     mask = read_mask(index) if has_mask(prefix) else None
     plan = plan_packs(np.diff(bounds), options)
+    if options.max_packs is not None and len(plan.starts) - 1 < options.max_packs:
+        logger.warning(
+            "%s: makes %s packs, fewer than the %s to keep; a stage of so many samples repeats some",
+            *(prefix, f"{len(plan.starts) - 1:,}", f"{options.max_packs:,}"),
+        )
     progress = Progress("pack", len(plan.starts) - 1, "packs")
     eod_id = manifest["tokenizer"]["eod_id"]
     with MaskedShardWriter(output_prefix, index.dtype) as writer:

@@ -105,7 +105,7 @@ def test_conversations_of_every_spelling_and_completion_data_become_one_shard(pr
         (["a"], "turn is not an object of role and content"),
         ([{"speaker": "me"}], "turn is not an object of role and content"),
         ([{"role": "robot", "content": "a"}], "unknown role"),
-        ([{"role": "user", "content": "a"}] * 2, "two user turns in a row"),
+        ([{"role": None, "from": "user", "content": "a"}] * 2, "two user turns in a row"),
         (chat("a", "b")["conversations"][1:], "begins with the assistant"),
         (chat("a", " \n")["conversations"], "empty answer"),
         (chat("", "b")["conversations"], "empty prompt"),
@@ -122,6 +122,12 @@ def test_a_bad_conversation_is_named(turns, reason):
     with pytest.raises(BadConversation) as bad:
         turns_of(turns)
     assert bad.value.kind == reason
+
+
+def test_an_empty_system_prompt_is_none():
+    assert turns_of([{"role": "system", "content": ""}, *chat("a", "b")["conversations"]]) == turns_of(
+        [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    )
 
 
 def test_bad_conversations_stop_the_work_or_are_counted_and_kept_aside(prepare, tmp_path):

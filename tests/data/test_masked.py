@@ -59,3 +59,18 @@ def test_a_mask_of_other_lengths_is_refused_by_name(tmp_path):
     with pytest.raises(DataError, match=r"mask\.idx: has 6 tokens in 2 documents.*other lengths"):
         read_mask(read_index(prefix))
     assert manifest_path(prefix).exists()
+
+
+def test_two_writers_of_one_shard_are_kept_apart_and_leftovers_go(tmp_path):
+    prefix = tmp_path / "a_chat_document"
+    for name in ("bin.x", "mask.bin.y", "json.z"):
+        (tmp_path / f".a_chat_document.{name}.partial").write_bytes(b"left behind")
+    with MaskedShardWriter(prefix, np.dtype(np.uint16)) as writer:
+        with pytest.raises(DataError, match="another process is writing this shard"):
+            write(prefix)
+        writer.add(np.array([1]), np.array([2]), np.array([1]))
+        writer.finish({"tokenizer": TOKENIZER})
+    assert sorted(path.name.removeprefix("a_chat_document") for path in tmp_path.iterdir()) == [
+        ".bin", ".idx", ".json", ".mask.bin", ".mask.idx",
+    ]  # fmt: skip
+    write(prefix)
