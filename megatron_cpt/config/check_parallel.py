@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from megatron_cpt.config import derived
 from megatron_cpt.config.problem import Problem, nearest_multiples, not_multiple
-from megatron_cpt.config.schema import ParallelConfig, RunConfig
+from megatron_cpt.config.schema import OptimizerConfig, ParallelConfig, RunConfig
 
 TP = "parallel.tensor_model_parallel_size"
 PP = "parallel.pipeline_model_parallel_size"
@@ -23,6 +23,18 @@ def parallel_problems(config: RunConfig) -> Iterator[Problem]:
     yield from _world_problems(config)
     yield from _expert_problems(config)
     yield from _option_problems(config.parallel)
+    if config.optimizer.name == "muon" and config.parallel.use_distributed_optimizer:
+        yield Problem(
+            ("optimizer.name", "parallel.use_distributed_optimizer"),
+            "optimizer.name is muon with parallel.use_distributed_optimizer true. Muon needs whole matrices on a rank. "
+            "Set parallel.use_distributed_optimizer: false.",
+        )
+    if config.optimizer.name != "muon" and config.optimizer.muon_momentum != OptimizerConfig.muon_momentum:
+        yield Problem(
+            ("optimizer.muon_momentum", "optimizer.name"),
+            f"optimizer.muon_momentum is {config.optimizer.muon_momentum:g} and has no effect with optimizer.name "
+            f"{config.optimizer.name}. Remove it.",
+        )
 
 
 def _tensor_problems(config: RunConfig) -> Iterator[Problem]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_cpt.config import derived
 from megatron_cpt.config.fields import setting_value
-from megatron_cpt.config.megatron_rows import ROWS, is_mla, is_mla_with_yarn, is_moe, is_yarn
+from megatron_cpt.config.megatron_rows import ROWS, is_mla, is_mla_with_yarn, is_moe, is_muon, is_yarn
 from megatron_cpt.config.schema import RunConfig
 
 TARGETS = (
@@ -28,12 +28,21 @@ CONSTANTS: dict[str, dict[str, Any]] = {
     },
     "MLATransformerConfig": {},
     "GPTModel": {"position_embedding_type": "rope", "rotary_percent": 1.0},
-    "OptimizerConfig": {"optimizer": "adam", "decoupled_weight_decay": True},
+    "OptimizerConfig": {"decoupled_weight_decay": True},
     "DistributedDataParallelConfig": {},
     # RoPE ignores position ids: positions start anew in each document through packed sequences, never through ids.
     "GPTDatasetConfig": {"reset_position_ids": False},
 }
 """Arguments that are the same for every model here."""
+
+MUON_CONSTANTS = {
+    "muon_nesterov": True,
+    "muon_scale_mode": "spectral",
+    "muon_extra_scale_factor": 0.2,
+    "muon_tp_mode": "distributed",
+}
+"""Arguments of Muon as in Moonlight (arXiv:2502.16982, equation 4): 0.2 sqrt(max(rows, columns)) gives AdamW's update size.
+The default of the tensor-parallel mode orthogonalises each rank's part for itself: the result would depend on the layout."""
 
 MOE_CONSTANTS = {"moe_router_dtype": "fp32", "moe_token_dispatcher_type": "alltoall", "moe_grouped_gemm": False}
 """Arguments of every mixture of experts; `train` switches grouped GEMM on where Transformer Engine is installed."""
@@ -41,7 +50,7 @@ MOE_CONSTANTS = {"moe_router_dtype": "fp32", "moe_token_dispatcher_type": "allto
 # fmt: off
 CONSTANT_FLAGS = [
     "--normalization", "RMSNorm", "--swiglu", "--disable-bias-linear", "--position-embedding-type", "rope",
-    "--optimizer", "adam", "--split", "100,0,0", "--ckpt-format", "torch_dist",
+    "--split", "100,0,0", "--ckpt-format", "torch_dist",
 ]
 # fmt: on
 MOE_CONSTANT_FLAGS = ["--moe-router-dtype", "fp32", "--moe-token-dispatcher-type", "alltoall"]
@@ -62,6 +71,8 @@ def megatron_arguments(config: RunConfig, target: str) -> dict[str, Any]:
             if row.when(config):
                 names = [name.partition(".")[2] for name in row.arguments if name.partition(".")[0] == kind]
                 arguments |= dict.fromkeys(names, row.argument_value(config)) if names else {}
+    if target == "OptimizerConfig" and is_muon(config):
+        arguments |= MUON_CONSTANTS
     if "TransformerConfig" in kinds and is_moe(config):
         arguments |= MOE_CONSTANTS | {"moe_router_load_balancing_type": _load_balancing(config)}
     return arguments
@@ -86,6 +97,10 @@ def megatron_flags(config: RunConfig) -> list[str]:
     flags += _grouped_query_flags(config) + _rope_flags(config)
     if is_moe(config):
         flags += [*MOE_CONSTANT_FLAGS, "--moe-router-load-balancing-type", _load_balancing(config)]
+    if is_muon(config):
+        for name, value in MUON_CONSTANTS.items():
+            flag = "--" + name.replace("_", "-")
+            flags += [flag] if value is True else [flag, _flag_text(value)]
     if config.data.tokenizer is not None:
         flags += ["--tokenizer-type", "HuggingFaceTokenizer"]
     return flags

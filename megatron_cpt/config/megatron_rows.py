@@ -109,6 +109,11 @@ def _is_bf16(config: RunConfig) -> bool:
     return config.training.precision == "bf16"
 
 
+def is_muon(config: RunConfig) -> bool:
+    """Return whether matrices are updated by Muon."""
+    return config.optimizer.name == "muon"
+
+
 def _has_weight_decay_schedule(config: RunConfig) -> bool:
     return config.optimizer.weight_decay_incr_style != "constant"
 
@@ -357,6 +362,8 @@ _NEUTRAL = (
     "train/schedule.py sets it at each step; the optimizer's groups carry neutral constants, so that it may change"
 )
 _SCHEDULE = (
+    Row("optimizer.name", ("OptimizerConfig.optimizer",), "--optimizer"),
+    Row("optimizer.muon_momentum", ("OptimizerConfig.muon_momentum",), "--muon-momentum", when=is_muon),
     Row("optimizer.lr", flag="--lr", honoured_by=_NEUTRAL),
     Row("optimizer.min_lr", flag="--min-lr", honoured_by=_NEUTRAL),
     Row("optimizer.weight_decay", ("OptimizerConfig.weight_decay",), "--weight-decay"),

@@ -33,7 +33,7 @@ NOT_NEGATIVE = {
     "schedule": "lr_warmup_init",
     "launch": "spare_nodes",
 }
-BELOW_ONE = {"model": "hidden_dropout attention_dropout", "optimizer": "adam_beta1 adam_beta2"}
+BELOW_ONE = {"model": "hidden_dropout attention_dropout", "optimizer": "adam_beta1 adam_beta2 muon_momentum"}
 
 
 def out_of_range(config: RunConfig) -> Iterator[tuple[str, str]]:

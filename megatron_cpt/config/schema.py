@@ -198,8 +198,14 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with decoupled weight decay."""
+    """AdamW with decoupled weight decay, or Muon for the matrices with AdamW for the rest."""
 
+    name: Literal["adam", "muon"] = "adam"
+    """muon: orthogonalised momentum on the layers' matrices, scaled to AdamW's step so that lr may stay
+    (arXiv:2502.16982), AdamW on embeddings, output and norms. Needs the package emerging-optimizers and
+    parallel.use_distributed_optimizer: false."""
+    muon_momentum: float = 0.95
+    """Muon: decay of the (Nesterov) momentum."""
     lr: float = 3e-4
     """Peak learning rate."""
     min_lr: float = 0.0

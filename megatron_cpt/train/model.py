@@ -4,6 +4,7 @@ GPTModel is marked deprecated in 0.19 in favour of HybridModel, which reads its 
 kept in this one file.
 """
 
+import importlib.util
 import math
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from megatron_cpt.config.derived import kv_channels, rope_original_max_position_embeddings
 from megatron_cpt.config.megatron import megatron_arguments
 from megatron_cpt.config.schema import ModelConfig, RunConfig
+from megatron_cpt.errors import ConfigError
 from megatron_cpt.train import cpu
 from megatron_cpt.train.layer_spec import build_layer_spec, has_transformer_engine
 from megatron_cpt.train.neftune import add_embedding_noise
@@ -128,6 +130,11 @@ def build_model_chunks(config: RunConfig, megatron_config: TransformerConfig | N
 
 def build_training_model(config: RunConfig) -> tuple[list[DistributedDataParallel], MegatronOptimizer]:
     """Return the model chunks wrapped in megatron's DDP, and their optimizer."""
+    if config.optimizer.name == "muon" and importlib.util.find_spec("emerging_optimizers") is None:
+        raise ConfigError(
+            "optimizer.name is muon, and the package emerging-optimizers is not installed. megatron-core's Muon is made of "
+            "it. Install it (pip install emerging-optimizers), or use optimizer.name=adam."
+        )
     megatron_config = transformer_config(config)
     chunks = build_model_chunks(config, megatron_config)
     ddp_config = DistributedDataParallelConfig(

@@ -28,6 +28,8 @@ IMPOSSIBLE = {
         "optimizer.weight_decay_incr_style=linear optimizer.weight_decay_end=-1",
         "optimizer.weight_decay_end is -1.0. 0 or more is needed.",
     ),
+    "muon with sharded state": ("optimizer.name=muon", "Muon needs whole matrices on a rank"),
+    "a momentum without muon": ("optimizer.muon_momentum=0.9", "has no effect with optimizer.name adam"),
     "a range backwards": ('data.skip_iterations=["9-3"]', "'9-3' is no range of iterations"),
     "a roll-back without a threshold": ("training.spike_action=rollback", "Set spike_threshold."),
     "no iteration to skip": ("training.spike_skip_iterations=0", "More than 0 is needed"),

@@ -1,0 +1,37 @@
+"""Muon, where its package is installed: it learns, layouts agree, a checkpoint continues exactly; else its name is said."""
+
+import dataclasses
+import importlib.util
+
+import numpy as np
+import pytest
+
+from megatron_cpt.config.schema import OptimizerConfig
+from tests.distributed import RankFailure
+from tests.train.tiny import run_steps, tiny_config
+
+HAS_MUON = importlib.util.find_spec("emerging_optimizers") is not None
+needs_muon = pytest.mark.skipif(not HAS_MUON, reason="emerging-optimizers is not installed")
+
+
+def muon(kind: str = "dense", **layout):
+    config = tiny_config(kind, use_distributed_optimizer=False, **layout)
+    return dataclasses.replace(config, optimizer=OptimizerConfig(name="muon", clip_grad=0.3))
+
+
+@pytest.mark.skipif(HAS_MUON, reason="emerging-optimizers is installed")
+def test_the_missing_package_is_named(ranks):
+    with pytest.raises(RankFailure, match="pip install emerging-optimizers"):
+        ranks.run(run_steps, 1, muon(), 0, 1, None, None)
+
+
+@needs_muon
+@pytest.mark.parametrize("kind", ["dense", "moe", "mla"])
+def test_a_checkpoint_continues_under_other_layouts_as_one_rank_does(ranks, tmp_path, kind):
+    ranks.run(run_steps, 1, muon(kind), 0, 2, None, str(tmp_path))
+    checkpoint = str(tmp_path / "iter_0000002")
+    (expected,) = ranks.run(run_steps, 1, muon(kind), 2, 5, checkpoint, None)
+    layouts = [{"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}, {}]
+    for layout in layouts + ([{"expert_model_parallel_size": 2}] if kind == "moe" else []):
+        for result in ranks.run(run_steps, 2, muon(kind, **layout), 2, 5, checkpoint, None):
+            np.testing.assert_allclose(result, expected, rtol=1e-4)  # its iteration runs in bf16
