@@ -163,6 +163,37 @@ def test_every_command_of_a_guide_runs(guide, scratch):
                 parse_line(line)
 
 
+@pytest.mark.slow
+def test_advice_on_a_run_that_really_trained_has_numbers_and_commands_that_run(scratch, capsys):
+    run_line(
+        "megatron-cpt submit train --task tasks/ja --params llama3-8b --size 50B --variant main+held schedule.lr_cooldown=0"
+    )
+    with pytest.raises(SystemExit) as ended:
+        main(["advise", "runs/ja/llama3-8b/50B/main+held"])
+    assert not ended.value.code
+    printed = capsys.readouterr().out
+    assert re.search(r"training loss: \w+: \d+\.\d+, where the stage before was heading \d", printed), printed
+    assert "held-out D0 (old): " in printed and "held-out D1 (new): -" in printed
+    commands = [line for line in printed.splitlines() if line.startswith("megatron-cpt submit train ")]
+    assert commands and "main+held_cooldown" in commands[0], printed
+    for command in commands:
+        run_line(command)
+    assert (scratch / "runs/ja/llama3-8b/50B/main+held_cooldown/metrics.jsonl").is_file()
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_examples_that_a_verb_shows_parse(verb):
+    module, _ = load_verb(verb, f"megatron-cpt {verb}")
+    names = [verb, *(f"{verb} {name}" for name in getattr(module, "SUB_VERBS", ()))]
+    examples = []
+    for name in names:
+        text = (load_verb(name, name)[0].__doc__ or "").replace("\\\n", " ")
+        text = re.sub(r"\n +(?=--)", " ", text)  # an option on a line of its own belongs to the one before
+        examples += re.findall(r"^(?:Examples?:)? *(megatron-cpt [a-z][^`\n]*)$", text, re.MULTILINE)
+    for example in examples:  # tests/test_policy.py asserts that there is one
+        parse_line(example)
+
+
 def test_a_block_is_run_unless_a_reason_stands_before_it():
     for guide in GUIDES:
         for block in blocks(guide):

@@ -47,6 +47,8 @@ logger = logging.getLogger(__name__)
 REPLAY = "replay"
 """Axis that is no setting: the share of the old data in data.mix."""
 MAX_POINTS = 64
+MAX_FAILURES = 2
+"""Of a point's job that Slurm has queued again; a point has one link."""
 _CLOSING = {"{": "}", "[": "]", "(": ")"}
 
 
@@ -210,14 +212,14 @@ def run_sweep(sweep: Sweep) -> int:
     return failed or code
 
 
-def submit_sweep(sweep: Sweep, *, max_failures: int = 2) -> list[str]:
+def submit_sweep(sweep: Sweep) -> list[str]:
     """Submit the missing points as one array and the report behind it; return the new jobs' ids (none in a dry run)."""
     check_sweep(sweep)
     base = sweep.submission
     first = parse_dependency(base.depend, base.scheduler) if base.depend else ()
     if base.dry_run:
         missing = [index for index, submission in enumerate(sweep.submissions) if not is_finished(submission)]
-        _show(sweep, missing, first, max_failures)
+        _show(sweep, missing, first)
         return []
     queue.check_commands(base.scheduler)
     queue.check_dependencies(base.scheduler, first)
@@ -232,7 +234,7 @@ def submit_sweep(sweep: Sweep, *, max_failures: int = 2) -> list[str]:
         write_sweep(sweep)
         ids = []
         if missing:
-            job, table = array_job(sweep, missing, max_failures)
+            job, table = array_job(sweep, missing)
             write_json(_table_path(sweep), table)
             labels = [sweep.points[index].label for index in missing]
             fields = {"name": "sweep", "num_array_tasks": len(missing), "points": labels, "chain": base.stamp}
@@ -247,7 +249,7 @@ def submit_sweep(sweep: Sweep, *, max_failures: int = 2) -> list[str]:
     return ids
 
 
-def array_job(sweep: Sweep, missing: Sequence[int], max_failures: int) -> tuple[Job, list[dict[str, Any]]]:
+def array_job(sweep: Sweep, missing: Sequence[int]) -> tuple[Job, list[dict[str, Any]]]:
     """Return the job of the points in `missing`, and the table that tells each task what to train.
 
     Raises: LaunchError when the site allows no array that large.
@@ -257,7 +259,7 @@ def array_job(sweep: Sweep, missing: Sequence[int], max_failures: int) -> tuple[
         raise LaunchError(
             f"--grid: {len(missing)} points. The site allows {base.site.max_array_tasks} array tasks. Use a smaller grid."
         )
-    job = training_job(base, 1, must_finish=True, max_failures=max_failures)
+    job = training_job(base, 1, must_finish=True, max_failures=MAX_FAILURES)
     split = job.command.index("--")
     program = (base.python, "-m", "megatron_cpt", "train")
     command = (*job.command[:split], "--points", str(_table_path(sweep)), "--", *program)
@@ -302,7 +304,7 @@ def _report_arguments(sweep: Sweep) -> list[str]:
     return ["evaluate", "sweep", str(sweep.submission.run.path), "--output", str(sweep.submission.run.report)]
 
 
-def _show(sweep: Sweep, missing: Sequence[int], first: Sequence[Dependency], max_failures: int) -> None:
+def _show(sweep: Sweep, missing: Sequence[int], first: Sequence[Dependency]) -> None:
     base = sweep.submission
     for index, point in enumerate(sweep.points):
         state = "" if index in missing else "  (finished)"
@@ -310,7 +312,7 @@ def _show(sweep: Sweep, missing: Sequence[int], first: Sequence[Dependency], max
     sys.stdout.write("\n")
     waits: Sequence[Dependency] = first
     if missing:
-        job, table = array_job(sweep, missing, max_failures)
+        job, table = array_job(sweep, missing)
         script = base.run.jobs / f"{job.log_dir.name}.sh"
         sys.stdout.write(f"# {_table_path(sweep)}\n{json.dumps(table, indent=1)}\n\n")
         show_dry_run(script, render_job(job, base.scheduler), queue.submit_command(base.scheduler, script, first))

@@ -56,7 +56,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     sweep.add_argument("--old", action="append", default=[], metavar="CORPUS", help="data not to forget")
     sweep.add_argument("--name", default="sweep", metavar="NAME", help="the sweep's folder is VARIANT+NAME (sweep)")
-    sweep.add_argument("--max-failures", type=int, default=2, metavar="K", help=argparse.SUPPRESS)
     evaluate = stages.add_parser("evaluate", help="a job per kept checkpoint: bits per byte, or the harness")
     evaluate.add_argument("--harness", default="", metavar="TASK,TASK", help="tasks of lm-evaluation-harness instead")
     evaluate.add_argument("--every", type=int, metavar="N", help="only multiples of N iterations, and the last one")
@@ -168,7 +167,7 @@ def _sweep(submission: "Submission", arguments: argparse.Namespace) -> int:
     sweep = Sweep(submission=whole, points=points, submissions=submissions, old=old)
     if config.launch.scheduler == "local":
         return run_sweep(sweep)
-    sys.stdout.write("".join(f"{job}\n" for job in submit_sweep(sweep, max_failures=arguments.max_failures)))
+    sys.stdout.write("".join(f"{job}\n" for job in submit_sweep(sweep)))
     return 0
 
 

@@ -35,6 +35,7 @@ def test_forgetting_writes_table_chart_and_numbers_that_the_report_reads(
     }
     assert all(change["change"] == 0 for change in changes)
     assert (output / "forgetting.png").read_bytes().startswith(b"\x89PNG")
+    assert not (output / "stages.png").exists()
 
     records = [
         {"kind": "start", "iteration": 0, "consumed_tokens": 0, "resumed": False, "layout": "TP1"},
@@ -43,6 +44,15 @@ def test_forgetting_writes_table_chart_and_numbers_that_the_report_reads(
     report = ["report", write_run("base", records), "--output", tmp_path / "report"]
     assert call(*report, "--evaluation", output / "forgetting.json") == 0
     assert "| same " in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_a_series_has_a_table_and_a_chart_per_stage(tiny_model, texts, tmp_path, capsys):
+    models = [part for name in ("base", "one", "two") for part in ("--model", f"{name}={tiny_model}")]
+    assert call("evaluate", "forgetting", "--series", *models, *texts, "--output", tmp_path / "out") == 0
+    assert "change from the model before" in capsys.readouterr().out
+    stages = json.loads((tmp_path / "out" / "forgetting.json").read_text())["stages"]
+    assert [stage["reference"] for stage in stages[:3]] == ["base", "base", "one"]
+    assert (tmp_path / "out" / "stages.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_perplexity_prints_a_row_per_model_and_text(tiny_model, texts, tmp_path, capsys):
