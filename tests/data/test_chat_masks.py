@@ -189,6 +189,18 @@ def test_a_template_has_what_transformers_gives_it(tmp_path, chat_dir):
         ChatTemplate("{{ messages.__class__.__mro__ }}", {}, "m").render(TURNS)
 
 
+def test_marked_templates_are_masked_as_transformers_masks_them(encode, chat_dir):
+    from transformers import PreTrainedTokenizerFast
+
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(chat_dir / "tokenizer.json"))
+    _, tokens, _ = encode(MARKED, TURNS)
+    expected = theirs.apply_chat_template(
+        TURNS, chat_template=MARKED, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert tokens.ids[:-1].tolist() == expected["input_ids"]
+    assert (tokens.mask[:-1] & LEARNED).tolist() == expected["assistant_masks"]
+
+
 def test_templates_render_as_transformers_renders_them(chat_dir):
     from transformers import PreTrainedTokenizerFast
 
