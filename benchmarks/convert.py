@@ -40,6 +40,9 @@ def main() -> None:
     scratch = arguments.scratch
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
+    needed, free = 3 * 2.1 * num_parameters(SIZES[arguments.size]), shutil.disk_usage(scratch).free
+    if free < needed:
+        raise SystemExit(f"{scratch}: {free / 1e9:.0f} GB free, {needed / 1e9:.0f} GB are needed for three models.")
     make_model(scratch / "hf", SIZES[arguments.size])
     size = sum(file.stat().st_size for file in (scratch / "hf").iterdir())
     steps = [
@@ -72,6 +75,13 @@ def main() -> None:
         for output in ("copy", "ours", "theirs"):
             shutil.rmtree(scratch / output, ignore_errors=True)
     shutil.rmtree(scratch)
+
+
+def num_parameters(size: tuple[int, ...]) -> int:
+    """Return the parameters of a Llama with an output layer of its own."""
+    hidden, ffn, layers, heads, groups, vocabulary = size
+    attention = hidden * hidden * 2 * (heads + groups) // heads
+    return layers * (attention + 3 * hidden * ffn) + 2 * vocabulary * hidden
 
 
 def step(arguments: argparse.Namespace, *words: object) -> list[object]:
