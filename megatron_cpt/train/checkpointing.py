@@ -256,9 +256,10 @@ def load_checkpoint(directory: Path, model: list[Any], optimizer: MegatronOptimi
         rename_main_parameters(state["optimizer"], on_rank_0(lambda: main_prefix(directory)))
     try:
         loaded = dist_checkpointing.load(state, os.fspath(directory))
-    except (KeyError, dist_checkpointing.core.CheckpointingException) as problem:
+    except (KeyError, ValueError, dist_checkpointing.core.CheckpointingException) as problem:
         raise CheckpointError(
-            f"{directory}: does not fit the model ({str(problem)[:500]}). The params file must be the one it was made with."
+            f"{directory}: does not fit the model ({str(problem)[:500]}). The params file must be the one it was made with; "
+            "Muon's moments also need the same expert-parallel size (init.load=weights does without them)."
         ) from problem
     for index, chunk in enumerate(model):
         unwrap(chunk).load_state_dict(loaded["model" if len(model) == 1 else f"model{index}"], strict=False)

@@ -31,7 +31,18 @@ def test_a_checkpoint_continues_under_other_layouts_as_one_rank_does(ranks, tmp_
     ranks.run(run_steps, 1, muon(kind), 0, 2, None, str(tmp_path))
     checkpoint = str(tmp_path / "iter_0000002")
     (expected,) = ranks.run(run_steps, 1, muon(kind), 2, 5, checkpoint, None)
-    layouts = [{"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}, {}]
-    for layout in layouts + ([{"expert_model_parallel_size": 2}] if kind == "moe" else []):
+    for layout in ({"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}, {}):
         for result in ranks.run(run_steps, 2, muon(kind, **layout), 2, 5, checkpoint, None):
             np.testing.assert_allclose(result, expected, rtol=1e-4)  # its iteration runs in bf16
+
+
+@needs_muon
+def test_expert_parallelism_trains_the_same_and_its_moments_need_the_same_size(ranks, tmp_path):
+    ranks.run(run_steps, 1, muon("moe"), 0, 1, None, str(tmp_path))
+    checkpoint = str(tmp_path / "iter_0000001")
+    expert = muon("moe", expert_model_parallel_size=2)
+    (expected,) = ranks.run(run_steps, 1, muon("moe"), 1, 4, checkpoint, None, False)
+    results = ranks.run(run_steps, 2, expert, 1, 4, checkpoint, None, False)
+    np.testing.assert_allclose(results[0], expected, rtol=1e-4)
+    with pytest.raises(RankFailure, match="does not fit the model"):
+        ranks.run(run_steps, 2, expert, 1, 2, checkpoint, None)
