@@ -4,7 +4,7 @@ Stands in for megatron's `DotProductAttention`: grouped queries without copies o
 documents, context parallelism by gathering keys and values, and value heads of another width (MLA).
 
 The `attention_mask` that reaches it is `[b, 1, s, s]`, True where a query (row) may see a key (column), made by
-`batches.attention_mask`; None means plain causal attention. (megatron's own masks are True where hidden.)
+`visibility.py`; None means plain causal attention. (megatron's own masks are True where hidden.)
 """
 
 import math

@@ -24,6 +24,7 @@ from megatron_cpt.data.tokenizer import load_tokenizer
 from megatron_cpt.train import cpu
 from megatron_cpt.train.attention import context_parallel_chunks
 from megatron_cpt.train.samples import BlendedSamples, build_epoch_samples, build_train_samples
+from megatron_cpt.train.visibility import Visibility, apart, document_numbers
 
 
 @dataclass
@@ -38,12 +39,17 @@ class Batch:
     """`[b, s]` float32, 0 where a prediction does not count."""
     position_ids: Tensor
     """`[b, s]` int64."""
-    attention_mask: Tensor | None
-    """`[b, 1, s, s x cp]` bool, True where a query may see a key; None for plain causal attention."""
+    visibility: Visibility
+    """Who may see whom."""
     dataset_ids: Tensor
     """`[b]` int64: which entry of the data list each sample came from."""
     sample_ids: Tensor
     """`[b]` int64: the number of each sample in the stage's order."""
+
+    @property
+    def attention_mask(self) -> Tensor | None:
+        """`[b, 1, s, s x cp]` bool, True where a query may see a key; None for plain causal attention."""
+        return self.visibility.mask()
 
 
 class DatasetTokenizer:
@@ -84,7 +90,7 @@ def build_validation_dataset(
 def dataset_config(config: RunConfig, tokenizer: DatasetTokenizer, **blend: Any) -> GPTDatasetConfig:
     """Return megatron's configuration of a run's datasets."""
     arguments = megatron_arguments(config, "GPTDatasetConfig") | {
-        # masks come from attention_mask() below, once per micro-batch instead of [s, s] per sample
+        # masks come from visibility.py, once per micro-batch instead of [s, s] per sample
         "reset_attention_mask": False,
         "create_attention_mask": False,
         "split": "1,0,0",
@@ -148,23 +154,21 @@ def build_batch(
         "position_ids": torch.arange(tokens.shape[1]).expand(tokens.shape),
     }
     positions = context_parallel_positions(tokens.shape[1])
-    mask = attention_mask(
-        tokens,
-        eod_id=eod_id if config.data.reset_attention_mask else None,
-        window_size=config.model.window_size,
-        positions=positions,
-        pieces=pieces if config.data.reset_attention_mask else None,
-    )
+    if config.data.reset_attention_mask:
+        pieces = apart(document_numbers(tokens, eod_id) if pieces is None else pieces)
+    else:
+        pieces = None
+    visibility = Visibility(tuple(tokens.shape), pieces, config.model.window_size, positions)
     if positions is not None:
         parts = {name: tensor[:, positions] for name, tensor in parts.items()}
     parts = {name: tensor.contiguous() for name, tensor in parts.items()}
     if not cpu.is_cpu():
         parts = {name: tensor.pin_memory().cuda(non_blocking=True) for name, tensor in parts.items()}
-        mask = None if mask is None else mask.contiguous().pin_memory().cuda(non_blocking=True)
+        visibility = visibility.cuda()
     zeros = torch.zeros(tokens.shape[0], dtype=torch.int64)
     return Batch(
         **parts,
-        attention_mask=mask,
+        visibility=visibility,
         dataset_ids=zeros if dataset_ids is None else dataset_ids,
         sample_ids=zeros if sample_ids is None else sample_ids,
     )
@@ -178,42 +182,3 @@ def context_parallel_positions(seq_length: int) -> Tensor | None:
     chunks = torch.arange(seq_length).chunk(2 * size)
     first, second = context_parallel_chunks(parallel_state.get_context_parallel_rank(), size)
     return torch.cat([chunks[first], chunks[second]])
-
-
-def document_numbers(tokens: Tensor, eod_id: int) -> Tensor:
-    """Return the number of each token's document within its sample, `[b, s]` int64, for token ids `[b, s]`."""
-    ends = (tokens == eod_id).long()
-    return ends.cumsum(1) - ends  # the end-of-document token belongs to the document it ends
-
-
-def attention_mask(
-    tokens: Tensor,
-    *,
-    eod_id: int | None,
-    window_size: int | None = None,
-    positions: Tensor | None = None,
-    pieces: Tensor | None = None,
-) -> Tensor | None:
-    """Return who may see whom, `[b, 1, queries, s]` bool, for token ids `[b, s]`; None when plain causal is meant.
-
-    With `eod_id`, documents are isolated: one ends with its end-of-document token, and no query sees a key of an
-    earlier document. `pieces` `[b, s]` states instead which tokens belong together. Rotary positions are relative, so
-    isolation alone makes a document's logits those it has alone. `positions` restricts the queries to this
-    context-parallel rank's; then plain causal needs a mask as well.
-    """
-    if pieces is None and eod_id is not None:
-        pieces = document_numbers(tokens, eod_id)
-    is_isolated = pieces is not None and bool((pieces[:, 1:] != pieces[:, :-1]).any())
-    if not is_isolated and window_size is None and positions is None:
-        return None
-    keys = torch.arange(tokens.shape[1], device=tokens.device)
-    queries = keys if positions is None else positions
-    distance = queries.unsqueeze(1) - keys.unsqueeze(0)
-    allowed = distance >= 0
-    if window_size is not None:
-        allowed = allowed & (distance < window_size)
-    allowed = allowed.unsqueeze(0)
-    if is_isolated:
-        assert pieces is not None
-        allowed = allowed & (pieces[:, queries].unsqueeze(2) == pieces.unsqueeze(1))
-    return allowed.unsqueeze(1).expand(tokens.shape[0], 1, -1, -1)

@@ -3,34 +3,37 @@
 import numpy as np
 import torch
 
-from megatron_cpt.train.batches import attention_mask
+from megatron_cpt.train.visibility import Visibility, apart, document_numbers
 from tests.train.tiny import EOD, SEQ, logits, tiny_config
 
 
+def attention_mask(tokens, window_size=None, positions=None):
+    return Visibility(tokens.shape, apart(document_numbers(tokens, EOD)), window_size, positions).mask()
+
+
 def test_no_mask_is_needed_for_one_document():
-    assert attention_mask(torch.tensor([[1, 2, 3]]), eod_id=EOD) is None
-    assert attention_mask(torch.tensor([[1, EOD, 3]]), eod_id=None) is None
+    assert attention_mask(torch.tensor([[1, 2, 3]])) is None
 
 
 def test_a_document_end_at_the_last_position_isolates_nothing():
-    assert attention_mask(torch.tensor([[1, 2, EOD]]), eod_id=EOD) is None
+    assert attention_mask(torch.tensor([[1, 2, EOD]])) is None
 
 
 def test_documents_are_blocks_and_the_end_belongs_to_its_document():
-    mask = attention_mask(torch.tensor([[1, EOD, 3, 4]]), eod_id=EOD)
+    mask = attention_mask(torch.tensor([[1, EOD, 3, 4]]))
     expected = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
     assert mask[0, 0].int().tolist() == expected
 
 
 def test_a_window_of_two_sees_the_token_and_the_one_before():
-    mask = attention_mask(torch.tensor([[1, 2, 3]]), eod_id=None, window_size=2)
+    mask = attention_mask(torch.tensor([[1, 2, 3]]), window_size=2)
     assert mask[0, 0].int().tolist() == [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
 
 
 def test_positions_choose_the_queries_of_a_rank():
     tokens = torch.tensor([[1, EOD, 3, 4]])
-    whole = attention_mask(tokens, eod_id=EOD)
-    part = attention_mask(tokens, eod_id=EOD, positions=torch.tensor([0, 3]))
+    whole = attention_mask(tokens)
+    part = attention_mask(tokens, positions=torch.tensor([0, 3]))
     assert torch.equal(part, whole[:, :, [0, 3]])
 
 
