@@ -143,15 +143,8 @@ def _sweep(submission: "Submission", arguments: argparse.Namespace) -> int:
     import dataclasses
 
     from megatron_cpt.data.epochs import load_run
-    from megatron_cpt.launch.sweep import (
-        Sweep,
-        grid_points,
-        old_corpora,
-        parse_grid,
-        run_sweep,
-        submit_sweep,
-        sweep_submission,
-    )
+    from megatron_cpt.launch.grid import grid_points, old_corpora, parse_grid
+    from megatron_cpt.launch.sweep import Sweep, run_sweep, submit_sweep, sweep_submission
     from megatron_cpt.launch.trials import labelled
 
     config = submission.loaded.config

@@ -164,6 +164,13 @@ def test_too_little_data_is_said_and_nothing_is_advised(runs):
     assert "5 training records of the stage before" in alone.summary
 
 
+def test_a_stage_whose_base_was_not_trained_here_is_judged_by_its_held_out_losses(runs):
+    advice = advise(runs("base", falling(3.6, 2.5), {"D0": [2.0, 2.4, 2.5, 2.5]}, ("data.mix={D0: 0.01, D1: 0.99}",)))
+    assert advice.training.verdict == "unknown" and "0 training records of the stage before" in advice.training.note
+    assert advice.chosen.name == "more replay" and settings_of(advice).data.mix == {"D0": 0.05, "D1": 0.95}
+    assert "is not a run of this task" in advice.rungs[2].why and not advice.rungs[4].trials
+
+
 def test_a_trend_is_carried_on_but_never_upwards_nor_for_ever():
     line = [(float(x), 4 - x / 100) for x in range(100)]
     level, slope = trend(line)

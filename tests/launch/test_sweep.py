@@ -17,12 +17,13 @@ from megatron_cpt.cli import main
 from megatron_cpt.config.load import LoadedConfig
 from megatron_cpt.config.sources import CHECKOUT
 from megatron_cpt.errors import ConfigError, LaunchError
+from megatron_cpt.launch.grid import grid_points, parse_grid
 from megatron_cpt.launch.ledger import read_jobs
 from megatron_cpt.launch.render import render_job
 from megatron_cpt.launch.run_dir import RunDir
 from megatron_cpt.launch.scheduler import ALIVE, job_states
 from megatron_cpt.launch.submit import Submission
-from megatron_cpt.launch.sweep import Sweep, array_job, grid_points, parse_grid, sweep_submission
+from megatron_cpt.launch.sweep import Sweep, array_job, sweep_submission
 from tests.cluster import pbs_stand_in
 from tests.cluster.conftest import PARAMS
 from tests.launch.test_render import GOLDEN, check_directives, submission, without_package_path
