@@ -36,9 +36,14 @@ SCALE = 1_000_000
 def steps(recipe: Recipe) -> list[Step]:
     """Return the recipe as a list of steps."""
     data, lists = recipe.data, recipe.data / "lists"
-    seeds, variants = (SEEDS[:2], SEEDS[:2]) if recipe.short else (SEEDS, (*SEEDS, "constant"))
+    variants = SEEDS[:1] if recipe.short else (*SEEDS, "constant")
+    members = [BASE_HF, recipe.exported("decay")] if recipe.short else [recipe.exported(seed) for seed in SEEDS]
     soup = recipe.models / "soup"
     models = {"base": BASE_HF, **{variant: recipe.exported(variant) for variant in variants}, "soup": soup}
+    measured = [] if recipe.short else [
+        recipe.evaluate("Evaluation: the soup against its members", models, validation("prose", "math", "reasoning")),
+        checked("The soup is better than the mean of its members, and than the base", lambda: check_soup(recipe)),
+    ]  # fmt: skip
     return [
         *base_steps(recipe.short),
         step(
@@ -80,13 +85,10 @@ def steps(recipe: Recipe) -> list[Step]:
         ),
         step(
             "Soup of the seeds",
-            [cpt("soup", "--inputs", *(recipe.exported(variant) for variant in seeds), "--output", soup)],
+            [cpt("soup", "--inputs", *members, "--output", soup)],
             exists(soup),
         ),
-        recipe.evaluate("Evaluation: the soup against its members", models, validation("prose", "math", "reasoning")),
-        checked(
-            "The soup is better than the mean of its members on what was learned", lambda: check_soup(recipe, seeds)
-        ),
+        *measured,
     ]
 
 
@@ -129,16 +131,16 @@ def check_runs(recipe: Recipe) -> str:
     logs = "".join(path.read_text(encoding="utf-8") for path in (run / "logs").rglob("rank_00000.log"))
     require("(weights and optimizer)" in logs, f"{run}/logs do not say that the optimizer's state was loaded.")
     rates = learning_rates(run)
-    require(rates[0] == max(rates) and rates[-1] < 0.2 * rates[0], f"the rate of decay went {rates[0]} to {rates[-1]}.")
+    require(rates[0] == max(rates) and rates[-1] < 0.3 * rates[0], f"the rate of decay went {rates[0]} to {rates[-1]}.")
     if not recipe.short:
         require(len(set(learning_rates(recipe.run("constant")))) == 1, "the rate of constant is not constant.")
     return f"the base ended at loss {base:.2f}; decay from {rates[0]:.1e} to {rates[-1]:.1e}"
 
 
-def check_soup(recipe: Recipe, seeds: tuple[str, ...]) -> str:
+def check_soup(recipe: Recipe) -> str:
     """Check that averaging helps over the members' mean, and that the new text was learned."""
     bits = recipe.bits()
-    members = [sum(bits[seed].values()) for seed in seeds]
+    members = [sum(bits[seed].values()) for seed in SEEDS]
     mean = sum(members) / len(members)
     merged, base = sum(bits["soup"].values()), sum(bits["base"].values())
     require(

@@ -133,7 +133,9 @@ def check_merge_info(recipe: Recipe, num_inputs: int) -> str:
     """Check what the soup says about itself."""
     info = json.loads((recipe.models / "soup" / "merge_info.json").read_text(encoding="utf-8"))
     require(len(info["inputs"]) == num_inputs, f"{len(info['inputs'])} inputs, not {num_inputs}.")
-    return str({key: value for key, value in info.items() if isinstance(value, int | str)})
+    counts = info["counts"]
+    require(counts["matched"] > 0 and not counts["skipped"] and not counts["mismatched"], f"names: {counts}.")
+    return f"{num_inputs} models, {counts['matched']} names in all of them, none skipped"
 
 
 def check_soup(recipe: Recipe) -> str:

@@ -23,6 +23,10 @@ def steps(recipe: Recipe) -> list[Step]:
     kill_at = max(int(KILL_AT_FRACTION * recipe.iterations("main")), 2)
     texts = {"danish": split / "all" / "validation", **validation("prose")}
     models = {"base": BASE_HF, **{f"iteration-{i}": recipe.exported("main", i) for i in saved(recipe)[1::2]}}
+    measured = [] if recipe.short else [
+        recipe.evaluate("What was learned and forgotten", models, texts),
+        checked("Danish was learned", lambda: require_lower(recipe.bits(), "danish", list(models)[-1], "base")),
+    ]  # fmt: skip
     return [
         *base_steps(recipe.short),
         step(
@@ -82,8 +86,7 @@ def steps(recipe: Recipe) -> list[Step]:
             ],
             lambda: False,
         ),
-        recipe.evaluate("What was learned and forgotten", models, texts),
-        checked("Danish was learned", lambda: require_lower(recipe.bits(), "danish", list(models)[-1], "base")),
+        *measured,
     ]  # fmt: skip
 
 
