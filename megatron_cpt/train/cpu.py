@@ -35,6 +35,7 @@ def substitute() -> None:
     _CpuMode().__enter__()
     _substitute_optimizer()
     _substitute_moe()
+    _substitute_uneven_collectives()
 
 
 def _disable_compilation() -> None:
@@ -204,6 +205,38 @@ def _substitute_moe() -> None:
         return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
     moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = to_cpu
+
+
+def _substitute_uneven_collectives() -> None:
+    """Gather and reduce-scatter parts of different length, which gloo refuses: experts under EP > 1 with TP inside them.
+
+    Parts are padded to the longest for the gather; the reduce-scatter sums everything and keeps this rank's part.
+    """
+    from megatron.core.tensor_parallel import mappings
+
+    gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather_any(part: Any, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        sizes = None if output_split_sizes is None else [int(size) for size in output_split_sizes]
+        if sizes is None or group.size() == 1 or len(set(sizes)) == 1:
+            return gather(part, group, sizes, use_global_buffer)
+        padded = part.new_zeros(max(sizes), *part.shape[1:])
+        padded[: part.shape[0]] = part
+        gathered = [torch.empty_like(padded) for _ in sizes]
+        torch.distributed.all_gather(gathered, padded, group=group)
+        return torch.cat([piece[:size] for piece, size in zip(gathered, sizes, strict=True)])
+
+    def reduce_scatter_any(
+        whole: Any, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False
+    ) -> Any:
+        if input_split_sizes is None or group.size() == 1:
+            return reduce_scatter(whole, group, input_split_sizes, use_global_buffer)
+        total = whole.clone()
+        torch.distributed.all_reduce(total, group=group)
+        return total.split([int(size) for size in input_split_sizes])[group.rank()].contiguous()
+
+    mappings._gather_along_first_dim = gather_any
+    mappings._reduce_scatter_along_first_dim = reduce_scatter_any
 
 
 def set_threads() -> None:

@@ -57,6 +57,7 @@ def trained(ranks, tmp_path_factory):
         ("moe", 2, {CP: 2}),
         ("moe", 2, {}),
         ("moe", 2, {TP: 2, EP: 2, ETP: 1}),
+        ("moe", 4, {TP: 2, EP: 2, ETP: 2}),
         ("moe", 4, {PP: 2, EP: 2}),
         ("moe", 4, {EP: 4}),
         ("moe", 4, {TP: 2, CP: 2, EP: 2, ETP: 1}),
