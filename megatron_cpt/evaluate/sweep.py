@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import fmean
 
 from matplotlib.axes import Axes
+from matplotlib.patheffects import withStroke
 
 from megatron_cpt.errors import DataError
 from megatron_cpt.evaluate.drawing import PALETTE, STYLE, plt, save_chart
@@ -115,11 +116,13 @@ def plot_sweep(points: Sequence[SweepPoint], path: Path) -> None:
         for point in known:
             colour = PALETTE[1] if point.is_front else PALETTE[0]
             scatter.plot(point.learned, point.forgot, marker="o" if point.is_finished else "x", color=colour, ls="")
-            label = ", ".join(f"{axis.rpartition('.')[2]} {value}" for axis, value in point.axes.items())
-            scatter.annotate(label, (point.learned, point.forgot), (4, 4), textcoords="offset points", fontsize=7.5)
+            label = " / ".join(point.axes.values())
+            place, edge = (point.learned, point.forgot), [withStroke(linewidth=2, foreground="white")]
+            scatter.annotate(label, place, (5, 4), textcoords="offset points", fontsize=7.5, path_effects=edge)
         scatter.axhline(0, color="#888888", linewidth=0.8)
         scatter.margins(0.18)
-        scatter.set_title("Each point (blue: none is better in both)")
+        names = " / ".join(axis.rpartition(".")[2] for axis in axes)
+        scatter.set_title(f"{names} (blue: none is better in both)")
         scatter.set_xlabel("change on new data, bits per byte (left: learned)")
         scatter.set_ylabel("change on old data (up: forgot)")
         for panel, name in zip(panels[0][1:], ("learned", "forgot"), strict=False):
@@ -132,11 +135,14 @@ def _heat_map(panel: Axes, points: Sequence[SweepPoint], axes: Sequence[str], na
     values = [[math.nan] * len(columns) for _ in rows]
     for point in points:
         values[rows.index(point.axes[axes[0]])][columns.index(point.axes[axes[1]])] = getattr(point, name)
-    largest = max((abs(value) for line in values for value in line if not math.isnan(value)), default=1.0)
-    panel.imshow(values, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto")
+    # one scale for both maps, so that their colours can be compared
+    known = [abs(value) for point in points for value in (point.learned, point.forgot) if not math.isnan(value)]
+    largest = max(known, default=0.0) or 1.0
+    panel.imshow(values, cmap="RdBu_r", vmin=-1.2 * largest, vmax=1.2 * largest, aspect="auto")
     for row, line in enumerate(values):
         for column, value in enumerate(line):
-            panel.text(column, row, _signed(value), ha="center", va="center", fontsize=8.5)
+            shade = "white" if abs(value) > 0.65 * largest else "#222222"
+            panel.text(column, row, _signed(value), ha="center", va="center", fontsize=8.5, color=shade)
     panel.set_xticks(range(len(columns)), columns)
     panel.set_yticks(range(len(rows)), rows)
     panel.set_xlabel(axes[1])
