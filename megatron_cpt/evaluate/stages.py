@@ -144,6 +144,8 @@ def _add_record(stage: Stage, record: dict[str, Any]) -> None:
         stage.validation.append(record)
     elif kind == "end":
         stage.end_reason = record.get("reason")
+    elif kind == "rollback":  # a loss spike was undone: the steps since the checkpoint are trained again
+        _cut(stage, record, "roll-back")
     elif kind == "start":
         if record.get("resumed"):
             _resume(stage, record)
@@ -154,15 +156,21 @@ def _add_record(stage: Stage, record: dict[str, Any]) -> None:
 
 
 def _resume(stage: Stage, start: dict[str, Any]) -> None:
-    iteration, tokens = start["iteration"], start.get("consumed_tokens", 0)
-    if stage.end_reason != "finished":
+    _cut(stage, start, None if stage.end_reason == "finished" else stage.end_reason or "killed")
+
+
+def _cut(stage: Stage, record: dict[str, Any], reason: str | None) -> None:
+    """Go on at the record's iteration: what came after it does not count. With a reason it is an interruption."""
+    iteration, tokens = record["iteration"], record.get("consumed_tokens", 0)
+    if reason is not None:
+        before = stage.starts[-1].get("layout", "") if stage.starts else ""
         stage.interruptions.append(
             Interruption(
                 stopped_tokens=max(stage.tokens, tokens),
                 resumed_tokens=tokens,
-                reason=stage.end_reason or "killed",
-                layout_before=stage.starts[-1].get("layout", "") if stage.starts else "",
-                layout_after=start.get("layout", ""),
+                reason=reason,
+                layout_before=before,
+                layout_after=record.get("layout", before),
             )
         )
     stage.train = [record for record in stage.train if record["iteration"] <= iteration]

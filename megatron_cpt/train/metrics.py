@@ -18,8 +18,16 @@ from megatron_cpt.train.wandb_run import start_wandb
 
 logger = logging.getLogger(__name__)
 
-# Dense bf16 peak in FLOP/s by device name. Source: NVIDIA data sheets, without sparsity.
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12, "B200": 2250e12}
+# Dense bf16 peak in FLOP/s by a part of the device name, the first that fits. Source: NVIDIA data sheets, without sparsity.
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H200": 989e12,
+    "H100": 989e12,
+    "GH200": 989e12,
+    "A100": 312e12,
+    "B200": 2250e12,
+}
 
 
 class MetricsWriter:

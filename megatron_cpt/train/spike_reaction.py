@@ -27,6 +27,7 @@ def react(stage: Stage, saver: Saver, writer: MetricsWriter, spike: Spike, itera
         iteration, spike.loss, spike.median, (spike.loss - spike.median) / spike.deviation, first, last - 1,
         ", ".join(f"{prefix} ({count})" for prefix, count in shards.most_common()),
     )  # fmt: skip
+    documents = _documents(stage, first, last) if writer.is_writer else {}
     writer.write(
         "spike",
         iteration=iteration,
@@ -37,6 +38,7 @@ def react(stage: Stage, saver: Saver, writer: MetricsWriter, spike: Spike, itera
         first_sample=first,
         last_sample=last - 1,
         shards=dict(shards),
+        documents=documents,
     )
     if stage.config.training.spike_action != "rollback":
         return False
@@ -50,6 +52,18 @@ def react(stage: Stage, saver: Saver, writer: MetricsWriter, spike: Spike, itera
         "rollback", iteration=stage.iteration, consumed_tokens=stage.tokens(stage.iteration), skipped=line.split()[0]
     )
     return True
+
+
+def _documents(stage: Stage, first: int, last: int) -> dict[str, list[int]]:
+    """Return the documents of each shard in samples `first` to `last`; `megatron-cpt data trace` finds file and line."""
+    found: dict[str, set[int]] = {}
+    for sample in range(first, last):
+        number = int(stage.dataset.dataset_index[sample])
+        shard = stage.dataset.shards[number]
+        assert shard is not None, f"entry {number} gives no sample"
+        spans = shard.spans(int(stage.dataset.sample_index[sample]))
+        found.setdefault(stage.entries[number].prefix, set()).update(document for document, _, _ in spans)
+    return {prefix: sorted(documents) for prefix, documents in found.items()}
 
 
 def _skip_in_future(stage: Stage, spike: Spike, iteration: int) -> Any:

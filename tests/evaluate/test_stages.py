@@ -44,6 +44,20 @@ def test_a_stop_that_was_asked_for_is_named_by_its_reason(write_run):
     assert (found.reason, found.stopped_tokens, found.resumed_tokens) == ("walltime", 100, 100)
 
 
+def test_steps_that_a_roll_back_undid_do_not_count(write_run):
+    records = [
+        start(0),
+        *(train(n, 1.0) for n in (1, 2, 3, 4)),
+        {"kind": "spike", "iteration": 4, "consumed_tokens": 400},
+    ]
+    records += [{"kind": "rollback", "iteration": 2, "consumed_tokens": 200, "skipped": "4"}, train(3, 0.9)]
+    records += [{"kind": "skip", "iteration": 4, "consumed_tokens": 400}, train(5, 0.8)]
+    stage = read_stage(write_run("base", records))
+    assert [record["loss"] for record in stage.train] == [1.0, 1.0, 0.9, 0.8]
+    (interruption,) = stage.interruptions
+    assert (interruption.reason, interruption.stopped_tokens, interruption.resumed_tokens) == ("roll-back", 400, 200)
+
+
 def test_a_run_that_starts_over_forgets_what_was_before(write_run):
     stage = read_stage(write_run("a", [start(0), train(1, loss=9.0), start(0), train(1, loss=2.0)]))
     assert [record["loss"] for record in stage.train] == [2.0]

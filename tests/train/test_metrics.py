@@ -2,12 +2,16 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
+import yaml
 
+from megatron_cpt.config.derived import padded_vocab_size
 from megatron_cpt.config.schema import LoggingConfig, ModelConfig, RunConfig
+from megatron_cpt.launch.model_size import num_active_parameters
 from megatron_cpt.launch.run_dir import RunDir
-from megatron_cpt.train.metrics import MetricsWriter, flops_per_token, train_line
+from megatron_cpt.train.metrics import MetricsWriter, flops_per_token, peak_flops, train_line
 
 LLAMA = ModelConfig(
     num_layers=32, hidden_size=4096, ffn_hidden_size=14336, num_attention_heads=32, num_query_groups=8,
@@ -31,6 +35,42 @@ def test_a_mixture_counts_the_experts_a_token_visits():
     moe = dataclasses.replace(LLAMA, num_moe_experts=8, moe_ffn_hidden_size=14336, moe_router_topk=2)
     extra = flops_per_token(moe, 8192) - flops_per_token(LLAMA, 8192)
     assert extra == pytest.approx(6 * 32 * (3 * 4096 * 14336 + 4096 * 8))
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[2] / "params").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_every_architecture_costs_six_per_active_matrix_parameter_besides_attention(path):
+    """Norms, biases and the input embedding are no products; the count comes from another module than the formula."""
+    model = ModelConfig(**yaml.safe_load(path.read_text())["model"])
+    embedding = padded_vocab_size(model) * model.hidden_size
+    inputs = embedding if model.untie_embeddings_and_output_weights else 0
+    assert flops_per_token(model, 0) == pytest.approx(6 * (num_active_parameters(model) - inputs), rel=2e-3)
+
+
+def test_latent_attention_costs_its_full_heads():
+    mla = dataclasses.replace(
+        LLAMA, multi_latent_attention=True, kv_lora_rank=512, qk_head_dim=128, qk_pos_emb_head_dim=64, v_head_dim=128
+    )
+    per_token = flops_per_token(mla, 8192) - flops_per_token(mla, 0)
+    # QK^T over 128 + 64 channels and AV over 128, 2 operations each, half of them causal, three passes
+    assert per_token == pytest.approx(3 * 2 * 32 * 32 * (192 + 128) * 8192 / 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-64GB", 312e12),
+        ("Some other device", None),
+    ],
+)
+def test_the_peak_of_a_device_follows_from_its_name(monkeypatch, name, peak):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: name)
+    assert peak_flops() == peak
 
 
 def test_a_window_bounds_the_attention():

@@ -90,6 +90,8 @@ def test_a_spike_is_reported_with_samples_and_shards_and_the_run_goes_on(ranks, 
     (spike,) = records(experiment, "base", "spike")
     assert (spike["iteration"], spike["first_sample"], spike["last_sample"]) == (21, 160, 167)
     assert list(spike["shards"].values()) == [8] and next(iter(spike["shards"])).endswith("D0_text_document")
+    (documents,) = spike["documents"].values()
+    assert len(documents) > 1 and documents == sorted(documents) and documents[-1] < 300
     assert spike["loss"] > spike["median"] and not records(experiment, "base", "rollback")
 
 
