@@ -89,6 +89,8 @@ def advise(
     position = _position(run_path, config, stage, before, parent, parent_config, old_names, is_learning or is_bad)
     rungs = ladder(position)
     chosen = next_rung(rungs)
+    tried = [trial.variant for trial in (chosen.trials if chosen else ()) if _has_begun(run_path, trial)]
+    facts["evidence"] = (*evidence, *(f"{name} has begun already: advise that run next" for name in tried))
     what = "not recovering" if is_bad else "not learning the new data"
     step = f"next: {chosen.name} ({chosen.why})" if chosen else "the ladder is at its end: reconsider data or length"
     return Advice(
@@ -239,6 +241,10 @@ def _go_on(
     )
     summary = f"{word} and finished at {last:.3g}: fork the next stage from here, and cool a branch down for use"
     return Advice(summary=summary, commands=(_command(run_path, None, trial),), **facts)
+
+
+def _has_begun(run_path: Path, trial: Trial) -> bool:
+    return RunDir(run_path.absolute().parent / trial.variant).metrics_path.is_file()
 
 
 def _position(

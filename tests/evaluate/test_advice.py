@@ -78,9 +78,12 @@ def test_forgetting_leads_to_more_replay_first(runs):
     assert advice.summary.startswith("not recovering; next: more replay (old data (D0) is 0 of the mix; next 0.01)")
     assert settings_of(advice).data.mix == {"D0": 0.01, "D1": 0.99}
     assert "held-out D0 (old): stuck: 2.5000, before the first step 2.0000 (+25.0%)" in advice_text(advice)
-    again = advise(runs("no-replay+replay-0.01", falling(3.6, 2.5), FORGOT, ("data.mix={D0: 0.01, D1: 0.99}",)))
+    again_run = runs("no-replay+replay-0.01", falling(3.6, 2.5), FORGOT, ("data.mix={D0: 0.01, D1: 0.99}",))
+    again = advise(again_run)
     assert settings_of(again).variant == "no-replay+replay-0.01_replay-0.05"
     assert settings_of(again).data.mix == {"D0": 0.05, "D1": 0.95}
+    first = advise(again_run.parent / "no-replay")
+    assert first.evidence[-1] == "no-replay+replay-0.01 has begun already: advise that run next"
 
 
 def test_a_loss_that_stays_above_the_old_trend_counts_where_no_held_out_set_says_otherwise(runs):
