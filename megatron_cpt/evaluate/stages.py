@@ -6,6 +6,9 @@
     train        iteration, consumed_tokens, loss, lr, grad_norm, tokens_per_second and what else a step logs
     validation   iteration, consumed_tokens, corpus, loss (nats per token), bits_per_byte
     save         iteration, seconds, stall_seconds
+    skip         iteration, consumed_tokens: an iteration of data.skip_iterations or skip_iterations.txt
+    spike        iteration, consumed_tokens, loss, median, deviation, first_sample, last_sample, shards, documents
+    rollback     iteration (of the checkpoint gone back to), consumed_tokens, skipped
     end          iteration, reason: finished, a signal, a file such as stop_now, the walltime
 
 It is append-only. A stage that was killed and continued holds some iterations twice: after a `start` record
