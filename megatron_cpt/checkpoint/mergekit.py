@@ -30,6 +30,13 @@ from megatron_cpt.files import whole_dir, write_json
 
 logger = logging.getLogger(__name__)
 
+WEIGHTLESS = frozenset("slerp model_stock nearswap ram ramplus_tl sce arcee_fusion karcher passthrough".split())
+"""Methods of mergekit 0.1.5 that take no weight per model; all others need one."""
+WITHOUT_BASE = frozenset(("linear", "karcher", "passthrough"))
+"""Methods that know no base model: a base is one more model there."""
+OF_TWO = frozenset(("slerp", "nearswap", "arcee_fusion"))
+"""Methods of a base and one other model, which list the base among the models."""
+
 
 def mergekit_config(
     models: Sequence[Path],
@@ -37,15 +44,16 @@ def mergekit_config(
     method: str = "linear",
     weights: Sequence[float] | None = None,
     base: Path | None = None,
-    parameters: dict[str, float] | None = None,
+    parameters: dict[str, float | bool] | None = None,
     dtype: str = "bfloat16",
 ) -> dict[str, Any]:
     """Return a mergekit configuration with absolute paths, computing in float32.
 
-    `base` is one more model in a linear merge and the `base_model` of every other method.
+    `base` is one more model where the method knows no base, and else its `base_model`.
     """
-    included = [base, *models] if base is not None and method == "linear" else list(models)
-    shares = normalised_weights(included, weights, has_base=base is not None and method == "linear")
+    joins = base is not None and method in WITHOUT_BASE
+    included = [base, *models] if base is not None and joins else list(models)
+    shares = normalised_weights(included, weights, has_base=joins)
     config: dict[str, Any] = {
         "merge_method": method,
         "models": [
@@ -55,12 +63,14 @@ def mergekit_config(
         "dtype": "float32",
         "out_dtype": dtype,
     }
-    if method in ("slerp", "model_stock", "nuslerp"):
+    if method in WEIGHTLESS:
+        if weights is not None:
+            raise CheckpointError(f"--weights: {method} takes no weight per model. Leave --weights out.")
         for model in config["models"]:
             model.pop("parameters")
-    if base is not None and method != "linear":
+    if base is not None and not joins:
         config["base_model"] = os.fspath(base.resolve())
-        if method == "slerp":
+        if method in OF_TWO:
             config["models"].insert(0, {"model": config["base_model"]})
     if parameters:
         config["parameters"] = parameters

@@ -193,12 +193,12 @@ def _scorer(texts: list[str]) -> Any:
     return score
 
 
-def _numbers(pairs: list[str]) -> dict[str, float]:
-    numbers = {}
+def _numbers(pairs: list[str]) -> dict[str, float | bool]:
+    numbers: dict[str, float | bool] = {}
     for pair in pairs:
         key, _, value = pair.partition("=")
         try:
-            numbers[key] = float(value)
+            numbers[key] = value == "true" if value in ("true", "false") else float(value)
         except ValueError:
-            raise ConfigError(f"--set: {pair!r}. KEY=NUMBER is needed, such as t=0.5.") from None
+            raise ConfigError(f"--set: {pair!r}. KEY=NUMBER, true or false is needed, such as t=0.5.") from None
     return numbers

@@ -232,6 +232,23 @@ def test_tokenizer_files_chat_template_and_generation_configuration_come_along(h
         mcore_to_hf(release, tmp_path / "none", tokenizer=tmp_path / "nowhere")
 
 
+def test_a_remote_code_folder_of_a_known_architecture_converts_both_ways_and_keeps_its_code(hf_models, tmp_path):
+    """OpenSeek-Small-v1 is such a folder: DeepseekV3ForCausalLM with configuration and modelling files beside it."""
+    source = shutil.copytree(hf_models("deepseek-v3"), tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    classes = {"AutoConfig": "configuration_deepseek.DeepseekV3Config", "AutoModelForCausalLM": "modeling_deepseek.D"}
+    extra = {"auto_map": classes, "ep_size": 1, "aux_loss_alpha": 0.001, "seq_aux": True, "pretraining_tp": 1}
+    (source / "config.json").write_text(json.dumps({**config, **extra}))
+    for name in ("configuration_deepseek.py", "modeling_deepseek.py"):
+        (source / name).write_text("raise SystemExit('remote code was run')\n")
+    release = hf_to_mcore(source, tmp_path / "mcore", verify=True)
+    output = mcore_to_hf(release, tmp_path / "hf", tokenizer=source, verify=True)
+    assert json.loads((output / "config.json").read_text())["auto_map"] == classes
+    assert (output / "modeling_deepseek.py").read_text() == (source / "modeling_deepseek.py").read_text()
+    left, right = HFFolder(source), HFFolder(output)
+    assert all(torch.equal(left.read(name), right.read(name)) for name in left.names())
+
+
 def test_pickled_weight_files_are_read_without_running_code(hf_models, tmp_path):
     source = hf_models("llama")
     pickled = tmp_path / "pickled"

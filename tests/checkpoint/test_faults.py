@@ -1,5 +1,6 @@
 """Kill a conversion, fill its disk, cap its memory: nothing is lost, half-written or silently wrong."""
 
+import functools
 import itertools
 import json
 import os
@@ -12,11 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
+from megatron_cpt.checkpoint import convert as convert_module
 from megatron_cpt.checkpoint import dcp_writer, mcore
 from megatron_cpt.checkpoint.convert import hf_to_mcore, mcore_to_hf
+from megatron_cpt.checkpoint.dcp import DcpReader
+from megatron_cpt.checkpoint.foreign_convert import foreign_to_mcore
 from megatron_cpt.checkpoint.hf import HFFolder, OutputGroup, write_safetensors
-from megatron_cpt.errors import CheckpointError
+from megatron_cpt.checkpoint.megatron_soup import average_checkpoints
+from megatron_cpt.errors import CheckpointError, CptError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 ROOT = Path(__file__).resolve().parents[2]
@@ -161,6 +167,60 @@ def test_a_full_disk_fails_the_conversion_and_leaves_nothing(convert, hf_models,
     name = output / "release" if convert is hf_to_mcore else output
     assert not name.exists() and not list(name.parent.glob(".*.partial"))
     assert mcore.read_tracker(output) is None
+
+
+STEPS = {
+    "index": (dcp_writer, "sync_dir"),
+    "manifest": (mcore, "write_manifest"),
+    "tracker": (mcore, "write_tracker"),
+    "configs": (convert_module, "write_configs"),
+    "record": (convert_module, "write_json"),
+}
+
+
+@pytest.mark.parametrize("step", ["index", "manifest", "tracker", "foreign-manifest", "configs", "record"])
+def test_a_conversion_killed_between_its_steps_starts_clean_or_is_whole(step, hf_models, tmp_path):
+    source = hf_models("llama")
+    convert, name = hf_to_mcore, tmp_path / "output" / "release"
+    if step == "foreign-manifest":
+        source, step = hf_to_mcore(source, tmp_path / "source"), "manifest"
+        model = mcore.manifest_model(mcore.read_manifest(source), source)
+        convert = functools.partial(foreign_to_mcore, model=model)
+    elif step in ("configs", "record"):
+        source = hf_to_mcore(source, tmp_path / "source")
+        convert, name = mcore_to_hf, tmp_path / "output"
+    module, function = STEPS[step]
+
+    def killed():
+        setattr(module, function, lambda *arguments, **options: os.kill(os.getpid(), signal.SIGKILL))
+        convert(source, tmp_path / "output")
+
+    assert os.waitstatus_to_exitcode(os.waitpid(forked(killed), 0)[1]) == -signal.SIGKILL
+    assert name.exists() == (step == "tracker")
+    assert convert(source, tmp_path / "output") == name
+    if convert is not mcore_to_hf:
+        mcore.verify_checkpoint(name)
+        assert mcore.read_tracker(tmp_path / "output") == "release"
+    assert not list(name.parent.glob(".*.partial"))
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_not_exported_averaged_or_converted(hf_models, tmp_path):
+    release = hf_to_mcore(hf_models("llama"), tmp_path / "mcore")
+    model = mcore.manifest_model(mcore.read_manifest(release), release)
+    info = DcpReader(release).metadata.storage_data[MetadataIndex("decoder.layers.1.mlp.linear_fc2.weight", (0, 0))]
+    part = release / info.relative_path
+    content = bytearray(part.read_bytes())
+    content[info.offset + info.length // 2] ^= 16
+    part.write_bytes(content)
+    mcore.verify_checkpoint(release, "size")
+    for write in (
+        lambda: mcore_to_hf(release, tmp_path / "hf"),
+        lambda: average_checkpoints([release, release], tmp_path / "soup"),
+        lambda: foreign_to_mcore(release, tmp_path / "again", model),
+    ):
+        with pytest.raises(CptError, match="linear_fc2.weight at byte .*CRC-32 does not fit"):
+            write()
+    assert not (tmp_path / "hf").exists() and not (tmp_path / "soup" / "release").exists()
 
 
 def test_too_little_space_is_said_before_anything_is_written(hf_models, tmp_path, monkeypatch):

@@ -32,6 +32,12 @@ def test_a_quota_deletes_the_oldest_but_never_the_newest_or_a_protected_one():
     assert superseded_iterations([1, 2, 3, 4], keep_last=None, protected=[1], sizes=sizes, quota_bytes=0) == [2, 3]
 
 
+def test_a_quota_takes_multiples_of_keep_every_last():
+    sizes = dict.fromkeys([1, 2, 3, 4, 5], 10)
+    options = {"keep_last": None, "keep_every": 2, "sizes": sizes, "quota_bytes": 30}
+    assert superseded_iterations([1, 2, 3, 4, 5], **options) == [1, 3]
+
+
 @given(
     st.sets(st.integers(0, 50), min_size=1),
     st.integers(1, 5),

@@ -14,7 +14,7 @@ from megatron_cpt.checkpoint.convert import hf_to_mcore, mcore_to_hf
 from megatron_cpt.checkpoint.hf import HFFolder
 from megatron_cpt.checkpoint.mcore import read_tracker, verify_checkpoint
 from megatron_cpt.checkpoint.megatron_soup import average_checkpoints
-from megatron_cpt.checkpoint.mergekit import mergekit_config, run_mergekit
+from megatron_cpt.checkpoint.mergekit import OF_TWO, WEIGHTLESS, WITHOUT_BASE, mergekit_config, run_mergekit
 from megatron_cpt.checkpoint.soup import average_hf, greedy_soup, uniform_soup, weighted_mean
 from megatron_cpt.errors import CheckpointError
 
@@ -176,6 +176,27 @@ def test_configurations_of_other_methods_name_the_base():
     assert slerp["parameters"] == {"t": 0.5}
     ties = mergekit_config([Path("/b"), Path("/c")], method="ties", base=Path("/a"), weights=[1, 2])
     assert [entry["parameters"]["weight"] for entry in ties["models"]] == [1, 2] and ties["base_model"] == "/a"
+
+
+def test_every_method_of_the_installed_mergekit_gets_the_weights_and_the_base_that_it_takes():
+    from pathlib import Path
+
+    import mergekit.merge_methods  # noqa: F401  fills the registry
+    from mergekit.merge_methods import registry
+
+    methods = registry._METHODS
+    takes_weight = {
+        name for name, method in methods.items() if "weight" in {p.name for p in method.spec.input_parameters}
+    }
+    assert set(methods) - takes_weight == WEIGHTLESS
+    assert {name for name, m in methods.items() if m.spec.contract.base.value == "ignored"} == WITHOUT_BASE
+    assert {name for name, m in methods.items() if m.spec.contract.max_inputs == 2} == OF_TWO
+    karcher = mergekit_config([Path("/b"), Path("/c")], method="karcher", base=Path("/a"))
+    assert [entry["model"] for entry in karcher["models"]] == ["/a", "/b", "/c"] and "base_model" not in karcher
+    nuslerp = mergekit_config([Path("/b"), Path("/c")], method="nuslerp", weights=[1, 3])
+    assert [entry["parameters"]["weight"] for entry in nuslerp["models"]] == [1, 3]
+    with pytest.raises(CheckpointError, match="model_stock takes no weight"):
+        mergekit_config([Path("/b"), Path("/c")], method="model_stock", base=Path("/a"), weights=[1, 2])
 
 
 @pytest.fixture(scope="session")
