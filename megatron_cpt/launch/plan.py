@@ -19,7 +19,7 @@ from megatron_cpt.config.derived import (
     train_tokens,
     world_size,
 )
-from megatron_cpt.config.schema import CheckpointConfig, RunConfig
+from megatron_cpt.config.schema import CheckpointConfig, RunConfig, TrainingConfig
 from megatron_cpt.launch.memory import StageMemory, stage_memories
 from megatron_cpt.launch.model_size import num_active_parameters, num_parameters
 from megatron_cpt.launch.quota import Quota, tightest_quota
@@ -176,7 +176,7 @@ def plan_text(plan: Plan) -> str:
             "batch",
             f"{training.global_batch_size} sequences = {training.micro_batch_size} x {num_microbatches(config)} "
             f"micro-batches x DP {data_parallel_size(config)}; "
-            f"{format_count(training.global_batch_size * training.seq_length)} tokens",
+            f"{format_count(training.global_batch_size * training.seq_length)} tokens{_ramp(training)}",
         ),
         (
             "length",
@@ -188,6 +188,13 @@ def plan_text(plan: Plan) -> str:
     lines = [f"{name:<12}{text}" for name, text in rows]
     lines += ["", *_memory_lines(plan), "", *_disk_and_time_lines(plan)]
     return "\n".join(lines) + "\n"
+
+
+def _ramp(training: TrainingConfig) -> str:
+    if training.rampup_batch_size is None:
+        return ""
+    start, increment, samples = training.rampup_batch_size
+    return f"; from {start} by {increment} in the first {format_count(samples)} sequences"
 
 
 def _memory_lines(plan: Plan) -> list[str]:
