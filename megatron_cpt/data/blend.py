@@ -24,7 +24,7 @@ from megatron_cpt.data.blend_sources import (
 from megatron_cpt.data.budget import apportion, exact, spread_samples
 from megatron_cpt.data.datalist import DataEntry, read_data_list
 from megatron_cpt.data.replay import append_stage
-from megatron_cpt.data.shard_form import packing_problem
+from megatron_cpt.data.shard_form import packing_problem, read_shard_form
 from megatron_cpt.data.shards import tokenizer_problems
 from megatron_cpt.errors import DataError
 from megatron_cpt.log import format_count
@@ -114,10 +114,11 @@ def plan_blend(config: RunConfig, begun: Path | None = None) -> BlendPlan:
     shards = [part.shard for group in parts.values() for part in group]
     problems += tokenizer_problems(shards, _tokenizer_identity(config)) if shards else []
     problems += _sentinel_problems(config)
+    lengths = {shard.prefix: shard.packed_seq_length for shard in shards} | _held_out_lengths(config)
     problems += [
-        f"{shard.prefix} {problem}"
-        for shard in shards
-        if (problem := packing_problem(shard.packed_seq_length, config.training.seq_length))
+        f"{prefix} {problem}"
+        for prefix, length in lengths.items()
+        if (problem := packing_problem(length, config.training.seq_length))
     ]
     _refuse(config, problems)
 
@@ -208,6 +209,16 @@ def _tokenizer_identity(config: RunConfig) -> dict[str, object] | None:
     from megatron_cpt.data.tokenizer import load_tokenizer  # heavy: the tokenizer library
 
     return load_tokenizer(Path(config.paths.data_dir) / config.data.tokenizer).identity
+
+
+def _held_out_lengths(config: RunConfig) -> dict[str, int | None]:
+    """Return the lengths of the packs of the validation sets that a run will measure with."""
+    if not config.evaluation.eval_interval:
+        return {}
+    prefixes = [
+        Path(config.paths.data_dir) / prefix for corpus in config.data.corpora.values() for prefix in corpus.validation
+    ]
+    return {str(prefix): read_shard_form(prefix).packed_seq_length for prefix in prefixes}
 
 
 def _sentinel_problems(config: RunConfig) -> list[str]:
