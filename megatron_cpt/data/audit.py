@@ -7,6 +7,8 @@ the text; documents whose ids repeat are counted.
 
 Of a masked shard (instruction data, packs) the files themselves are checked: the mask fits the tokens and the manifest, every
 document starts a piece, and ends with the end-of-document token or is a pack of the stated length, filled as it should be.
+Sampled conversations are rendered and encoded again (`data/chat_audit.py`); packs of a tokenized corpus are compared with
+nothing, so audit the shard that they were made of.
 """
 
 import glob
@@ -21,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_cpt.data.chat_audit import check_conversations
 from megatron_cpt.data.documents import Source, list_sources
 from megatron_cpt.data.indexed import (
     ShardIndex,
@@ -60,6 +63,11 @@ class Audit:
         if self.masked:
             verdict = "its mask fits" if not self.problems else f"{len(self.problems)} problems"
             line = f"{self.prefix}: {verdict}; {self.documents:,} documents, {self.tokens:,} tokens, {self.masked}"
+            line += (
+                f", {self.samples:,} samples encode to the same ids and masks"
+                if self.samples
+                else ", no texts compared"
+            )
             return "\n".join([line, *(f"  {problem}" for problem in self.problems)]) + "\n"
         verdict = "holds its sources" if not self.problems else f"{len(self.problems)} problems"
         line = (
@@ -81,7 +89,18 @@ def audit_shard(prefix: Path, tokenizer: Tokenizer, num_samples: int = 200, seed
         )
     bounds, tokens = document_bounds(index), read_tokens(index)
     if "mask" in manifest or has_mask(prefix):
-        _check_mask(index, manifest, bounds, tokens, found)
+        mask = _check_mask(index, manifest, bounds, tokens, found)
+        if mask is not None and "text" in manifest.get("template", {}) and not found.problems:
+            sources = [source_of(entry, manifest) for entry in manifest["inputs"]]
+            found.problems += [
+                f"{entry['path']}: is gone or changed since; its conversations cannot be compared"
+                for entry, source in zip(manifest["inputs"], sources, strict=True)
+                if source is None
+            ]
+            found.samples, problems = check_conversations(
+                index, manifest, tokens, mask, sources, tokenizer.path, num_samples, seed
+            )
+            found.problems += problems
         return found
     _check_counts(index, manifest, found)
     if manifest["options"]["append_eod"]:
@@ -191,15 +210,15 @@ def _check_counts(index: ShardIndex, manifest: dict[str, Any], found: Audit) -> 
 
 def _check_mask(
     index: ShardIndex, manifest: dict[str, Any], bounds: np.ndarray, tokens: np.ndarray, found: Audit
-) -> None:
+) -> np.ndarray | None:
     try:
         mask = read_mask(index)
     except DataError as problem:
         found.masked = "a mask that does not fit"
         found.problems.append(str(problem))
-        return
+        return None
     learned, pieces = int(np.count_nonzero(mask & LEARNED)), int(np.count_nonzero(mask & PIECE))
-    found.masked = f"{learned:,} learned, {pieces:,} pieces; its texts were not encoded again"
+    found.masked = f"{learned:,} learned, {pieces:,} pieces"
     counts = {"documents": index.num_documents, "tokens": index.num_tokens}
     stated = {name: manifest[name] for name in counts} | manifest.get("mask", {})
     counts |= {"learned": learned, "pieces": pieces}
@@ -212,12 +231,13 @@ def _check_mask(
     eod_id, packed = manifest["tokenizer"]["eod_id"], manifest.get("packed")
     if packed is None:
         _check_ends(bounds, tokens, eod_id, found)
-        return
+        return mask
     if wrong := int(np.count_nonzero(np.diff(bounds) != packed["seq_length"])):
         found.problems.append(f"{wrong:,} packs do not hold {packed['seq_length']:,} tokens")
     real = index.num_tokens - _filling(bounds, tokens, mask, eod_id)
     if real != packed["real_tokens"]:
         found.problems.append(f"packs hold {real:,} tokens besides filling, {packed['real_tokens']:,} in the manifest")
+    return mask
 
 
 def _filling(bounds: np.ndarray, tokens: np.ndarray, mask: np.ndarray, eod_id: int) -> int:

@@ -166,6 +166,8 @@ def _identity(
             "name": template.name,
             "hash": template.hash,
             "turn_end": turn_end,
+            "text": template.source,
+            "variables": template.variables,
             "date": str(template.date) if template.uses_date else None,
         },
         "options": {

@@ -25,7 +25,7 @@ from megatron_cpt.data.chat_records import (
     raw_line,
     read_piece,
 )
-from megatron_cpt.data.chat_template import TemplateRefusal, load_template
+from megatron_cpt.data.chat_template import ChatTemplate, TemplateRefusal, load_template
 from megatron_cpt.data.masked import LEARNED, PIECE
 from megatron_cpt.data.records import Problem
 from megatron_cpt.data.sample import field_text, parse_condition
@@ -49,6 +49,8 @@ class ChatJob:
     layout: ChatLayout = field(default_factory=ChatLayout)
     eod_token: str | None = None
     template_path: Path | None = None
+    template_text: str | None = None
+    """The template itself, instead of a file."""
     template_variables: tuple[tuple[str, Any], ...] = ()
     date: datetime.date | None = None
     where: tuple[str, ...] = ()
@@ -116,7 +118,11 @@ class ChatEncoder:
         self.tokenizer = tokenizer
         # Byte-level post-processors trim white space off the offsets; without added tokens they do nothing else.
         tokenizer.backend.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
-        self.template = load_template(job.tokenizer_path, job.template_path, dict(job.template_variables), job.date)
+        variables = dict(job.template_variables)
+        if job.template_text is None:
+            self.template = load_template(job.tokenizer_path, job.template_path, variables, job.date)
+        else:
+            self.template = ChatTemplate(job.template_text, variables, "the template in the manifest", job.date)
         added = tokenizer.backend.get_added_tokens_decoder()
         special = {id: token.content for id, token in added.items() if token.special}
         self.special_ids = np.array(sorted(special), dtype=np.int64)
@@ -172,6 +178,11 @@ class ChatEncoder:
             notes=found.notes,
             problems=found.problems,
         )
+
+    def encode_one(self, conversation: Conversation) -> Tokenized | None:
+        """Return one conversation or text as `encode` does; None where it is left out."""
+        (document,) = self._encode_batch([(0, conversation)], PieceRecords())
+        return None if document is None else document.tokens
 
     def _encode_batch(self, batch: Sequence[tuple[int, Conversation]], found: PieceRecords) -> list["_Document | None"]:
         documents: list[_Document | None] = []

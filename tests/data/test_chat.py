@@ -317,6 +317,8 @@ def test_lists_audits_merges_and_traces_take_a_masked_shard_as_one(prepare, verb
     assert joined["statistics"]["turns"] == {"system": 0, "user": 36, "assistant": 36}
     code, said = verb("data", "audit", "--input", tokens, "--tokenizer", chat_dir)
     assert code == 0 and said.count("its mask fits") == 5 and "5 shards" in said, said
+    samples = [int(count) for count in re.findall(r"([0-9]+) samples encode to the same ids and masks", said)]
+    assert sorted(samples) == [2, 2, 18, 18, 36]
     code, said = verb("data", "trace", merged, "--tokenizer", chat_dir, "--document", joined["documents"] - 1)
     *_, where, text = said.splitlines()
     line = int(where.rpartition(":")[2])
@@ -343,6 +345,24 @@ def test_an_audit_finds_a_mask_that_does_not_fit(prepare, verb, tmp_path, chat_d
             masks.write_bytes(damage)
         code, said = verb("data", "audit", "--input", prefix, "--tokenizer", chat_dir)
         assert code == 1 and re.search(message, said), said
+
+
+def test_an_audit_finds_a_conversation_that_its_source_does_not_give(prepare, verb, tmp_path, chat_dir):
+    texts = [chat(*(f"turn {n} of {i}" for n in range(6))) for i in range(9)]
+    path = write_lines(tmp_path / "a.jsonl", [*texts, {"text": "long text " * 99}])
+    assert prepare(path, options=["--pack", "64", "--text-key", "text"])[0] == 0
+    prefix = tmp_path / "tokens/a_chat_document"
+    audit = ("data", "audit", "--input", prefix, "--tokenizer", chat_dir)
+    code, said = verb(*audit)
+    assert code == 0 and "9 samples" in said  # conversations cut to a pack; the split text is passed over
+    ids = np.memmap(bin_path(prefix), dtype=np.uint16, mode="r+")
+    ids[5] += 1
+    ids.flush()
+    code, said = verb(*audit)
+    assert code == 1 and "gives other ids or another mask than piece" in said
+    path.touch()
+    code, said = verb(*audit)
+    assert code == 1 and "is gone or changed since" in said
 
 
 def test_packs_of_a_tokenized_corpus_are_audited_and_traced(verb, tmp_path, bpe_dir):
