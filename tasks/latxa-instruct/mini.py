@@ -26,17 +26,6 @@ def steps(recipe: Recipe) -> list[Step]:
     number = 300 if recipe.short else 700
     variants = ["main"] if recipe.short else ["main", "no-neftune"]
     tuned = {variant: recipe.models / variant for variant in variants}
-    after = [] if recipe.short else [
-        recipe.evaluate("Running text: learned beside the conversations", {"base": BASE_HF, **tuned},
-                        {"basque": data / "raw" / "text.validation.jsonl"}),
-        checked("Basque was learned", lambda: require_lower(recipe.bits(), "basque", "main", "base")),
-        step(
-            "Samples side by side",
-            [cpt("evaluate", "generate", "--model", f"base={BASE_HF}", "--model", f"tuned={tuned['main']}",
-                 "--tokens", 24, *(word for text in PROMPTS for word in ("--prompt", text)))],
-            lambda: False,
-        ),
-    ]  # fmt: skip
     return [
         *base_steps(recipe.short),
         step(
@@ -46,14 +35,32 @@ def steps(recipe: Recipe) -> list[Step]:
         ),
         step(
             "Preprocessing, a CPU job of its own: filters, held-out sets per language, masks, packing",
-            [cpt("submit", "job", *recipe.named("main"), "--name", "prepare-chat", "--command", shlex.join(prepare(recipe)))],
+            [
+                cpt(
+                    "submit",
+                    "job",
+                    *recipe.named("main"),
+                    "--name",
+                    "prepare-chat",
+                    "--command",
+                    shlex.join(prepare(recipe)),
+                )
+            ],
             exists(tokens / "chat_chat_document.json"),
             check=lambda: check_chat(recipe),
         ),
         step(
             "Completion data: text to tokens to packs",
             [
-                cpt("tokenize", "--input", data / "raw" / "text.jsonl", "--tokenizer", TOKENIZER, "--output-prefix", tokens / "text"),
+                cpt(
+                    "tokenize",
+                    "--input",
+                    data / "raw" / "text.jsonl",
+                    "--tokenizer",
+                    TOKENIZER,
+                    "--output-prefix",
+                    tokens / "text",
+                ),
                 cpt(
                     *("data", "pack", "--input", tokens / "text_text_document", "--seq-length", SEQ_LENGTH),
                     *("--output", tokens / "text-packed_text_document"),
@@ -76,8 +83,23 @@ def steps(recipe: Recipe) -> list[Step]:
             ],
             exists(*tuned.values()),
         ),
-        *after,
-    ]  # fmt: skip
+        *([] if recipe.short else measured(recipe)),
+    ]
+
+
+def measured(recipe: Recipe) -> list[Step]:
+    """Return the steps that evaluate."""
+    tuned = {variant: recipe.models / variant for variant in ("main", "no-neftune")}
+    text = {"basque": recipe.data / "raw" / "text.validation.jsonl"}
+    generate = cpt(
+        *("evaluate", "generate", "--model", f"base={BASE_HF}", "--model", f"tuned={tuned['main']}"),
+        *("--tokens", 24, *(word for prompt in PROMPTS for word in ("--prompt", prompt))),
+    )
+    return [
+        recipe.evaluate("Running text: learned beside the conversations", {"base": BASE_HF, **tuned}, text),
+        checked("Basque was learned", lambda: require_lower(recipe.bits(), "basque", "main", "base")),
+        step("Samples side by side", [generate], lambda: False),
+    ]
 
 
 def prepare(recipe: Recipe) -> Command:

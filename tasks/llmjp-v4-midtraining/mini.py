@@ -39,11 +39,6 @@ def steps(recipe: Recipe) -> list[Step]:
     variants = SEEDS[:1] if recipe.short else (*SEEDS, "constant")
     members = [BASE_HF, recipe.exported("decay")] if recipe.short else [recipe.exported(seed) for seed in SEEDS]
     soup = recipe.models / "soup"
-    models = {"base": BASE_HF, **{variant: recipe.exported(variant) for variant in variants}, "soup": soup}
-    measured = [] if recipe.short else [
-        recipe.evaluate("Evaluation: the soup against its members", models, validation("prose", "math", "reasoning")),
-        checked("The soup is better than the mean of its members, and than the base", lambda: check_soup(recipe)),
-    ]  # fmt: skip
     return [
         *base_steps(recipe.short),
         step(
@@ -88,7 +83,17 @@ def steps(recipe: Recipe) -> list[Step]:
             [cpt("soup", "--inputs", *members, "--output", soup)],
             exists(soup),
         ),
-        *measured,
+        *([] if recipe.short else measured(recipe)),
+    ]
+
+
+def measured(recipe: Recipe) -> list[Step]:
+    """Return the steps that evaluate."""
+    runs = {variant: recipe.exported(variant) for variant in (*SEEDS, "constant")}
+    models = {"base": BASE_HF, **runs, "soup": recipe.models / "soup"}
+    return [
+        recipe.evaluate("Evaluation: the soup against its members", models, validation("prose", "math", "reasoning")),
+        checked("The soup is better than the mean of its members, and than the base", lambda: check_soup(recipe)),
     ]
 
 

@@ -24,18 +24,15 @@ def steps(recipe: Recipe) -> list[Step]:
     interval = 1 if recipe.short else 5
     kept = [*range(interval, last + 1, interval)][-10:]
     chosen = kept[-4:-1] if recipe.short else kept[-8:-1]
-    models = {"base": base_hf, "last": recipe.exported("main"), "soup": soup}
-    short = [] if recipe.short else [
-        recipe.evaluate("What was learned and forgotten", models, validation("prose", "math", "reasoning")),
-        checked("The soup lies between the base and the last checkpoint", lambda: check_soup(recipe)),
-    ]  # fmt: skip
     return [
         *base_steps(recipe.short, trained=False),
         step(
             "Documents to tokens",
             [
-                cpt("tokenize", "--input", TEXTS / f"{name}.jsonl.zst", "--tokenizer", TOKENIZER, "--output-dir", tokens)
-                for name in NAMES
+                cpt(
+                    *("tokenize", "--input", *(TEXTS / f"{name}.jsonl.zst" for name in NAMES)),
+                    *("--tokenizer", TOKENIZER, "--output-dir", tokens),
+                )
             ],
             exists(tokens / "reasoning_text_document.json"),
         ),
@@ -80,7 +77,11 @@ def steps(recipe: Recipe) -> list[Step]:
             ],
             exists(TEXTS / "tokens" / "prose_text_document.json"),
         ),
-        base.train("Base: OpenSeek's architecture, trained on prose from random weights", "base", settings=["init.from_path=null"]),
+        base.train(
+            "Base: OpenSeek's architecture, trained on prose from random weights",
+            "base",
+            settings=["init.from_path=null"],
+        ),
         step(
             "Base: as a Hugging Face model",
             [cpt("convert", "mcore-to-hf", base.run("base") / "checkpoints", base_hf, "--tokenizer", TOKENIZER)],
@@ -101,12 +102,22 @@ def steps(recipe: Recipe) -> list[Step]:
             exists(soup),
             check=lambda: check_merge_info(recipe, len(chosen) + 1),
         ),
-        *short,
-    ]  # fmt: skip
+        *([] if recipe.short else measured(recipe)),
+    ]
+
+
+def measured(recipe: Recipe) -> list[Step]:
+    """Return the steps that evaluate."""
+    models = {name: recipe.models / folder for name, folder in (("base", "base-hf"), ("soup", "soup"))}
+    models["last"] = recipe.exported("main")
+    return [
+        recipe.evaluate("What was learned and forgotten", models, validation("prose", "math", "reasoning")),
+        checked("The soup lies between the base and the last checkpoint", lambda: check_soup(recipe)),
+    ]
 
 
 def check_packs(recipe: Recipe) -> str:
-    """Check that every pack is exactly one sequence and that every token of the shard is in one."""
+    """Check that every pack is exactly one sequence and that the tokens of the shard are in them and learned."""
     found = []
     for name in NAMES:
         (packed,), _ = read_shards([str(recipe.data / "packed" / f"{name}_text_document")])

@@ -21,17 +21,17 @@ def steps(recipe: Recipe) -> list[Step]:
     run = recipe.run("main")
     train = cpt("submit", "train", *recipe.named("main"), *recipe.overrides())
     kill_at = max(int(KILL_AT_FRACTION * recipe.iterations("main")), 2)
-    texts = {"danish": split / "all" / "validation", **validation("prose")}
-    models = {"base": BASE_HF, **{f"iteration-{i}": recipe.exported("main", i) for i in saved(recipe)[1::2]}}
-    measured = [] if recipe.short else [
-        recipe.evaluate("What was learned and forgotten", models, texts),
-        checked("Danish was learned", lambda: require_lower(recipe.bits(), "danish", list(models)[-1], "base")),
-    ]  # fmt: skip
     return [
         *base_steps(recipe.short),
         step(
             "Documents: raw text files, a document per line",
-            [python("tasks/snakmodel-danish/make_texts.py", data / "raw", *(["--documents", "300"] if recipe.short else []))],
+            [
+                python(
+                    "tasks/snakmodel-danish/make_texts.py",
+                    data / "raw",
+                    *(["--documents", "300"] if recipe.short else []),
+                )
+            ],
             exists(data / "raw" / "duplicates.json"),
         ),
         step(
@@ -48,7 +48,17 @@ def steps(recipe: Recipe) -> list[Step]:
         step(
             "A validation set, and tokens",
             [
-                cpt("data", "split", f"all={clean}/*/*.txt", "--name", "validation", "--fraction", "0.04", "--output", split),
+                cpt(
+                    "data",
+                    "split",
+                    f"all={clean}/*/*.txt",
+                    "--name",
+                    "validation",
+                    "--fraction",
+                    "0.04",
+                    "--output",
+                    split,
+                ),
                 *(
                     cpt(
                         *("tokenize", "--input", split / "all" / side, "--tokenizer", TOKENIZER),
@@ -86,8 +96,18 @@ def steps(recipe: Recipe) -> list[Step]:
             ],
             lambda: False,
         ),
-        *measured,
-    ]  # fmt: skip
+        *([] if recipe.short else measured(recipe)),
+    ]
+
+
+def measured(recipe: Recipe) -> list[Step]:
+    """Return the steps that evaluate."""
+    models = {"base": BASE_HF, **{f"iteration-{i}": recipe.exported("main", i) for i in saved(recipe)[1::2]}}
+    texts = {"danish": recipe.data / "split" / "all" / "validation", **validation("prose")}
+    return [
+        recipe.evaluate("What was learned and forgotten", models, texts),
+        checked("Danish was learned", lambda: require_lower(recipe.bits(), "danish", list(models)[-1], "base")),
+    ]
 
 
 def saved(recipe: Recipe) -> list[int]:
