@@ -207,8 +207,8 @@ def _evidence(
             lines.append(f"held-out {name} (old): unknown ({found.note})")
         else:
             lines.append(
-                f"held-out {name} (old): {found.verdict}: {found.now:.4f}, before the first step {found.reference:.4f} "
-                f"({found.distance:+.1%}), peak {found.peak:.4f}"
+                f"held-out {name} (old): {found.verdict}: {found.now:.4f} bits per byte, before the first step "
+                f"{found.reference:.4f} ({found.distance:+.1%}), peak {found.peak:.4f}"
             )
     if not heldout:
         lines.append("held-out loss of the old data: none measured; forgetting cannot be seen")

@@ -1,6 +1,6 @@
 """The ladder of the CPT cookbook: what to change when a stage does not recover, gentle changes first.
 
-1. more replay of the old data (1 % -> 5 % -> 10 % -> 25 %);
+1. more replay of the old data (5 % -> 10 % -> 25 %);
 2. re-warm to another peak (LR_max / 2 where old data is forgotten, 2 LR_max where nothing is learned);
 3. fork earlier: from a checkpoint before the cooldown;
 4. the buffer mix: old / new / buffer 0.05 / 0.48 / 0.47, then 0 / 0.1 / 0.9;
@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from megatron_cpt.config.schema import RunConfig
 from megatron_cpt.launch.trials import labelled, mix_text, scaled_mix
 
-REPLAY_SHARES = (0.01, 0.05, 0.10, 0.25)
+REPLAY_SHARES = (0.05, 0.10, 0.25)
+"""From the usual share to the most worth trying; 1 % is for a shift so weak that nobody asks for advice."""
 BUFFER_MIXES = ((0.05, 0.48, 0.47), (0.0, 0.1, 0.9))
 """Shares of old data, new data and buffer."""
 HELD = 0.9

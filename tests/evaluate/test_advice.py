@@ -75,15 +75,17 @@ def test_a_stage_that_keeps_the_old_and_learns_the_new_goes_on_or_is_cooled_down
 def test_forgetting_leads_to_more_replay_first(runs):
     runs("base", falling(4, 3))
     advice = advise(runs("no-replay", falling(3.6, 2.5), FORGOT))
-    assert advice.summary.startswith("not recovering; next: more replay (old data (D0) is 0 of the mix; next 0.01)")
-    assert settings_of(advice).data.mix == {"D0": 0.01, "D1": 0.99}
-    assert "held-out D0 (old): stuck: 2.5000, before the first step 2.0000 (+25.0%)" in advice_text(advice)
-    again_run = runs("no-replay+replay-0.01", falling(3.6, 2.5), FORGOT, ("data.mix={D0: 0.01, D1: 0.99}",))
+    assert advice.summary.startswith("not recovering; next: more replay (old data (D0) is 0 of the mix; next 0.05)")
+    assert settings_of(advice).data.mix == {"D0": 0.05, "D1": 0.95}
+    assert "held-out D0 (old): stuck: 2.5000 bits per byte, before the first step 2.0000 (+25.0%)" in advice_text(
+        advice
+    )
+    again_run = runs("no-replay+replay-0.05", falling(3.6, 2.5), FORGOT, ("data.mix={D0: 0.05, D1: 0.95}",))
     again = advise(again_run)
-    assert settings_of(again).variant == "no-replay+replay-0.01_replay-0.05"
-    assert settings_of(again).data.mix == {"D0": 0.05, "D1": 0.95}
+    assert settings_of(again).variant == "no-replay+replay-0.05_replay-0.1"
+    assert settings_of(again).data.mix == {"D0": 0.1, "D1": 0.9}
     first = advise(again_run.parent / "no-replay")
-    assert first.evidence[-1] == "no-replay+replay-0.01 has begun already: advise that run next"
+    assert first.evidence[-1] == "no-replay+replay-0.05 has begun already: advise that run next"
 
 
 def test_a_loss_that_stays_above_the_old_trend_counts_where_no_held_out_set_says_otherwise(runs):
@@ -212,7 +214,7 @@ def test_the_verb_prints_conclusion_numbers_ladder_and_commands(runs, capsys, tm
     printed = capsys.readouterr().out
     assert "-> 1. more replay" in printed and (tmp_path / "advice.json").is_file()
     command = shlex.split(printed.strip().splitlines()[-1])
-    assert command[:3] == ["megatron-cpt", "submit", "train"] and command[-1] == "data.mix={D0: 0.01, D1: 0.99}"
+    assert command[:3] == ["megatron-cpt", "submit", "train"] and command[-1] == "data.mix={D0: 0.05, D1: 0.95}"
     with pytest.raises(SystemExit) as ended:
         main(["advise", str(run), "--old", "D9"])
     assert ended.value.code == 2 and "--old D9: no corpus of the task. There are D0, D1" in capsys.readouterr().err
