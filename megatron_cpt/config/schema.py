@@ -325,8 +325,9 @@ class InitConfig:
     """Where a stage's weights come from. A run's own checkpoints always come first."""
 
     from_path: str | None = None
-    """A Hugging Face folder, a Megatron checkpoint folder (`.../checkpoints` or `.../iter_0001000`), or
-    `variant:NAME[@ITERATION]`, the run of another variant of this task; None: random weights."""
+    """A Hugging Face folder, a Megatron checkpoint folder (`.../checkpoints` or `.../iter_0001000`, Megatron-LM's own too, `torch`
+    or `torch_dist`), a DeepSpeed universal checkpoint, or `variant:NAME[@ITERATION]`, the run of another variant of this task;
+    None: random weights. What was made elsewhere is converted into `<run>/init` once."""
     load: Literal["weights", "full"] = "weights"
     """weights: a fresh optimizer (Megatron's --finetune); full: optimizer moments too. Iterations and samples start
     at 0 in both."""

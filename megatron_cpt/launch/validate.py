@@ -93,6 +93,7 @@ def _init_mistakes(config: RunConfig) -> list[str]:
         return []
     path = Path(text)
     marks = ("config.json", "manifest.json", "metadata.json", "latest_checkpointed_iteration.txt")
-    if not any((path / mark).is_file() for mark in marks):
+    foreign = ("mp_rank_*/model_optim_rng.pt", "zero/*/fp32.pt", ".metadata")
+    if not any((path / mark).is_file() for mark in marks) and not any(any(path.glob(mark)) for mark in foreign):
         return [f"init.from_path: {text} is no Hugging Face folder and no checkpoint. Name one, or null for none."]
     return []
