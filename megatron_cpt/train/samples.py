@@ -1,8 +1,5 @@
 """A stage's samples from megatron-core's GPT datasets: exact per shard, without replacement, from a race-free cache.
 
-A sample is `tokens` and `labels` (int64 [s]) and `loss_mask` (float32 [s]); of a masked shard also `pieces` (int64 [s],
-see `data/masked.py`), read through the very indices that its tokens were read through.
-
 - Each entry of the data list gives exactly its planned samples (`spread_samples`), in the order of `blend_order`.
 - A shard is read epoch by epoch, each in an order of its own; no document comes again before the epoch is exhausted.
   `DataEntry.first_sample` continues where earlier stages stopped in the same shard.
@@ -10,7 +7,6 @@ see `data/masked.py`), read through the very indices that its tokens were read t
   content; it appears whole under its name, so that two builders at once, or one killed midway, do no harm.
 """
 
-import copy
 import dataclasses
 import errno
 import hashlib
@@ -28,7 +24,6 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
 from megatron_cpt.config.derived import train_samples
@@ -38,12 +33,13 @@ from megatron_cpt.data.budget import spread_samples
 from megatron_cpt.data.fim import FillInMiddle
 from megatron_cpt.data.indexed import bin_path, idx_path, manifest_path, read_index
 from megatron_cpt.data.list_formats import DataEntry
-from megatron_cpt.data.masked import LEARNED, PIECE, mask_prefix, read_mask
+from megatron_cpt.data.masked import mask_prefix, read_mask
 from megatron_cpt.data.shard_form import packing_problem, read_shard_form
 from megatron_cpt.data.skip_list import SkipList, kept_documents, stage_skip_list
 from megatron_cpt.errors import CptError, DataError
 from megatron_cpt.files import text_hash, whole_dir, write_json
 from megatron_cpt.log import Progress
+from megatron_cpt.train.shard_samples import ShardSamples
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +50,7 @@ _MOST_FILES = 1 << 20
 class BlendedSamples(torch.utils.data.Dataset):
     """The samples of a stage in training order; `dataset_id` is the index of the entry each came from."""
 
-    def __init__(self, shards: Sequence["ShardSamples | None"], dataset_index: np.ndarray, sample_index: np.ndarray):
+    def __init__(self, shards: Sequence[ShardSamples | None], dataset_index: np.ndarray, sample_index: np.ndarray):
         self.shards = shards
         self.fim: FillInMiddle | None = None
         """How documents of shards without a mask are rearranged."""
@@ -79,71 +75,6 @@ class BlendedSamples(torch.utils.data.Dataset):
             ids = torch.from_numpy(self.fim.rearrange(ids, self.fim_prefixes[dataset_id], shard.first_sample + number))
             sample = sample | {"tokens": ids[:-1], "labels": ids[1:]}
         return {"dataset_id": dataset_id, **sample}
-
-
-class ShardSamples:
-    """Samples `first_sample, first_sample + 1, ...` of one shard, epoch after epoch; `mask` is its mask's pair."""
-
-    def __init__(
-        self,
-        epochs: Sequence[GPTDataset],
-        samples_per_epoch: int,
-        first_sample: int,
-        mask: IndexedDataset | None = None,
-    ):
-        self.epochs = epochs
-        self.masks = [] if mask is None else [_over(dataset, mask) for dataset in epochs]
-        self.samples_per_epoch = samples_per_epoch
-        self.first_epoch = first_sample // samples_per_epoch
-        self.first_sample = first_sample
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        epoch, sample = self._place(index)
-        drawn = self.epochs[epoch][sample]
-        if not self.masks:
-            return drawn
-        bits, _, _ = self.masks[epoch]._query_document_sample_shuffle_indices(sample)
-        length = len(drawn["tokens"])
-        bits = np.append(bits, 0)[: length + 1]  # a pack has no token after its last
-        return drawn | {
-            "loss_mask": torch.from_numpy(loss_of_bits(bits[1:])),
-            "pieces": torch.from_numpy(np.cumsum(bits[:length] & PIECE != 0)),
-        }
-
-    def spans(self, index: int) -> list[tuple[int, int, int]]:
-        """Return (document, its first token here, tokens) of each document that gives tokens to a sample, in order."""
-        epoch, sample = self._place(index)
-        dataset = self.epochs[epoch]
-        row = int(dataset.shuffle_index[sample])
-        (first, start), (last, end) = (tuple(map(int, dataset.sample_index[row + after])) for after in (0, 1))
-        spans = []
-        for position in range(first, last + 1):
-            document = int(dataset.document_index[position])
-            begin = start if position == first else 0
-            stop = end if position == last else int(dataset.dataset.sequence_lengths[document])
-            if stop > begin:
-                spans.append((document, begin, stop - begin))
-        return spans
-
-    def _place(self, index: int) -> tuple[int, int]:
-        """Return which of `epochs` a sample stands in, and its number there."""
-        epoch, sample = divmod(self.first_sample + index, self.samples_per_epoch)
-        return epoch - self.first_epoch, sample
-
-
-def loss_of_bits(labels: np.ndarray) -> np.ndarray:
-    """Return 1.0 for each label that counts, float32 of the same shape, from the mask bytes of the labels.
-
-    The first token of a piece never counts: it would be predicted from another piece.
-    """
-    return ((labels & (LEARNED | PIECE)) == LEARNED).astype(np.float32)
-
-
-def _over(dataset: GPTDataset, pair: IndexedDataset) -> GPTDataset:
-    """Return the dataset that reads another pair through the same indices."""
-    other = copy.copy(dataset)
-    other.dataset = pair
-    return other
 
 
 def build_train_samples(

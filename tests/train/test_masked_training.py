@@ -9,7 +9,7 @@ import torch
 
 from megatron_cpt.data.masked import PIECE
 from megatron_cpt.train.neftune import embedding_noise
-from megatron_cpt.train.samples import loss_of_bits
+from megatron_cpt.train.shard_samples import loss_of_bits
 from tests.train.test_masked import write_conversations, write_packs
 from tests.train.tiny import BATCH, EOD, SEQ, run_steps, tiny_config
 
