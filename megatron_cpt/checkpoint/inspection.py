@@ -1,6 +1,7 @@
 """What is in a checkpoint, how two differ, and a manifest for a foreign one."""
 
 import dataclasses
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,9 +12,12 @@ import torch
 
 from megatron_cpt.checkpoint import mcore
 from megatron_cpt.checkpoint.dcp import DcpReader
+from megatron_cpt.checkpoint.foreign import open_foreign
 from megatron_cpt.config.schema import ModelConfig
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.log import format_bytes, format_count
+
+logger = logging.getLogger(__name__)
 
 _OPTIMIZER = ("optimizer.", "chained_")
 
@@ -124,8 +128,9 @@ def adopt_checkpoint(directory: Path, model: ModelConfig) -> None:
     iteration = mcore.iteration_of(directory)
     if iteration is None:
         raise CheckpointError(f"{directory}: is not called iter_NNNNNNN or release. Rename it as Megatron would.")
-    keys = DcpReader(directory).tensor_keys()
-    has_optimizer = any(key.startswith(_OPTIMIZER) for key in keys)
+    foreign = open_foreign(directory, model)
+    if foreign.missing:
+        logger.warning("%s: adopted for its weights only: %s", directory, foreign.missing)
     mcore.write_manifest(
         directory,
         {
@@ -137,7 +142,7 @@ def adopt_checkpoint(directory: Path, model: ModelConfig) -> None:
             "tokenizer": None,
             "model": dataclasses.asdict(model),
             "config": None,
-            "content": "full" if has_optimizer else "weights",
+            "content": "full" if foreign.moments else "weights",
             "hf": None,
             "source": {"kind": "adopted"},
         },

@@ -55,12 +55,20 @@ from megatron_cpt.train.parallel import on_rank_0
 
 logger = logging.getLogger(__name__)
 
+READ_BACK_ATTEMPTS, READ_BACK_WAIT_SECONDS = 3, 1.0
+"""Another node's view of a network file system may lag behind what this one wrote."""
+
 PR_SET_PDEATHSIG = 1
 """prctl(2): the signal a process gets when its parent dies."""
 
 # Sections whose values change what a run computes; the others may differ freely between a run and its resume.
 RESULT_SECTIONS = ("model", "training", "optimizer", "schedule", "data")
-FREE_SETTINGS = ("training.micro_batch_size", "training.deterministic", "data.max_epochs")
+FREE_SETTINGS = (
+    "training.micro_batch_size", "training.deterministic", "data.max_epochs",
+    # what a run passed stays in its manifest, so that these may change for what is to come
+    "data.skip_iterations", "training.spike_threshold", "training.spike_action", "training.spike_skip_iterations",
+    "training.spike_max_rollbacks",
+)  # fmt: skip
 
 
 def save_checkpoint(
@@ -231,7 +239,11 @@ def _read_back(directory: Path, hashes: dict[str, str]) -> None:
 
 
 def _has_hash(path: Path, digest: str) -> bool:
-    return path.is_file() and file_hash(path) == digest
+    for _ in range(READ_BACK_ATTEMPTS):
+        if path.is_file() and file_hash(path) == digest:
+            return True
+        time.sleep(READ_BACK_WAIT_SECONDS)
+    return False
 
 
 def _hashes_path(directory: Path, rank: int) -> Path:

@@ -59,6 +59,8 @@ def trained(ranks, tmp_path_factory):
         ("tied", "fp32", 2, {PP: 2}),
         ("dense", "fp32", 2, {PP: 2, VPP: 2}),
         ("qwen", "bf16", 2, {}),
+        ("moe", "bf16", 1, {}),
+        ("mla", "bf16", 2, {TP: 2}),
     ],
 )
 def test_the_distributed_optimizers_buffers_are_taken_apart_by_name(

@@ -64,6 +64,7 @@ def save_twice(root: str, is_async: bool, disturb: str) -> str:
             return result
 
         setattr(checkpointing, name, disturbed)
+    checkpointing.READ_BACK_WAIT_SECONDS = 0.01
     queue = AsyncCallsQueue() if is_async else None
     problem = ""
     try:
