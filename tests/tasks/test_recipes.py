@@ -2,6 +2,9 @@
 
 import importlib
 import os
+import re
+import shlex
+import string
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +17,7 @@ from megatron_cpt.config.derived import train_iters
 from megatron_cpt.config.load import load_config
 from megatron_cpt.data.masked import MaskedShardWriter
 from megatron_cpt.launch.plan import plan_run
+from megatron_cpt.verbs.dispatch import load_verb
 
 ROOT = Path(__file__).resolve().parents[2]
 TASKS = ROOT / "tasks"
@@ -184,3 +188,33 @@ def test_each_readme_says_question_data_commands_cost_and_result(task):
         assert heading in text, heading
     for word in ("hub download", "HF_ENDPOINT", "pbs/run_", "slurm/run_", "megatron-cpt plan", "--account"):
         assert word in text, word
+
+
+@pytest.mark.parametrize("task", PARAMS)
+def test_each_command_of_a_readme_has_arguments_that_its_verb_takes(task):
+    """They name clusters and data sets that are not here, so they are parsed and not run."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", (TASKS / task / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    variables: dict[str, str] = {}
+    commands = []
+    for line in "".join(blocks).replace("\\\n", " ").splitlines():
+        words = shlex.split(string.Template(line).safe_substitute(variables), comments=True)
+        while words and re.fullmatch(r"[A-Za-z_]+=.*", words[0], re.DOTALL):
+            name, _, value = words.pop(0).partition("=")
+            variables[name] = value
+        commands += [words] if words and words[0] not in ("export", "cp") else []
+    assert commands
+    for words in commands:
+        if words[0] == "megatron-cpt":
+            parse(words[1:])
+        else:
+            assert (ROOT / words[0]).is_file(), words[0]
+        if "--command" in words:
+            parse(shlex.split(words[words.index("--command") + 1]))
+
+
+def parse(words: list[str]) -> None:
+    """Parse a verb's arguments; a parser that refuses them ends the program."""
+    _, parser = load_verb(words[0], words[0])
+    arguments = parser.parse_args(words[1:])
+    if "sub_verb" in arguments:
+        parse([f"{words[0]} {arguments.sub_verb}", *arguments.rest])
