@@ -73,7 +73,7 @@ def cases(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     if not arguments.gpu:
         if arguments.tiny:
             return {"tiny": case(TINY_SHAPE, seq_length=64, micro=2, batch=4, precision="fp32")}
-        return {"cpu-37m": case(CPU_SHAPE, seq_length=512, micro=2, batch=4, precision="fp32")}
+        return {"cpu-32m": case(CPU_SHAPE, seq_length=512, micro=2, batch=4, precision="fp32")}
     if arguments.tiny:
         return {"tiny": case(TINY_SHAPE, seq_length=64, micro=2, batch=4, precision="bf16")}
     known = {

@@ -78,6 +78,10 @@ def _skip_in_future(stage: Stage, spike: Spike, iteration: int) -> Any:
     if checkpoint is None:
         logger.warning("no roll-back: the run has no checkpoint yet")
         return None
-    line = skip_line(spike, iteration, int(read_manifest(checkpoint)["iteration"]), training)
+    saved = int(read_manifest(checkpoint)["iteration"])
+    if saved >= iteration:  # an asynchronous save failed just now and was done again, after the spike
+        logger.warning("no roll-back: the newest checkpoint is from iteration %d", saved)
+        return None
+    line = skip_line(spike, iteration, saved, training)
     append_line(path, line)
     return line

@@ -85,8 +85,9 @@ def test_a_range_added_for_the_past_changes_no_count(ranks, ramped):
     before = read_manifest(run / "checkpoints" / "iter_0000008")
     shutil.rmtree(run / "checkpoints" / "iter_0000008")
     (run / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("4\n")
-    (run / "skip_iterations.txt").write_text("1-2  # trained already\n5\n")
-    (seen,) = ranks.run(traced_stage, 1, str(experiment), RAMP)
+    (run / "skip_iterations.txt").write_text("1-2  # trained already\n")
+    more = [word if not word.startswith("data.skip") else 'data.skip_iterations=["3","5-7"]' for word in RAMP]
+    (seen,) = ranks.run(traced_stage, 1, str(experiment), tuple(more))
     assert seen == [(76, 16)]
     after = read_manifest(run / "checkpoints" / "iter_0000008")
     assert after["skipped_iterations"] == ["3", "5-7"]
