@@ -86,11 +86,7 @@ def hf_to_mcore(
             mcore.write_tracker(output, "release")
         logger.info("%s: converted already from the same weights", target)
         return target
-    tracked = mcore.read_tracker(output)
-    if tracked not in (None, "release"):
-        raise CheckpointError(
-            f"{output}: holds a run at iteration {tracked}. Converted weights need a folder of their own. Choose another one."
-        )
+    mcore.check_holds_no_run(output)
     mcore.check_free_space(output, int(source.num_bytes() * 1.01) + (1 << 20))
     remove_partial(target)
     with whole_dir(target) as directory, claimed(directory):

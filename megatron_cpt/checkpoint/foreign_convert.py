@@ -80,8 +80,11 @@ def foreign_to_mcore(
     identity = _identity(foreign, dtype, has_optimizer=moments is not None)
     target = mcore.checkpoint_dir(output, "release")
     if _is_done(target, identity, model):
+        if mcore.read_tracker(output) is None:  # killed between the folder and the tracker
+            mcore.write_tracker(output, "release")
         logger.info("%s: converted already from the same checkpoint", target)
         return target
+    mcore.check_holds_no_run(output)
     slices = _slices(steps, foreign.weights, moments, model, DTYPES[dtype] if dtype else None)
     total = sum(part.num_bytes for part in slices)
     mcore.check_free_space(output, int(total * 1.01) + (1 << 20))

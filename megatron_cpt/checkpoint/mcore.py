@@ -232,6 +232,15 @@ def check_free_space(directory: Path, needed_bytes: int) -> None:
         )
 
 
+def check_holds_no_run(root: Path) -> None:
+    """Raise CheckpointError when a folder that is to get `release` holds a run: its tracker would lose its place."""
+    tracked = read_tracker(root)
+    if tracked not in (None, "release"):
+        raise CheckpointError(
+            f"{root}: holds a run at iteration {tracked}. Converted weights need a folder of their own. Choose another one."
+        )
+
+
 def checkpoint_bytes(directory: Path) -> int:
     """Return the bytes of all files in a checkpoint folder, complete or not."""
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from megatron_cpt.checkpoint import mcore
-from megatron_cpt.checkpoint.convert import mcore_to_hf
+from megatron_cpt.checkpoint.convert import claimed, mcore_to_hf, remove_partial
 from megatron_cpt.checkpoint.dcp_writer import Slice, write_dcp
 from megatron_cpt.checkpoint.hf_config import TRAINING_FIELDS, differing_fields
 from megatron_cpt.checkpoint.hf_export_config import hf_config_from_model
@@ -106,9 +106,13 @@ def average_checkpoints(
         raise CheckpointError(
             f"soup: {', '.join(left[:3])} belong to no layer of the model. The manifest is another model's."
         )
+    mcore.check_holds_no_run(output)
     target = mcore.checkpoint_dir(output, "release")
-    with whole_dir(target) as directory:
-        hashes = write_dcp(directory, [_slice(step, source) for step in steps], num_workers=num_workers)
+    slices = [_slice(step, source) for step in steps]
+    mcore.check_free_space(output, int(sum(part.num_bytes for part in slices) * 1.01) + (1 << 20))
+    remove_partial(target)
+    with whole_dir(target) as directory, claimed(directory):
+        hashes = write_dcp(directory, slices, num_workers=num_workers)
         write_megatron_metadata(directory, models[0])
         write_json(directory / MERGE_INFO, info)
         mcore.write_manifest(directory, _manifest(manifests[0], info), hashes)

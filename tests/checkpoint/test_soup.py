@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from megatron_cpt.checkpoint import mergekit
 from megatron_cpt.checkpoint.convert import hf_to_mcore, mcore_to_hf
 from megatron_cpt.checkpoint.hf import HFFolder
-from megatron_cpt.checkpoint.mcore import read_tracker, verify_checkpoint
+from megatron_cpt.checkpoint.mcore import read_tracker, verify_checkpoint, write_tracker
 from megatron_cpt.checkpoint.megatron_soup import average_checkpoints
 from megatron_cpt.checkpoint.mergekit import OF_TWO, WEIGHTLESS, WITHOUT_BASE, mergekit_config, run_mergekit
 from megatron_cpt.checkpoint.soup import average_hf, greedy_soup, uniform_soup, weighted_mean
@@ -216,6 +216,13 @@ def test_megatron_checkpoints_average_directly_into_either_format(variants, chec
     for name in HFFolder(expected).names():
         for folder in (exported, through):
             assert torch.equal(HFFolder(folder).read(name), HFFolder(expected).read(name))
+
+
+def test_a_soup_never_lands_among_a_runs_checkpoints(checkpoints, tmp_path):
+    write_tracker(tmp_path, 100)
+    with pytest.raises(CheckpointError, match="holds a run at iteration 100"):
+        average_checkpoints(checkpoints, tmp_path)
+    assert read_tracker(tmp_path) == 100
 
 
 def test_checkpoints_of_other_models_do_not_average(checkpoints, hf_models, tmp_path):
