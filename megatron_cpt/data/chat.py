@@ -76,11 +76,12 @@ def prepare_chat(
         identity = _identity(sources, encoder, job, choice, on_bad)
         identity["options"]["pack"] = None if pack is None else vars(pack)
         if kept := _finished(prefix, identity):
+            _write_bounds(output_prefix, kept[prefix])
             return kept
         bounds_path = choice.bounds_path or _bounds_path(output_prefix)
         known = read_bounds(bounds_path, choice.held_out, job.held_out_by) if choice.held_out else {}
         work = output_prefix if pack is None else _unpacked_dir(output_prefix) / output_prefix.name
-        made = _finished(shard_prefix(work), identity)
+        made = None if pack is None else _unpacked(work, identity)
         if made is None:
             selection = None
             if not choice.is_all:
@@ -92,11 +93,28 @@ def prepare_chat(
                     known_bounds=known,
                     number=choice.number,
                 )
-            if selection and choice.held_out:
-                record = bounds_record(selection.bounds, choice.held_out, job.held_out_by)
-                write_json(_bounds_path(output_prefix), record)
-            made = ChatWriting(sources, work, encoder, identity, selection, on_bad).run(pool)
-    return made if pack is None else _packed(made, output_prefix, pack)
+            bounds = bounds_record(selection.bounds if selection else {}, choice.held_out, job.held_out_by)
+            stated = identity | {"held_out": bounds}
+            made = ChatWriting(sources, work, encoder, stated, selection, on_bad).run(pool)
+    if pack is not None:
+        made = _packed(made, output_prefix, pack)
+    _write_bounds(output_prefix, made[prefix])
+    return made
+
+
+def _write_bounds(output_prefix: Path, manifest: dict[str, Any]) -> None:
+    """Write the bounds of the validation sets beside a shard that is whole: a run that failed settles nothing."""
+    if manifest["held_out"]["bounds"] and not _bounds_path(output_prefix).exists():
+        write_json(_bounds_path(output_prefix), manifest["held_out"])
+
+
+def _unpacked(work: Path, identity: dict[str, Any]) -> dict[Path, dict[str, Any]] | None:
+    """Return what an interrupted run of the same command has left to pack; what another one left is made anew."""
+    try:
+        return _finished(shard_prefix(work), identity)
+    except DataError:
+        shutil.rmtree(work.parent)
+        return None
 
 
 def _packed(unpacked: dict[Path, dict[str, Any]], output_prefix: Path, pack: PackOptions) -> dict[Path, dict[str, Any]]:

@@ -188,7 +188,7 @@ def _joined_manifest(manifests: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if "statistics" in joined:
         joined["statistics"] = _sums([manifest["statistics"] for manifest in manifests])
         joined["inputs"] = [entry for manifest in manifests for entry in manifest["inputs"]]
-        joined["held_out_shards"] = []
+        joined |= {"held_out_shards": [], "held_out": {"bounds": {}}}
     if "packed" in joined:
         counts = ("real_tokens", "lost_tokens", "split_documents", "truncated_documents", "dropped_documents")
         totals = {name: sum(manifest["packed"].get(name, 0) for manifest in manifests) for name in counts}

@@ -379,6 +379,30 @@ def test_packs_of_a_tokenized_corpus_are_audited_and_traced(verb, tmp_path, bpe_
     assert code == 0 and all(f"{path}:" in place for place in places) and "pack 0, token 0" in places[0]
 
 
+def test_an_interrupted_packing_goes_on_unless_the_inputs_changed(prepare, tmp_path, monkeypatch):
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    path = write_lines(tmp_path / "in.jsonl", [chat(f"q{n}", f"a{n}") for n in range(30)])
+    options = ["--pack", "64", "--held-out", "3"]
+    with monkeypatch.context() as patch:
+        patch.setattr("megatron_cpt.data.chat.pack_shard", fail)
+        assert prepare(path, options=options)[0] == 130
+    assert [entry.name for entry in (tmp_path / "tokens").iterdir()] == [".a.unpacked"]
+    with monkeypatch.context() as patch:
+        patch.setattr("megatron_cpt.data.chat.ChatWriting.run", fail)  # nothing is encoded again
+        assert prepare(path, options=options)[0] == 0
+        (tmp_path / "tokens/a.held_out.json").unlink()
+        assert prepare(path, options=options)[0] == 0
+    assert (tmp_path / "tokens/a.held_out.json").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("megatron_cpt.data.chat.pack_shard", fail)
+        assert prepare(path, options=options, prefix="tokens/b")[0] == 130
+    write_lines(path, [chat(f"other {n}", f"a{n}") for n in range(30)])
+    code, said = prepare(path, options=options, prefix="tokens/b")
+    assert code == 0, said
+
+
 def test_a_sentencepiece_model_is_refused_since_it_has_no_offsets(prepare, tmp_path, sentencepiece_model):
     path = write_lines(tmp_path / "in.jsonl", [chat("a?", "a!")])
     code, said = prepare(path, options=["--tokenizer", sentencepiece_model])
