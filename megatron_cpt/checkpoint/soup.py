@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 
-from megatron_cpt.checkpoint.convert import DEFAULT_SHARD_BYTES, DTYPES, NAMES_IN_CONFIG
+from megatron_cpt.checkpoint.convert import DEFAULT_SHARD_BYTES, DTYPES, NAMES_IN_CONFIG, claimed, remove_partial
 from megatron_cpt.checkpoint.hf import SIDE_FILES, HFFolder, OutputGroup, copy_side_files, write_safetensors
 from megatron_cpt.checkpoint.hf_config import architecture_keys
+from megatron_cpt.checkpoint.mcore import check_free_space
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.files import file_hash, whole_dir, write_json
 
@@ -113,8 +114,10 @@ def average_hf(
 
         return OutputGroup(((name, first.shape(name), target),), build)
 
-    with whole_dir(output) as directory:
-        groups = [group(name) for name in first.names()]
+    groups = [group(name) for name in first.names()]
+    check_free_space(output, int(sum(part.num_bytes for part in groups) * 1.01) + (1 << 20))
+    remove_partial(output)
+    with whole_dir(output) as directory, claimed(directory):
         write_safetensors(directory, groups, max_shard_bytes=max_shard_bytes, num_workers=num_workers)
         copy_side_files(first.path, directory, (*SIDE_FILES, "generation_config.json", "*.py"))
         config = dict(first.config)

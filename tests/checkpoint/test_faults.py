@@ -22,6 +22,7 @@ from megatron_cpt.checkpoint.dcp import DcpReader
 from megatron_cpt.checkpoint.foreign_convert import foreign_to_mcore
 from megatron_cpt.checkpoint.hf import HFFolder, OutputGroup, write_safetensors
 from megatron_cpt.checkpoint.megatron_soup import average_checkpoints
+from megatron_cpt.checkpoint.soup import average_hf
 from megatron_cpt.errors import CheckpointError, CptError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
@@ -102,6 +103,20 @@ def convert_and_stall(convert, source, output, reached, after):
 
     dcp_writer.HashingWriter.write = write
     convert(source, output)
+
+
+def test_a_killed_soup_leaves_nothing_under_the_name_and_the_next_one_clears_up(hf_models, tmp_path):
+    output, reached = tmp_path / "soup", tmp_path / "reached"
+    models = [hf_models("llama"), hf_models("llama")]
+    process_id = forked(convert_and_stall, average_hf, models, output, reached, 5)
+    deadline = time.monotonic() + 60
+    while not reached.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process_id, signal.SIGKILL)
+    os.waitpid(process_id, 0)
+    assert not output.exists() and list(tmp_path.glob(".soup.*.partial"))
+    assert average_hf(models, output) == output
+    assert not list(tmp_path.glob(".*.partial"))
 
 
 @pytest.mark.parametrize(
