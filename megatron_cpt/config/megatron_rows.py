@@ -459,7 +459,7 @@ _RUN = (
     Row("checkpoint.verify_on_save", honoured_by="train/saving.py"),
     Row("checkpoint.async_save", flag="--async-save", honoured_by="train/saving.py"),
     Row("checkpoint.verify_on_load", honoured_by="train/init.py"),
-    Row("checkpoint.accept_changes", honoured_by="train/checkpointing.py"),
+    Row("checkpoint.accept_changes", honoured_by="train/resume_check.py"),
     Row(
         "evaluation.eval_interval",
         flag="--eval-interval",

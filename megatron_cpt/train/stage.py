@@ -24,11 +24,12 @@ from megatron_cpt.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_cpt.errors import DataError
 from megatron_cpt.launch.run_dir import RunDir, run_dir
 from megatron_cpt.train.batches import DatasetTokenizer, build_train_dataset
-from megatron_cpt.train.checkpointing import check_model_fits, check_unchanged, load_checkpoint
+from megatron_cpt.train.checkpointing import load_checkpoint
 from megatron_cpt.train.evaluation import ValidationSet, build_validation_sets
 from megatron_cpt.train.init import initial_checkpoint
 from megatron_cpt.train.model import build_training_model
 from megatron_cpt.train.parallel import on_rank_0
+from megatron_cpt.train.resume_check import check_model_fits, check_unchanged
 from megatron_cpt.train.revision import code_revision
 from megatron_cpt.train.samples import BlendedSamples
 from megatron_cpt.train.skipping import passed_ranges, skipped_ranges, tokens_per_corpus

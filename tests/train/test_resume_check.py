@@ -6,7 +6,7 @@ import json
 import pytest
 
 from megatron_cpt.errors import ConfigError
-from megatron_cpt.train.checkpointing import check_unchanged
+from megatron_cpt.train.resume_check import check_unchanged
 from tests.train.tiny import tiny_config
 
 
