@@ -31,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     part.add_argument("right", type=Path, metavar="DIR", help="the other")
     part = actions.add_parser("prune", help="delete superseded checkpoints, never the only good one")
     part.add_argument("root", type=Path, metavar="ROOT", help="a run's `checkpoints` folder")
-    part.add_argument("--keep-last", type=int, metavar="K", help="newest checkpoints to keep (all; give this or --quota)")
+    part.add_argument(
+        "--keep-last", type=int, metavar="K", help="newest checkpoints to keep (all; give this or --quota)"
+    )
     part.add_argument("--keep-every", type=int, metavar="N", help="keep multiples of N too")
     part.add_argument("--protect", type=int, action="append", default=[], metavar="ITERATION", help="keep this one too")
     part.add_argument(
