@@ -261,7 +261,7 @@ class CorpusConfig:
     tokens: tuple[str, ...] = ()
     """Prefixes of `.bin/.idx` pairs (without extension), folders or globs of them, relative to paths.data_dir."""
     validation: tuple[str, ...] = ()
-    """Prefixes of held-out `.bin/.idx` pairs, relative to paths.data_dir."""
+    """Prefixes of held-out `.bin/.idx` pairs, folders or globs of them, relative to paths.data_dir."""
     validation_documents: tuple[str, ...] = ()
     """Held-out documents as text, for bits per byte, relative to paths.data_dir."""
 

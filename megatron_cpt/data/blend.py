@@ -20,6 +20,7 @@ from megatron_cpt.data.blend_sources import (
     parts_from_mix,
     parts_from_rules,
     stage_name,
+    validation_prefixes,
 )
 from megatron_cpt.data.budget import apportion, exact, spread_samples
 from megatron_cpt.data.datalist import DataEntry, read_data_list
@@ -215,10 +216,8 @@ def _held_out_lengths(config: RunConfig) -> dict[str, int | None]:
     """Return the lengths of the packs of the validation sets that a run will measure with."""
     if not config.evaluation.eval_interval:
         return {}
-    prefixes = [
-        Path(config.paths.data_dir) / prefix for corpus in config.data.corpora.values() for prefix in corpus.validation
-    ]
-    return {str(prefix): read_shard_form(prefix).packed_seq_length for prefix in prefixes}
+    prefixes = [prefix for corpus in config.data.corpora for prefix in validation_prefixes(config, corpus, [])]
+    return {prefix: read_shard_form(Path(prefix)).packed_seq_length for prefix in prefixes}
 
 
 def _sentinel_problems(config: RunConfig) -> list[str]:

@@ -146,6 +146,13 @@ def parts_from_list(config: RunConfig, problems: list[str]) -> tuple[Parts, Shar
     return parts, shares
 
 
+def validation_prefixes(config: RunConfig, corpus: str, problems: list[str]) -> list[str]:
+    """Return the held-out shards of a corpus; `problems` gains what is missing."""
+    prefixes, missing = find_shards(config.data.corpora[corpus].validation, Path(config.paths.data_dir))
+    problems += [f"corpus {corpus}: validation: {problem}" for problem in missing]
+    return prefixes
+
+
 def stage_name(config: RunConfig) -> str:
     """Return the name under which a stage stands in the replay buffer."""
     return f"{config.task}/{config.params}/{config.size}/{config.variant}"
@@ -222,9 +229,7 @@ def _resolve(prefix: str, data_dir: Path) -> str:
 
 def _held_out_shards(config: RunConfig, parts: Parts) -> list[str]:
     held_out = {
-        str(Path(config.paths.data_dir) / prefix): name
-        for name, corpus in config.data.corpora.items()
-        for prefix in corpus.validation
+        prefix: name for name in config.data.corpora for prefix in validation_prefixes(config, name, problems=[])
     }
     return [
         f"{part.shard.prefix} is in the blend and is the validation set of {held_out[part.shard.prefix]}. A model must "

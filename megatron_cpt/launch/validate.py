@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megatron_cpt.config.load import LoadedConfig
 from megatron_cpt.config.schema import RunConfig
-from megatron_cpt.errors import CptError, LaunchError
+from megatron_cpt.errors import CptError, DataError, LaunchError
 from megatron_cpt.launch.job import format_walltime
 from megatron_cpt.launch.plan import plan_run
 from megatron_cpt.launch.progress import last_checkpoint
@@ -69,11 +69,17 @@ def check_training(loaded: LoadedConfig, run: RunDir, *, data_will_exist: bool =
 def check_data(config: RunConfig) -> None:
     """Plan the blend, as the first rank will.
 
-    Raises: DataError when a corpus is missing, damaged or too small.
+    Raises: DataError when a corpus is missing, damaged or too small, or held-out shards are missing.
     """
     from megatron_cpt.data.blend import plan_blend  # only here: it reads indices with numpy
+    from megatron_cpt.data.blend_sources import validation_prefixes
 
     plan_blend(config)
+    problems: list[str] = []
+    for corpus in config.data.corpora if config.evaluation.eval_interval else ():
+        validation_prefixes(config, corpus, problems)
+    if problems:
+        raise DataError("\n".join(problems))
 
 
 def _init_mistakes(config: RunConfig) -> list[str]:

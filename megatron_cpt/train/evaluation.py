@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_cpt.config.schema import RunConfig
+from megatron_cpt.data.blend_sources import validation_prefixes
 from megatron_cpt.data.indexed import read_shard_manifest
 from megatron_cpt.data.shard_form import read_shard_form
 from megatron_cpt.errors import DataError
@@ -27,15 +28,16 @@ class ValidationSet:
     """None for masked shards: the bytes of what is learned are not known."""
 
 
-def build_validation_sets(
-    config: RunConfig, tokenizer: DatasetTokenizer, cache: Path, data_dir: Path
-) -> list[ValidationSet]:
-    """Return the validation set of every corpus that has one; empty when evaluation is off."""
+def build_validation_sets(config: RunConfig, tokenizer: DatasetTokenizer, cache: Path) -> list[ValidationSet]:
+    """Return the validation set of every corpus that has one; empty when evaluation is off.
+
+    Raises: DataError naming held-out shards that are missing.
+    """
     if not config.evaluation.eval_interval:
         return []
     sets = []
-    for name, corpus in config.data.corpora.items():
-        prefixes = [str(data_dir / prefix) for prefix in corpus.validation]
+    for name in config.data.corpora:
+        prefixes = _held_out(config, name)
         if not prefixes:
             continue
         dataset = build_validation_dataset(config, prefixes, tokenizer, cache)
@@ -53,6 +55,14 @@ def build_validation_sets(
         num_tokens = sum(manifest["tokens"] for manifest in manifests)
         sets.append(ValidationSet(name, dataset, num_bytes / num_tokens))
     return sets
+
+
+def _held_out(config: RunConfig, corpus: str) -> list[str]:
+    problems: list[str] = []
+    prefixes = validation_prefixes(config, corpus, problems)
+    if problems:
+        raise DataError("\n".join(problems))
+    return prefixes
 
 
 @torch.no_grad()

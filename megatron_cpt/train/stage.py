@@ -117,7 +117,7 @@ def prepare(loaded: LoadedConfig, *, from_start: bool = False) -> Stage | None:
         raise DataError("data.tokenizer: not set. Its end-of-document id is needed. Name the tokenizer's folder.")
     dataset_tokenizer = DatasetTokenizer(tokenizer.eod_id, tokenizer.vocab_size, tokenizer.identity)
     dataset = build_train_dataset(config, entries, dataset_tokenizer, run.cache)
-    validation_sets = build_validation_sets(config, dataset_tokenizer, run.cache, data_dir)
+    validation_sets = build_validation_sets(config, dataset_tokenizer, run.cache)
 
     model, optimizer = build_training_model(config)
     origin = _load_start(config, run, resume, model, optimizer)

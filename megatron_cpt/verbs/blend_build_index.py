@@ -47,6 +47,6 @@ def run(arguments: argparse.Namespace) -> None:
         settings = dataset_config(config, tokenizer, blend=blend)
         build_train_indexes(config, plan.entries, settings, run.cache, arguments.workers)
     dataset = build_train_dataset(config, plan.entries, tokenizer, run.cache)
-    build_validation_sets(config, tokenizer, run.cache, data_dir)
+    build_validation_sets(config, tokenizer, run.cache)
     seconds = time.monotonic() - started
     sys.stdout.write(f"{run.cache}: {len(dataset):,} samples of {len(plan.entries):,} shards in {seconds:.1f} s\n")

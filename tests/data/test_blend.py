@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 
 from megatron_cpt.config.schema import CorpusConfig, DataConfig, ModelConfig, PathsConfig, RunConfig, TrainingConfig
 from megatron_cpt.data.blend import plan_blend
+from megatron_cpt.data.blend_sources import validation_prefixes
 from megatron_cpt.data.budget import apportion, exact, scale_tokens, spread_samples
 from megatron_cpt.data.indexed import bin_path, idx_path, manifest_path, write_index
 from megatron_cpt.errors import DataError
 from megatron_cpt.files import write_json
+from megatron_cpt.launch.validate import check_data
 
 _IDENTITY = {"name": "tok", "kind": "huggingface", "hash": "0123456789", "vocab_size": 100, "eod_id": 0}
 
@@ -171,6 +173,23 @@ def test_one_shard_in_two_corpora_is_refused(tmp_path, two_corpora):
     corpora = two_corpora | {"again": ["D0/a_text_document"]}
     with pytest.raises(DataError, match="belongs to the corpora D0 and again"):
         plan_blend(run_config(tmp_path, mix={"D0": 0.5, "again": 0.5}, corpora=corpora))
+
+
+def test_validation_sets_may_be_folders_and_missing_ones_are_named_before_training(tmp_path, two_corpora):
+    write_shard(tmp_path / "held/a_text_document", [100])
+    config = run_config(tmp_path, mix={"D0": 1.0}, corpora=two_corpora)
+    held_out = {"D0": CorpusConfig(tokens=("D0",), validation=("held", "nothing"))}
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, corpora=held_out),
+        evaluation=dataclasses.replace(config.evaluation, eval_interval=5),
+    )
+    assert validation_prefixes(config, "D0", []) == [str(tmp_path / "held/a_text_document")]
+    with pytest.raises(DataError, match="corpus D0: validation: .*nothing: no such shard"):
+        check_data(config)
+    held_out["D0"] = CorpusConfig(tokens=("D0",), validation=("D0/b_*",))
+    with pytest.raises(DataError, match="b_text_document is in the blend and is the validation set of D0"):
+        check_data(config)
 
 
 def test_training_on_a_validation_set_is_refused(tmp_path, two_corpora):
