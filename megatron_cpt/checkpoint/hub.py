@@ -195,6 +195,7 @@ def _new_shards(plan: PushPlan, max_shard_bytes: int) -> Iterator[list[Path]]:
 @contextlib.contextmanager
 def _told_on_one_line(what: str, repo: str) -> Iterator[None]:
     """Turn what huggingface_hub raises (HTTP errors, OSError, ValueError, its own) into one line with advice."""
+    from huggingface_hub.constants import ENDPOINT
     from huggingface_hub.errors import HTTPError, XetDownloadError
 
     try:
@@ -202,7 +203,7 @@ def _told_on_one_line(what: str, repo: str) -> Iterator[None]:
     except CptError:
         raise
     except (OSError, ValueError, RuntimeError, HTTPError, XetDownloadError) as problem:
-        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        endpoint = os.environ.get("HF_ENDPOINT", ENDPOINT)
         found = " ".join(str(problem).split())[:300] or type(problem).__name__
         advice = {
             "push": "Nothing here was changed. Give the same command where there is internet; --dry-run shows what it sends.",
