@@ -32,6 +32,7 @@ from megatron_cpt.checkpoint.hf_config import (
 from megatron_cpt.checkpoint.hf_export_config import hf_config_from_model
 from megatron_cpt.checkpoint.mapping import Unit, check_coverage, family_of, units
 from megatron_cpt.checkpoint.megatron_common import write_megatron_metadata
+from megatron_cpt.checkpoint.release import is_made, release_manifest
 from megatron_cpt.checkpoint.side_files import copy_tokenizer, tokenizer_hash, write_configs
 from megatron_cpt.checkpoint.sources import MegatronWeights, TorchDistWeights
 from megatron_cpt.checkpoint.verify import verify_against_hf
@@ -81,7 +82,7 @@ def hf_to_mcore(
     _check_shapes(source, steps)
     target = mcore.checkpoint_dir(output, "release")
     identity = {"kind": "huggingface", **source.fingerprint(), "dtype": dtype, "skipped": skipped}
-    if _is_done(target, identity, model):
+    if is_made(target, identity, model):
         if mcore.read_tracker(output) is None:  # killed between the folder and the tracker
             mcore.write_tracker(output, "release")
         logger.info("%s: converted already from the same weights", target)
@@ -103,7 +104,7 @@ def hf_to_mcore(
             weights = TorchDistWeights(directory)
             tensors = verify_against_hf(source, weights, steps, model, cast, num_workers)
             write_json(directory / CONVERSION, {"direction": "hf_to_mcore", "bit_exact": True, "tensors": tensors})
-        mcore.write_manifest(directory, _release_manifest(model, source, identity), hashes)
+        mcore.write_manifest(directory, release_manifest(dataclasses.asdict(model), identity, hf=source.config), hashes)
     mcore.write_tracker(output, "release")
     logger.info("%s: %s in %d steps", target, format_bytes(source.num_bytes()), len(steps))
     return target
@@ -243,34 +244,6 @@ def _group(step: Unit, weights: MegatronWeights, model: ModelConfig, cast: torch
 
 def _cast_type(step: Unit, stored: torch.dtype, cast: torch.dtype | None) -> torch.dtype:
     return stored if cast is None or step.key.endswith("expert_bias") else cast
-
-
-def _release_manifest(model: ModelConfig, source: HFFolder, identity: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "iteration": "release",
-        "consumed_samples": 0,
-        "consumed_tokens": 0,
-        "tokens_per_corpus": {},
-        "layout": {"tp": 1, "pp": 1},
-        "tokenizer": None,
-        "model": dataclasses.asdict(model),
-        "config": None,
-        "content": "weights",
-        "hf": source.config,
-        "source": identity,
-    }
-
-
-def _is_done(target: Path, identity: dict[str, Any], model: ModelConfig) -> bool:
-    if not target.exists():
-        return False
-    manifest = mcore.verify_checkpoint(target, "size")
-    if manifest.get("source") == json.loads(json.dumps(identity)) and manifest["model"] == dataclasses.asdict(model):
-        return True
-    raise CheckpointError(
-        f"{target}: exists already and was made from other weights or with other options. A checkpoint is never "
-        "overwritten. Remove it or choose another folder."
-    )
 
 
 def _is_exported(output: Path, identity: dict[str, Any]) -> bool:

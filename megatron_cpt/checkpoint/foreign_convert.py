@@ -6,7 +6,6 @@ Engine's names, and `optimizer.state.{param,exp_avg,exp_avg_sq}.<key>` in fp32 (
 
 import dataclasses
 import hashlib
-import json
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +29,7 @@ from megatron_cpt.checkpoint.foreign import ForeignCheckpoint, model_units, open
 from megatron_cpt.checkpoint.hf import sampled_hash
 from megatron_cpt.checkpoint.mapping import Unit
 from megatron_cpt.checkpoint.megatron_common import write_megatron_metadata
+from megatron_cpt.checkpoint.release import is_made, release_manifest
 from megatron_cpt.checkpoint.sources import MegatronWeights
 from megatron_cpt.checkpoint.transforms import pad_vocab
 from megatron_cpt.checkpoint.verify import tensor_bytes
@@ -79,7 +79,7 @@ def foreign_to_mcore(
         )
     identity = _identity(foreign, dtype, has_optimizer=moments is not None)
     target = mcore.checkpoint_dir(output, "release")
-    if _is_done(target, identity, model):
+    if is_made(target, identity, model):
         if mcore.read_tracker(output) is None:  # killed between the folder and the tracker
             mcore.write_tracker(output, "release")
         logger.info("%s: converted already from the same checkpoint", target)
@@ -96,7 +96,9 @@ def foreign_to_mcore(
         if verify:
             record = {"direction": "foreign_to_mcore", "bit_exact": True, "tensors": _verified(directory, slices)}
             write_json(directory / CONVERSION, record)
-        mcore.write_manifest(directory, _manifest(model, foreign, identity, has_optimizer=moments is not None), hashes)
+        carried = {} if moments is None else {"content": "full", "optimizer_step": foreign.step}
+        manifest = release_manifest(dataclasses.asdict(model), identity, **carried)
+        mcore.write_manifest(directory, manifest, hashes)
     mcore.write_tracker(output, "release")
     content = f"weights and optimizer after {foreign.step} updates" if moments else "weights"
     logger.info("%s: %s of %s", target, format_bytes(total), content)
@@ -188,34 +190,3 @@ def _identity(foreign: ForeignCheckpoint, dtype: str | None, *, has_optimizer: b
         for path in foreign.files
     }
     return {"kind": foreign.format, "files": files, "dtype": dtype, "optimizer": has_optimizer}
-
-
-def _is_done(target: Path, identity: dict[str, Any], model: ModelConfig) -> bool:
-    if not target.exists():
-        return False
-    manifest = mcore.verify_checkpoint(target, "size")
-    if manifest.get("source") == json.loads(json.dumps(identity)) and manifest["model"] == dataclasses.asdict(model):
-        return True
-    raise CheckpointError(
-        f"{target}: exists already and was made from another checkpoint or with other options. A checkpoint is never "
-        "overwritten. Remove it or choose another folder."
-    )
-
-
-def _manifest(
-    model: ModelConfig, foreign: ForeignCheckpoint, identity: dict[str, Any], *, has_optimizer: bool
-) -> dict[str, Any]:
-    return {
-        "iteration": "release",
-        "consumed_samples": 0,
-        "consumed_tokens": 0,
-        "tokens_per_corpus": {},
-        "layout": {"tp": 1, "pp": 1},
-        "tokenizer": None,
-        "model": dataclasses.asdict(model),
-        "config": None,
-        "content": "full" if has_optimizer else "weights",
-        "optimizer_step": foreign.step if has_optimizer else None,
-        "hf": None,
-        "source": identity,
-    }

@@ -17,6 +17,7 @@ from megatron_cpt.checkpoint.hf_config import TRAINING_FIELDS, differing_fields
 from megatron_cpt.checkpoint.hf_export_config import hf_config_from_model
 from megatron_cpt.checkpoint.mapping import Unit, family_of, units
 from megatron_cpt.checkpoint.megatron_common import write_megatron_metadata
+from megatron_cpt.checkpoint.release import release_manifest
 from megatron_cpt.checkpoint.soup import MERGE_INFO, normalised_weights, weighted_mean
 from megatron_cpt.checkpoint.sources import TorchDistWeights
 from megatron_cpt.errors import CheckpointError
@@ -115,7 +116,9 @@ def average_checkpoints(
         hashes = write_dcp(directory, slices, num_workers=num_workers)
         write_megatron_metadata(directory, models[0])
         write_json(directory / MERGE_INFO, info)
-        mcore.write_manifest(directory, _manifest(manifests[0], info), hashes)
+        made_of = {"kind": "soup", "inputs": [os.fspath(checkpoint) for checkpoint in checkpoints]}
+        kept = {key: manifests[0].get(key) for key in ("tokenizer", "hf")}
+        mcore.write_manifest(directory, release_manifest(manifests[0]["model"], made_of, **kept), hashes)
     mcore.write_tracker(output, "release")
     logger.info("%s: mean of %d checkpoints", target, len(checkpoints))
     return target
@@ -126,21 +129,6 @@ def _slice(step: Unit, source: AveragedWeights) -> Slice:
     experts = () if step.expert is None else (1,)
     whole = shape if step.num_experts is None else (step.num_experts, *shape)
     return Slice(step.key, (*experts, *shape), source.dtype(step), step.offsets, whole, lambda: source.read(step))
-
-
-def _manifest(first: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:
-    kept = {key: first.get(key) for key in ("tokenizer", "model", "hf")}
-    return {
-        "iteration": "release",
-        "consumed_samples": 0,
-        "consumed_tokens": 0,
-        "tokens_per_corpus": {},
-        "layout": {"tp": 1, "pp": 1},
-        **kept,
-        "config": None,
-        "content": "weights",
-        "source": {"kind": "soup", "inputs": [entry["path"] for entry in info["inputs"]]},
-    }
 
 
 def _tokenizer(manifest: dict[str, Any]) -> Any:
