@@ -28,11 +28,19 @@ def has_transformer_engine() -> bool:
 
 
 def build_layer_spec(
-    config: TransformerConfig, vp_stage: int | None, *, use_transformer_engine: bool = False
+    config: TransformerConfig,
+    vp_stage: int | None,
+    *,
+    use_transformer_engine: bool = False,
+    isolates_documents: bool = False,
 ) -> TransformerBlockSubmodules | ModuleSpec:
-    """Return the spec of the layers that this pipeline stage (and virtual stage) builds."""
+    """Return the spec of the layers that this pipeline stage (and virtual stage) builds.
+
+    Where documents are isolated, Transformer Engine's layers keep attention on SDPA: its own ignores masks.
+    """
     if use_transformer_engine:
-        return gpt_layer_specs.get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+        block = gpt_layer_specs.get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+        return _with_sdpa(block) if isolates_documents else block
     offset = get_transformer_layer_offset(config, vp_stage=vp_stage)
     layers = range(offset, offset + get_num_layers_to_build(config, vp_stage=vp_stage))
     frequency = config.moe_layer_freq
@@ -120,6 +128,13 @@ def _local_layer_spec(config: TransformerConfig, *, is_moe: bool) -> ModuleSpec:
         keys["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     layer.sharded_state_dict_keys_map = keys
     return spec
+
+
+def _with_sdpa(block: TransformerBlockSubmodules) -> TransformerBlockSubmodules:
+    block = copy.deepcopy(block)
+    for layer in block.layer_specs:
+        layer.submodules.self_attention.submodules.core_attention = SdpaCoreAttention
+    return block
 
 
 def _at(frequency: int | list[int], layer: int) -> int:

@@ -106,11 +106,11 @@ def build_model_chunks(config: RunConfig, megatron_config: TransformerConfig | N
         vp_stage = chunk if num_chunks > 1 else None
         model = CptGPTModel(
             config=megatron_config,
-            # Transformer Engine ignores masks: documents would see each other
             transformer_layer_spec=build_layer_spec(
                 megatron_config,
                 vp_stage,
-                use_transformer_engine=has_transformer_engine() and not config.data.reset_attention_mask,
+                use_transformer_engine=has_transformer_engine(),
+                isolates_documents=config.data.reset_attention_mask,
             ),
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),

@@ -1,6 +1,7 @@
 """Who sees whom: documents stay apart, windows end, and SDPA equals attention written out."""
 
 import numpy as np
+import pytest
 import torch
 
 from megatron_cpt.train.visibility import Visibility, apart, document_numbers
@@ -69,3 +70,29 @@ def test_a_packed_document_has_the_logits_it_has_alone(ranks):
     alone = packed[21:] + [EOD + 1] * 21
     (result,) = ranks.run(logits, 1, tiny_config(), None, [packed, alone])
     np.testing.assert_allclose(result[0][21:], result[1][: SEQ - 21], atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe", "mla"])
+def test_transformer_engines_layers_attend_with_masks_where_documents_are_isolated(kind, monkeypatch):
+    from megatron.core.models.gpt import gpt_layer_specs
+
+    from megatron_cpt.train.attention import SdpaCoreAttention
+    from megatron_cpt.train.layer_spec import build_layer_spec
+    from megatron_cpt.train.model import transformer_config
+
+    original, asked = gpt_layer_specs.get_gpt_decoder_block_spec, []
+
+    def without_the_package(config, use_transformer_engine, vp_stage=None, pp_rank=0):
+        asked.append(use_transformer_engine)
+        return original(config, use_transformer_engine=False, vp_stage=vp_stage, normalization="RMSNorm", pp_rank=0)
+
+    monkeypatch.setattr(gpt_layer_specs, "get_gpt_decoder_block_spec", without_the_package)
+    config = transformer_config(tiny_config(kind))
+
+    def attention(isolates_documents):
+        spec = build_layer_spec(config, None, use_transformer_engine=True, isolates_documents=isolates_documents)
+        return {layer.submodules.self_attention.submodules.core_attention for layer in spec.layer_specs}
+
+    assert attention(True) == {SdpaCoreAttention}
+    assert SdpaCoreAttention not in attention(False), "and the next caller's spec is left alone"
+    assert asked == [True, True]
