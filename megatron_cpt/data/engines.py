@@ -27,7 +27,7 @@ LONG_DOCUMENT_CHARACTERS = 1 << 20
 _SHORT_TEXT_CHARACTERS = 1000
 """Below this mean length gigatoken's batch call pays for itself; it imports awkward, a quarter of a second."""
 _REMEMBERED_CHARACTERS = 1 << 26
-"""After so many, gigatoken is loaded anew: it remembers every word it has met, 1.3 bytes for each character without end."""
+"""After so many, gigatoken is loaded anew: it remembers every word it has met, without end (1.3 bytes a character were measured)."""
 _REFERENCE_BATCH_CHARACTERS = 1 << 19
 _CUT_CONTEXT_CHARACTERS = 512
 _SAMPLE_CHARACTERS = 8192
