@@ -1,0 +1,42 @@
+"""Files that we write beside documents, and how a scan of a folder tells them from documents.
+
+Reports and records of ours are JSON objects whose first key is `megatron_cpt` (its value says what they are), so that a
+folder of documents can hold them under any name. Manifests of shards lie beside an `.idx` of their name. Rejected lines are
+in files that end in `.rejects` or `.rejects.jsonl`. None of them is taken for documents unless it is named outright.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_cpt.files import write_json
+
+MARK = "megatron_cpt"
+_START = b'{\n  "megatron_cpt": "'
+
+
+def write_record(path: Path, kind: str, value: Mapping[str, Any]) -> dict[str, Any]:
+    """Write a report or record as JSON with our mark, whole or not at all; return what was written."""
+    record = {MARK: kind, **value}
+    write_json(path, record)
+    return record
+
+
+def rejects_beside(path: Path) -> Path:
+    """Return the file of the lines that were left out of a document file."""
+    return path.with_name(path.name + ".rejects")
+
+
+def is_own(path: Path) -> bool:
+    """Return whether a file of a document format is one of ours: a report, a manifest, rejected lines."""
+    if path.name.endswith(".rejects.jsonl"):
+        return True
+    if not path.name.endswith(".json"):
+        return False
+    if path.with_suffix(".idx").exists():
+        return True
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_START)) == _START
+    except OSError:
+        return False
