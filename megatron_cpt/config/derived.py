@@ -85,6 +85,21 @@ def model_parallel_size(parallel: ParallelConfig) -> int:
     return parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
 
 
+def megatron_virtual_size(parallel: ParallelConfig) -> int | None:
+    """Return the virtual pipeline size as Megatron-Core wants it: None where each stage has one chunk."""
+    size = parallel.virtual_pipeline_model_parallel_size
+    return None if size == 1 else size
+
+
+def stated_last_stage_layers(parallel: ParallelConfig) -> int | None:
+    """Return the last stage's layers where they do not follow from the first's.
+
+    With two stages they do, and Megatron-Core divides by the number of stages in between when both are stated.
+    """
+    is_implied = parallel.pipeline_model_parallel_size == 2 and parallel.num_layers_in_first_pipeline_stage is not None
+    return None if is_implied else parallel.num_layers_in_last_pipeline_stage
+
+
 def world_size(config: RunConfig) -> int:
     """Return the ranks of a training job: nodes x ranks per node."""
     return config.launch.nodes * config.launch.gpus_per_node

@@ -91,11 +91,6 @@ def _moe_layer_freq(config: RunConfig) -> list[int]:
     return [0] * dense + [1] * (config.model.num_layers - dense)
 
 
-def _virtual_stages(config: RunConfig) -> int | None:
-    size = config.parallel.virtual_pipeline_model_parallel_size
-    return None if size == 1 else size
-
-
 def _recompute(config: RunConfig) -> str | None:
     granularity = config.parallel.recompute_granularity
     return None if granularity == "none" else granularity
@@ -265,7 +260,7 @@ _PARALLEL = (
         "parallel.virtual_pipeline_model_parallel_size",
         ("TransformerConfig.virtual_pipeline_model_parallel_size",),
         "--num-virtual-stages-per-pipeline-rank",
-        value=_virtual_stages,
+        value=lambda config: derived.megatron_virtual_size(config.parallel),
     ),
     Row(
         "parallel.num_layers_in_first_pipeline_stage",
@@ -276,6 +271,7 @@ _PARALLEL = (
         "parallel.num_layers_in_last_pipeline_stage",
         ("TransformerConfig.num_layers_in_last_pipeline_stage",),
         "--decoder-last-pipeline-num-layers",
+        value=lambda config: derived.stated_last_stage_layers(config.parallel),
     ),
     Row("parallel.context_parallel_size", ("TransformerConfig.context_parallel_size",), "--context-parallel-size"),
     Row(

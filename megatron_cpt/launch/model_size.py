@@ -90,20 +90,20 @@ def num_active_parameters(model: ModelConfig) -> int:
 
 def stage_layers(model: ModelConfig, parallel: ParallelConfig) -> list[list[int]]:
     """Return the layers of each pipeline stage; under interleaving a stage holds every PP-th group of layers."""
-    stages = parallel.pipeline_model_parallel_size
+    stages, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
     first, last = parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage
-    if first is None and last is None:
-        chunks = stages * (parallel.virtual_pipeline_model_parallel_size or 1)
-        size = -(-model.num_layers // chunks)
-        layers = [list(range(start, min(start + size, model.num_layers))) for start in range(0, chunks * size, size)]
-        return [[layer for chunk in layers[stage::stages] for layer in chunk] for stage in range(stages)]
     middle = stages - (first is not None) - (last is not None)
     rest = model.num_layers - (first or 0) - (last or 0)
     counts = [first] if first is not None else []
     counts += [rest // middle] * middle if middle else []
     counts += [last] if last is not None else []
-    starts = [sum(counts[:stage]) for stage in range(stages)]
-    return [list(range(start, start + count)) for start, count in zip(starts, counts, strict=True)]
+    layers: list[list[int]] = [[] for _ in counts]
+    start = 0
+    for _ in range(chunks):
+        for stage, count in enumerate(counts):
+            layers[stage] += range(start, start + count // chunks)
+            start += count // chunks
+    return layers
 
 
 def stage_parameters(model: ModelConfig, parallel: ParallelConfig) -> list[Parameters]:

@@ -12,7 +12,7 @@ from megatron.core.num_microbatches_calculator import (
     init_num_microbatches_calculator,
 )
 
-from megatron_cpt.config.derived import model_parallel_size
+from megatron_cpt.config.derived import megatron_virtual_size, model_parallel_size
 from megatron_cpt.config.schema import RunConfig
 from megatron_cpt.errors import ConfigError, CptError
 from megatron_cpt.train import cpu
@@ -39,7 +39,7 @@ def initialize_parallel(config: RunConfig, timeout_seconds: int = 1800) -> None:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=megatron_virtual_size(parallel),
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,

@@ -157,6 +157,12 @@ def test_uneven_pipelines_hold_the_layers_that_the_settings_say():
     parallel = ParallelConfig(pipeline_model_parallel_size=4, num_layers_in_first_pipeline_stage=5,
                               num_layers_in_last_pipeline_stage=7)  # fmt: skip
     assert [len(layers) for layers in stage_layers(LLAMA_3_8B, parallel)] == [5, 10, 10, 7]
+    both = dataclasses.replace(
+        parallel, virtual_pipeline_model_parallel_size=2, num_layers_in_first_pipeline_stage=4,
+        num_layers_in_last_pipeline_stage=8
+    )  # fmt: skip
+    assert [len(layers) for layers in stage_layers(LLAMA_3_8B, both)] == [4, 10, 10, 8]
+    assert stage_layers(LLAMA_3_8B, both)[0] == [0, 1, 16, 17]
     interleaved = ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=4)
     assert stage_layers(LLAMA_3_8B, interleaved)[0] == [0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27]
 

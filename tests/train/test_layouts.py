@@ -42,6 +42,8 @@ def trained(ranks, tmp_path_factory):
         ("dense", 4, {TP: 2, PP: 2}),
         ("dense", 4, {TP: 2}),
         ("dense", 3, {PP: 3, "num_layers_in_first_pipeline_stage": 1, "num_layers_in_last_pipeline_stage": 1}),
+        ("dense", 2, {PP: 2, VPP: 2, "num_layers_in_first_pipeline_stage": 2, "num_layers_in_last_pipeline_stage": 2}),
+        ("dense", 2, {PP: 2, VPP: 1}),
         ("dense", 4, {CP: 2, PP: 2}),
         ("dense", 4, {TP: 2, CP: 2}),
         ("dense", 1, {"recompute_granularity": "full"}),
