@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from megatron_cpt.config import derived
+from megatron_cpt.config.batch_sizes import shared_sizes
 from megatron_cpt.config.problem import Problem, nearest_multiples, not_multiple
 from megatron_cpt.config.schema import OptimizerConfig, ParallelConfig, RunConfig
 
@@ -158,7 +159,7 @@ def _world_problems(config: RunConfig) -> Iterator[Problem]:
     is_interleaved = (config.parallel.virtual_pipeline_model_parallel_size or 1) > 1
     stages = config.parallel.pipeline_model_parallel_size if is_interleaved else 1
     step, shown = micro * dp * stages, f"{micro} x {dp}{f' x {stages}' if is_interleaved else ''}"
-    for name, value in zip(("starts at", "grows by"), (config.training.rampup_batch_size or ())[:2], strict=False):
+    for name, value in shared_sizes(config.training.rampup_batch_size):
         if value % step:
             yield Problem(
                 ("training.rampup_batch_size", "training.micro_batch_size", *keys),

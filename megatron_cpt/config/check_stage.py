@@ -5,11 +5,11 @@ from fractions import Fraction
 
 from megatron_cpt.config import derived
 from megatron_cpt.config.check_samples import sample_problems
-from megatron_cpt.config.fields import nearest
+from megatron_cpt.config.fields import nearest, sections, setting_keys
 from megatron_cpt.config.iteration_ranges import parse_range
 from megatron_cpt.config.problem import Problem
-from megatron_cpt.config.schema import DataConfig, RunConfig
-from megatron_cpt.config.values import parse_rule
+from megatron_cpt.config.schema import WHOLE_STAGE, DataConfig, RunConfig
+from megatron_cpt.config.values import ALL_SETTINGS, parse_rule
 
 LENGTHS = ("training.train_tokens", "training.train_samples", "training.train_iters", "training.train_epochs")
 STYLES_THAT_DECAY_TO_THE_END = ("cosine", "linear")
@@ -59,6 +59,14 @@ def _schedule_length_problems(config: RunConfig) -> Iterator[Problem]:
             f"schedule.lr_warmup + lr_cooldown is {warmup} + {cooldown} = {warmup + cooldown} samples, longer than the "
             f"stage ({total} samples). Shorten them.",
         )
+    if schedule.lr_decay is not None:
+        decay = derived.duration_samples(schedule.lr_decay, training)
+        if decay <= warmup:
+            yield Problem(
+                ("schedule.lr_decay", "schedule.lr_warmup", *LENGTHS),
+                f"schedule.lr_decay is {schedule.lr_decay} ({decay} samples), not after the warm-up's end ({warmup} samples). "
+                "It counts from the stage's start. Lengthen it, or shorten the warm-up.",
+            )
     if schedule.lr_hold_start is not None:
         hold_start = derived.duration_samples(schedule.lr_hold_start, training)
         if not warmup <= hold_start <= total - cooldown:
@@ -87,6 +95,16 @@ def _learning_rate_problems(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             ("schedule.lr_warmup_init", "schedule.lr_warmup"),
             f"schedule.lr_warmup_init is {schedule.lr_warmup_init:g} without a warm-up. Set lr_warmup, or remove it.",
+        )
+    if schedule.lr_decay is not None and style not in STYLES_THAT_DECAY_TO_THE_END:
+        yield Problem(
+            ("schedule.lr_decay", *keys),
+            f"schedule.lr_decay is {schedule.lr_decay} and has no effect with lr_decay_style {style}. Remove it.",
+        )
+    if schedule.lr_cooldown.amount and schedule.lr_cooldown_style == "geometric" and not optimizer.min_lr:
+        yield Problem(
+            ("schedule.lr_cooldown_style", "optimizer.min_lr"),
+            "schedule.lr_cooldown_style is geometric with optimizer.min_lr 0, which no factor reaches. Set min_lr above 0.",
         )
     is_infinite = style.startswith("infinite")
     for name in ("lr_hold", "lr_hold_start"):
@@ -118,6 +136,18 @@ def _weight_decay_problems(config: RunConfig) -> Iterator[Problem]:
             keys,
             f"optimizer.{stated[0]} is {getattr(optimizer, stated[0]):g} and has no effect with weight_decay_incr_style "
             "constant. Use linear or cosine, or remove it.",
+        )
+    if style == "constant" and optimizer.weight_decay_incr != WHOLE_STAGE:
+        yield Problem(
+            ("optimizer.weight_decay_incr", *keys),
+            f"optimizer.weight_decay_incr is {optimizer.weight_decay_incr} and has no effect with weight_decay_incr_style "
+            "constant. Use linear or cosine, or remove it.",
+        )
+    if style != "constant" and not optimizer.weight_decay_incr.amount:
+        yield Problem(
+            ("optimizer.weight_decay_incr", *keys),
+            f"optimizer.weight_decay_incr is {optimizer.weight_decay_incr}: weight decay would have no time to change. "
+            "Lengthen it.",
         )
     if style != "constant" and not stated:
         yield Problem(
@@ -209,6 +239,12 @@ def _run_problems(config: RunConfig) -> Iterator[Problem]:
             ("checkpoint.keep_every", "checkpoint.keep_last"),
             f"checkpoint.keep_every is {checkpoint.keep_every} without keep_last, so all are kept. Set keep_last.",
         )
+    for key in checkpoint.accept_changes:
+        if not _names_settings(key):
+            yield Problem(
+                ("checkpoint.accept_changes",),
+                f"checkpoint.accept_changes names {key}, which is no setting. {nearest(key, setting_keys())}",
+            )
     if launch.spare_nodes and launch.scheduler != "pbs":
         yield Problem(
             ("launch.spare_nodes", "launch.scheduler"),
@@ -221,3 +257,9 @@ def _run_problems(config: RunConfig) -> Iterator[Problem]:
             f"launch.exit_before_walltime is {launch.exit_before_walltime} s, not less than launch.walltime "
             f"({launch.walltime} s). Use less.",
         )
+
+
+def _names_settings(name: str) -> bool:
+    """Return whether a name is that of a setting, of a part of one (`data.mix.D0`), of a section, or of all."""
+    parts = name.split(".")
+    return name == ALL_SETTINGS or name in sections() or ".".join(parts[:2]) in setting_keys()

@@ -12,7 +12,14 @@ from functools import cache, reduce
 from typing import Any, Literal, Union
 
 from megatron_cpt.config.schema import CorpusConfig, RunConfig
-from megatron_cpt.config.values import Duration, parse_count, parse_duration, parse_walltime
+from megatron_cpt.config.values import (
+    ALL_SETTINGS,
+    Duration,
+    parse_count,
+    parse_duration,
+    parse_ramp,
+    parse_walltime,
+)
 
 IDENTITY = ("task", "params", "size", "variant")
 """Fields of RunConfig that the command line names, not a file."""
@@ -59,8 +66,10 @@ def parse_field(kind: Any, value: Any, key: str = "") -> Any:
         return None if value is None else parse_field(next(a for a in arguments if a is not type(None)), value, key)
     if origin is Literal:
         return _parse_choice(arguments, value)
+    if key == "checkpoint.accept_changes" and isinstance(value, bool):
+        return (ALL_SETTINGS,) if value else ()
     if origin is tuple:
-        return _parse_counts(value) if arguments[0] is int else _parse_strings(value)
+        return parse_ramp(value) if key == "training.rampup_batch_size" else _parse_strings(value)
     if origin is dict:
         return _parse_mapping(arguments[1], value)
     if key == "launch.walltime":
@@ -76,7 +85,7 @@ def plain(value: Any) -> Any:
         return {key: plain(getattr(value, key)) for key in section_fields(type(value))}
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
-    return list(value) if isinstance(value, tuple) else value
+    return [plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def nearest(name: str, known: list[str] | tuple[str, ...]) -> str:
@@ -98,12 +107,6 @@ def _parse_strings(value: Any) -> tuple[str, ...]:
     if not isinstance(items, list | tuple) or not all(isinstance(item, str) for item in items):
         raise ValueError(f"{_shown(value)} is not a list of texts. Write [a, b]")
     return tuple(items)
-
-
-def _parse_counts(value: Any) -> tuple[int, ...]:
-    if not isinstance(value, list | tuple):
-        raise ValueError(f"{_shown(value)} is not a list of whole numbers. Write [16, 16, 1M]")
-    return tuple(parse_count(item) for item in value)
 
 
 def _parse_mapping(kind: Any, value: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 from megatron_cpt.config import derived
 from megatron_cpt.config.fields import setting_value
 from megatron_cpt.config.megatron_rows import ROWS, is_mla, is_mla_with_yarn, is_moe, is_muon, is_yarn
-from megatron_cpt.config.schema import RunConfig
+from megatron_cpt.config.schema import WHOLE_STAGE, RunConfig
 
 TARGETS = (
     "TransformerConfig",
@@ -133,6 +133,10 @@ def settings_without_flag(config: RunConfig) -> list[str]:
         found += [row.setting for row in ROWS if row.when == is_mla_with_yarn and row.flag is None]
     if config.schedule.lr_decay_style.startswith("infinite"):
         found.append("schedule.lr_decay_style")
+    if config.schedule.lr_cooldown.amount and config.schedule.lr_cooldown_style == "geometric":
+        found.append("schedule.lr_cooldown_style")
+    if config.optimizer.weight_decay_incr != WHOLE_STAGE:
+        found.append("optimizer.weight_decay_incr")
     return sorted(found)
 
 

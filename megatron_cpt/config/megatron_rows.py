@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_cpt.config import derived
+from megatron_cpt.config.batch_sizes import batch_sizes
 from megatron_cpt.config.fields import setting_value
 from megatron_cpt.config.schema import RunConfig
 
@@ -134,12 +135,25 @@ def _duration(setting: str, *, is_at_end: bool = False) -> Value:
 _cooldown_samples = _duration("schedule.lr_cooldown", is_at_end=True)
 
 
+def _step_batch_sizes(config: RunConfig) -> str | None:
+    """Return Megatron-LM's step schedule, places in tokens; it ignores `--rampup-batch-size` since 0.19."""
+    training = config.training
+    if training.rampup_batch_size is None:
+        return None
+    return " ".join(f"{piece.samples * training.seq_length}:{piece.size}" for piece in batch_sizes(training).pieces)
+
+
 def _lm_decay_style(config: RunConfig) -> str | None:
     """Return Megatron-LM's name: a constant rate with a cooldown is its WSD, WSD without one its constant."""
     style = config.schedule.lr_decay_style
     if style in ("constant", "WSD"):
         return "WSD" if _cooldown_samples(config) else "constant"
     return None if style.startswith("infinite") else style
+
+
+def _lm_cooldown_style(config: RunConfig) -> str | None:
+    style = config.schedule.lr_cooldown_style
+    return style if _cooldown_samples(config) and style != "geometric" else None
 
 
 def _exit_minutes(config: RunConfig) -> int | None:
@@ -323,14 +337,25 @@ _PARALLEL = (
 _TRAINING = (
     Row("training.seq_length", ("GPTDatasetConfig.sequence_length",), "--seq-length"),
     Row("training.micro_batch_size", flag="--micro-batch-size", honoured_by="train/batches.py"),
-    Row("training.global_batch_size", flag="--global-batch-size", honoured_by="config/derived.py, num_microbatches"),
+    Row(
+        "training.global_batch_size",
+        flag="--global-batch-size",
+        # Megatron-LM refuses it beside a step schedule, whose last step states it
+        flag_value=lambda config: None if config.training.rampup_batch_size else config.training.global_batch_size,
+        honoured_by="config/derived.py, num_microbatches",
+    ),
     Row(
         "training.train_tokens",
         flag="--train-samples",
         flag_value=lambda config: derived.train_samples(config.training),
         honoured_by="config/derived.py, train_iters; the flag --train-samples states all three lengths",
     ),
-    Row("training.rampup_batch_size", flag="--rampup-batch-size", honoured_by="config/batch_sizes.py"),
+    Row(
+        "training.rampup_batch_size",
+        flag="--step-batch-size-schedule",
+        flag_value=_step_batch_sizes,
+        honoured_by="config/batch_sizes.py",
+    ),
     Row("training.train_samples", honoured_by="config/derived.py, train_iters"),
     Row("training.train_epochs", honoured_by="data/epochs.py"),
     Row("training.train_iters", honoured_by="config/derived.py, train_iters"),
@@ -383,6 +408,7 @@ _SCHEDULE = (
         when=_has_weight_decay_schedule,
         honoured_by="train/schedule.py",
     ),
+    Row("optimizer.weight_decay_incr", honoured_by="train/schedule.py"),
     Row("optimizer.adam_beta1", ("OptimizerConfig.adam_beta1",), "--adam-beta1"),
     Row("optimizer.adam_beta2", ("OptimizerConfig.adam_beta2",), "--adam-beta2"),
     Row("optimizer.adam_eps", ("OptimizerConfig.adam_eps",), "--adam-eps"),
@@ -391,6 +417,13 @@ _SCHEDULE = (
         "schedule.lr_decay_style",
         flag="--lr-decay-style",
         flag_value=_lm_decay_style,
+        honoured_by="train/schedule.py",
+    ),
+    Row(
+        "schedule.lr_decay",
+        flag="--lr-decay-samples",
+        when=lambda config: config.schedule.lr_decay is not None,
+        flag_value=_duration("schedule.lr_decay"),
         honoured_by="train/schedule.py",
     ),
     Row(
@@ -409,7 +442,7 @@ _SCHEDULE = (
     Row(
         "schedule.lr_cooldown_style",
         flag="--lr-wsd-decay-style",
-        flag_value=lambda config: config.schedule.lr_cooldown_style if _cooldown_samples(config) else None,
+        flag_value=_lm_cooldown_style,
         honoured_by="train/schedule.py",
     ),
     Row("schedule.lr_hold", honoured_by="train/schedule.py"),

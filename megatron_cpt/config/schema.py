@@ -8,9 +8,10 @@ settings" or "off", as the text says. Types are checked on loading (`config/load
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_cpt.config.values import Duration
+from megatron_cpt.config.values import BatchRamp, Duration
 
 NONE_AT_ALL = Duration(0, "iterations")
+WHOLE_STAGE = Duration(1.0, "fraction")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,9 +161,11 @@ class TrainingConfig:
     """Samples that pass through a rank at once."""
     global_batch_size: int = 512
     """Samples per optimizer step over all ranks. A multiple of micro_batch_size x data-parallel size."""
-    rampup_batch_size: tuple[int, ...] | None = None
-    """Batch ramp-up as [start, increment, samples]: the global batch grows from start by increment to
-    global_batch_size in equal shares of the stage's first samples (Megatron-LM's --rampup-batch-size); None: none."""
+    rampup_batch_size: BatchRamp | None = None
+    """Batch ramp-up; None: none. [start, increment, length]: the global batch grows from start by increment to
+    global_batch_size in equal shares of the stage's first `length`, a duration (`"50B tokens"`, `"500 iterations"`, `0.05`; a
+    bare number counts samples, as in Megatron-LM's --rampup-batch-size). [[batch, until], ...]: each batch until a duration
+    from the stage's start (`[[64, 1B], [128, 5B]]`; a bare number counts iterations), then global_batch_size."""
     train_tokens: int | None = None
     """Length in tokens (`50B`); iterations = ceil(tokens / seq_length / global_batch_size)."""
     train_samples: int | None = None
@@ -215,9 +218,11 @@ class OptimizerConfig:
     weight_decay_start: float | None = None
     """Weight decay at sample 0, where weight_decay_incr_style is not constant; None: weight_decay."""
     weight_decay_end: float | None = None
-    """Weight decay at the stage's end, where weight_decay_incr_style is not constant; None: weight_decay."""
+    """Weight decay after weight_decay_incr, where weight_decay_incr_style is not constant; None: weight_decay."""
     weight_decay_incr_style: Literal["constant", "linear", "cosine"] = "constant"
-    """How weight decay runs from its start to its end over the stage's samples; constant: weight_decay throughout."""
+    """How weight decay runs from its start to its end over weight_decay_incr; constant: weight_decay throughout."""
+    weight_decay_incr: Duration = WHOLE_STAGE
+    """How long weight decay takes from its start to its end, from the stage's first sample; then it stays at its end."""
     adam_beta1: float = 0.9
     """Decay of the first moment."""
     adam_beta2: float = 0.95
@@ -237,6 +242,9 @@ class ScheduleConfig:
         "constant", "linear", "cosine", "inverse-square-root", "WSD", "infinite-cosine", "infinite-inverse-square-root"
     ] = "cosine"
     """Shape after the warm-up. WSD and the infinite forms hold a constant rate before they anneal."""
+    lr_decay: Duration | None = None
+    """cosine and linear: where they reach min_lr, counted from the stage's start; the rest of the stage stays there. In
+    tokens, samples or iterations it may exceed the stage, which then ends above min_lr. None: at the stage's end."""
     lr_warmup: Duration = NONE_AT_ALL
     """Linear warm-up from lr_warmup_init to lr."""
     lr_warmup_init: float = 0.0
@@ -244,8 +252,9 @@ class ScheduleConfig:
     lr_cooldown: Duration = NONE_AT_ALL
     """Length of the anneal that ends the stage (WSD, infinite forms, constant); 0: the stage ends before its
     cooldown, ready to be forked."""
-    lr_cooldown_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "linear"
-    """Shape of that anneal, from the held rate to min_lr."""
+    lr_cooldown_style: Literal["linear", "cosine", "exponential", "minus_sqrt", "geometric"] = "linear"
+    """Shape of that anneal, from the held rate to min_lr. exponential is Megatron-LM's (2 x 0.5^r - 1 of the way); geometric
+    falls by the same factor per sample (the infinite forms' own, arXiv:2403.08763) and needs a min_lr above 0."""
     lr_hold: float | None = None
     """Infinite forms: the constant rate after the first decay."""
     lr_hold_start: Duration | None = None
@@ -353,8 +362,9 @@ class CheckpointConfig:
     deleted; False: trust the file system."""
     verify_on_load: Literal["full", "size"] = "full"
     """Check every file's hash, or its size only, before a checkpoint is loaded."""
-    accept_changes: bool = False
-    """Continue a run although settings that change its results differ from its last checkpoint's."""
+    accept_changes: tuple[str, ...] = ()
+    """Settings (`[optimizer.lr, training.train_iters]`) or sections with which a run continues although they change its
+    results and differ from its last checkpoint's; true: whatever differs."""
 
 
 @dataclass(frozen=True, kw_only=True)

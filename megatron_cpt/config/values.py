@@ -17,9 +17,12 @@ _SUFFIX = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _COUNT = re.compile(r"([0-9]+(?:_[0-9]+)*(?:\.[0-9]+)?(?:e\+?[0-9]{1,2})?)\s*([KMBT]?)", re.IGNORECASE)
 _WALLTIME = re.compile(r"(?:(\d+)-)?(\d+):(\d+)(?::(\d+))?")
 _UNITS = {
+    "iter": "iterations",
     "iters": "iterations",
     "iteration": "iterations",
     "iterations": "iterations",
+    "step": "iterations",
+    "steps": "iterations",
     "sample": "samples",
     "samples": "samples",
     "token": "tokens",
@@ -49,6 +52,13 @@ class Duration:
         return f"{int(self.amount) if self.amount == int(self.amount) else self.amount} {self.unit}"
 
 
+ALL_SETTINGS = "all"
+"""Consent to every change of a run's settings (`checkpoint.accept_changes: true`)."""
+
+BatchRamp = tuple[int | Duration | tuple[int, Duration], ...]
+"""A batch ramp-up: (start, increment, samples or duration), or steps ((batch, until), ...)."""
+
+
 def parse_count(value: object) -> int:
     """Return a whole number of at least 0 from `123`, `1_000`, `50B`, `1.5M` or `1e9` (decimal suffixes).
 
@@ -74,9 +84,10 @@ def parse_duration(value: object) -> Duration:
     """
     if isinstance(value, Duration):
         return value
-    text = str(value).strip()
-    number, _, unit = text.partition(" ")
-    unit = unit.strip()
+    text = " ".join(str(value).split())
+    number, _, unit = text.rpartition(" ")
+    if unit.upper() in _SUFFIX or not number:
+        number, unit = text, ""
     try:
         if unit in _UNITS:
             return Duration(parse_count(number), _UNITS[unit])
@@ -95,6 +106,34 @@ def _parse_bare_duration(text: str) -> Duration:
     number = Decimal(text)
     is_fraction = not text.replace("_", "").isdigit() and 0 <= number <= 1
     return Duration(float(number), "fraction") if is_fraction else Duration(parse_count(text), "iterations")
+
+
+def parse_ramp(value: object) -> BatchRamp:
+    """Return a batch ramp-up from `[16, 16, 1000000]` (Megatron-LM's: the last number is samples), `[16, 16, "50B tokens"]`
+    (any duration) or `[[16, 1B], [32, "3B tokens"], [64, 0.5]]` (batch, and the duration from the start until which it holds).
+
+    Raises: ValueError saying what is accepted.
+    """
+    wanted = "Write [16, 16, '1M samples'] (start, increment, length) or [[16, 1B], [32, 3B]] (batch, until)"
+    if not isinstance(value, list | tuple) or not value:
+        raise ValueError(f"{value!r} is no batch ramp-up. {wanted}")
+    pairs = [item for item in value if isinstance(item, list | tuple)]
+    if pairs and (len(pairs) < len(value) or any(len(pair) != 2 for pair in pairs)):
+        raise ValueError(f"{value!r} is no batch ramp-up. {wanted}")
+    if pairs:
+        return tuple((parse_count(batch), parse_duration(until)) for batch, until in pairs)
+    if len(value) != 3:
+        raise ValueError(f"{list(value)} has {len(value)} numbers. {wanted}")
+    start, increment, length = value
+    return parse_count(start), parse_count(increment), _parse_ramp_length(length)
+
+
+def _parse_ramp_length(value: object) -> int | Duration:
+    """Return samples for a bare whole number, as Megatron-LM's flag means it; else a duration."""
+    duration = parse_duration(value)
+    if isinstance(value, Duration) or duration.unit != "iterations" or " " in str(value).strip():
+        return duration
+    return int(duration.amount)
 
 
 def parse_rule(value: str) -> tuple[str, Fraction]:

@@ -9,8 +9,8 @@ import argparse
 import dataclasses
 from fractions import Fraction
 
-from megatron_cpt.config.batch_sizes import batch_sizes
 from megatron_cpt.config.check import check_config
+from megatron_cpt.config.derived import train_iters, train_samples
 from megatron_cpt.config.load import LoadedConfig, load_from_arguments
 from megatron_cpt.config.schema import RunConfig
 from megatron_cpt.errors import DataError
@@ -34,9 +34,11 @@ def with_iterations(loaded: LoadedConfig) -> LoadedConfig:
         return loaded
     corpus, available, share = _counted_corpus(config)
     samples = int(Fraction(str(config.training.train_epochs)) * available / share / config.training.seq_length)
-    sizes = batch_sizes(config.training)
-    iterations = sizes.iterations(samples)
-    iterations -= sizes.samples(iterations) > samples
+    whole = dataclasses.replace(config.training, train_epochs=None, train_iters=None)
+    iterations = train_iters(dataclasses.replace(whole, train_samples=samples))
+    # a ramp-up that is a fraction of the stage takes more or less with each iteration
+    while iterations and train_samples(dataclasses.replace(whole, train_iters=iterations)) > samples:
+        iterations -= 1
     if not iterations:
         raise _refused(
             config,

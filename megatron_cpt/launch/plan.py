@@ -11,6 +11,7 @@ import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megatron_cpt.config.batch_sizes import ramp_text
 from megatron_cpt.config.derived import (
     data_parallel_size,
     num_microbatches,
@@ -191,10 +192,7 @@ def plan_text(plan: Plan) -> str:
 
 
 def _ramp(training: TrainingConfig) -> str:
-    if training.rampup_batch_size is None:
-        return ""
-    start, increment, samples = training.rampup_batch_size
-    return f"; from {start} by {increment} in the first {format_count(samples)} sequences"
+    return "" if training.rampup_batch_size is None else f"; {ramp_text(training.rampup_batch_size)}"
 
 
 def _memory_lines(plan: Plan) -> list[str]:

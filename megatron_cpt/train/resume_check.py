@@ -7,6 +7,7 @@ from typing import Any
 from megatron_cpt.checkpoint.mcore import read_manifest
 from megatron_cpt.config.fields import default_value
 from megatron_cpt.config.schema import ModelConfig, RunConfig
+from megatron_cpt.config.values import ALL_SETTINGS, Duration
 from megatron_cpt.errors import CheckpointError, ConfigError
 
 # Sections whose values change what a run computes; the others may differ freely between a run and its resume.
@@ -17,6 +18,8 @@ FREE_SETTINGS = (
     "data.skip_iterations", "training.spike_threshold", "training.spike_action", "training.spike_skip_iterations",
     "training.spike_max_rollbacks",
 )  # fmt: skip
+FREE_OF_A_CORPUS = ("documents", "validation", "validation_documents")
+"""What training does not read of a corpus."""
 
 
 def check_model_fits(directory: Path, model: ModelConfig) -> None:
@@ -53,23 +56,47 @@ def _explicit(model: ModelConfig) -> dict[str, Any]:
 def check_unchanged(stored: dict[str, Any] | None, config: RunConfig, directory: Path) -> list[str]:
     """Return how a resume's settings differ from its checkpoint's, each as `key: old -> new`.
 
-    Raises: ConfigError when some of them change results and `checkpoint.accept_changes` is not set.
+    Raises: ConfigError when some of them change results and `checkpoint.accept_changes` does not name them.
     """
     if stored is None:
         return []
-    differences, decisive = [], []
-    for key, old, new in _changed(_with_defaults(stored, config), dataclasses.asdict(config)):
-        section = key.split(".")[0]
+    differences, decisive = [], {}
+    for key, old, new in _changed(_stated(_with_defaults(stored, config)), _stated(dataclasses.asdict(config))):
         line = f"{key}: {old} -> {new}"
         differences.append(line)
-        if section in RESULT_SECTIONS and key not in FREE_SETTINGS:
-            decisive.append(line)
-    if decisive and not config.checkpoint.accept_changes:
+        if _changes_results(key) and not _is_accepted(key, config):
+            decisive[key] = line
+    if decisive:
+        keys = list(dict.fromkeys(".".join(key.split(".")[:2]) for key in decisive))
         raise ConfigError(
-            f"{directory}: settings that change results differ from the run so far: {'; '.join(decisive)}. "
-            "Restore them, use another variant, or set checkpoint.accept_changes=true to go on with the new ones."
+            f"{directory}: settings that change results differ from the run so far: {'; '.join(decisive.values())}. "
+            f"Restore them, use another variant, or set checkpoint.accept_changes=[{','.join(keys)}] to go on with the new ones."
         )
     return differences
+
+
+def may_change_data_list(config: RunConfig) -> bool:
+    """Return whether a run that has begun may read another data list: it follows from the length and the data."""
+    return any(key.split(".")[0] in (ALL_SETTINGS, "training", "data") for key in config.checkpoint.accept_changes)
+
+
+def _changes_results(key: str) -> bool:
+    if key.startswith("data.corpora.") and key.rpartition(".")[2] in FREE_OF_A_CORPUS:
+        return False
+    return key.split(".")[0] in RESULT_SECTIONS and key not in FREE_SETTINGS
+
+
+def _is_accepted(key: str, config: RunConfig) -> bool:
+    return any(name == ALL_SETTINGS or f"{key}.".startswith(f"{name}.") for name in config.checkpoint.accept_changes)
+
+
+def _stated(value: Any) -> Any:
+    """Return settings as JSON holds them, but durations as a person writes them: one value, not two."""
+    if isinstance(value, dict):
+        if value.keys() == {"amount", "unit"}:
+            return str(Duration(**value))
+        return {key: _stated(item) for key, item in value.items()}
+    return [_stated(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _with_defaults(stored: dict[str, Any], config: RunConfig) -> dict[str, Any]:
@@ -94,5 +121,4 @@ def _changed(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:
             for name in sorted(old.keys() | new.keys())
             for change in _changed(old.get(name), new.get(name), f"{key}.{name}" if key else name)
         ]
-    same = list(old) == list(new) if isinstance(old, list | tuple) and isinstance(new, list | tuple) else old == new
-    return [] if same else [(key, old, new)]
+    return [] if old == new else [(key, old, new)]

@@ -3,8 +3,11 @@
 The scheduler is ours because megatron-core's keeps its bounds in the optimizer's param groups, where a resume with
 another learning rate raises or silently keeps the old one. Warm-up and decay shapes are Megatron-LM's
 (`megatron/core/optimizer_param_scheduler.py`, 0.19); the infinite forms (cool to a constant, hold, anneal) are those
-of arXiv:2403.08763, section 7; re-warming is a stage with a warm-up of its own. Weight decay follows the same file's
-`get_wd`.
+of arXiv:2403.08763, section 7, whose last phase is the cooldown style `geometric`; re-warming is a stage with a warm-up of
+its own. Weight decay follows the same file's `get_wd`.
+
+The place of an iteration is the samples consumed before it, so that the first iteration of a stage without a warm-up has the
+peak and the last one stands one step before the end of its decay.
 """
 
 import math
@@ -36,17 +39,21 @@ class Schedule:
     cooldown: int
     cooldown_style: str
     total: int
+    decay: int
+    """Where cosine and linear reach min_lr; other styles do not look at it."""
     hold: float | None = None
     hold_start: int | None = None
     weight_decay_style: str = "constant"
     weight_decay_start: float = 0.0
     weight_decay_end: float = 0.0
+    weight_decay_samples: int = 0
+    """Samples over which weight decay runs to its end."""
 
     def weight_decay(self, samples: int) -> float:
         """Return the weight decay of the iteration that starts after `samples` samples of the stage."""
         if self.weight_decay_style == "constant":
             return self.weight_decay_end
-        progress = min(samples / self.total, 1.0)
+        progress = min(samples / self.weight_decay_samples, 1.0) if self.weight_decay_samples else 1.0
         risen = 0.5 * (math.cos(math.pi * (1 - progress)) + 1) if self.weight_decay_style == "cosine" else progress
         return self.weight_decay_start + (self.weight_decay_end - self.weight_decay_start) * risen
 
@@ -58,6 +65,8 @@ class Schedule:
         if self.cooldown and samples > cooldown_start:
             held = self._before_cooldown(cooldown_start)
             progress = min((samples - cooldown_start) / self.cooldown, 1.0)
+            if self.cooldown_style == "geometric":
+                return held * (self.min_lr / held) ** progress
             return self.min_lr + (held - self.min_lr) * ANNEAL[self.cooldown_style](progress)
         return self._before_cooldown(samples)
 
@@ -69,7 +78,7 @@ class Schedule:
             return max(self.min_lr, self.lr * math.sqrt(max(self.warmup, 1)) / math.sqrt(max(samples, 1)))
         if self.style.startswith("infinite"):
             return self._infinite(samples)
-        length = max(self.total - self.warmup, 1)
+        length = max(self.decay - self.warmup, 1)
         progress = min((samples - self.warmup) / length, 1.0)
         shape = ANNEAL["cosine" if self.style == "cosine" else "linear"](progress)
         return self.min_lr + (self.lr - self.min_lr) * shape
@@ -88,6 +97,7 @@ def schedule(config: RunConfig) -> Schedule:
     """Return the learning-rate curve of a stage from its settings."""
     training, settings, optimizer = config.training, config.schedule, config.optimizer
     start, end = optimizer.weight_decay_start, optimizer.weight_decay_end
+    total = train_samples(training)
     return Schedule(
         style=settings.lr_decay_style,
         lr=optimizer.lr,
@@ -96,10 +106,12 @@ def schedule(config: RunConfig) -> Schedule:
         warmup=duration_samples(settings.lr_warmup, training),
         cooldown=duration_samples(settings.lr_cooldown, training, is_at_end=True),
         cooldown_style=settings.lr_cooldown_style,
-        total=train_samples(training),
+        total=total,
+        decay=total if settings.lr_decay is None else duration_samples(settings.lr_decay, training),
         hold=settings.lr_hold,
         hold_start=duration_samples(settings.lr_hold_start, training) if settings.lr_hold_start else None,
         weight_decay_style=optimizer.weight_decay_incr_style,
         weight_decay_start=optimizer.weight_decay if start is None else start,
         weight_decay_end=optimizer.weight_decay if end is None else end,
+        weight_decay_samples=duration_samples(optimizer.weight_decay_incr, training),
     )

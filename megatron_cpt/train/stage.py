@@ -29,7 +29,7 @@ from megatron_cpt.train.evaluation import ValidationSet, build_validation_sets
 from megatron_cpt.train.init import initial_checkpoint
 from megatron_cpt.train.model import build_training_model
 from megatron_cpt.train.parallel import on_rank_0
-from megatron_cpt.train.resume_check import check_model_fits, check_unchanged
+from megatron_cpt.train.resume_check import check_model_fits, check_unchanged, may_change_data_list
 from megatron_cpt.train.revision import code_revision
 from megatron_cpt.train.samples import BlendedSamples
 from megatron_cpt.train.skipping import passed_ranges, skipped_ranges, tokens_per_corpus
@@ -109,7 +109,7 @@ def prepare(loaded: LoadedConfig, *, from_start: bool = False) -> Stage | None:
         return None
     differences = check_unchanged(manifest["config"] if manifest else None, config, resume or run.path)
 
-    may_change_list = own is None or config.checkpoint.accept_changes
+    may_change_list = own is None or may_change_data_list(config)
     entries = on_rank_0(lambda: _prepare_run_dir(loaded, run, may_change_list=may_change_list))
     data_dir = Path(config.paths.data_dir)
     tokenizer = load_tokenizer(data_dir / config.data.tokenizer) if config.data.tokenizer else None

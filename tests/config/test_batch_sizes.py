@@ -9,8 +9,11 @@ from hypothesis import strategies as st
 
 from megatron_cpt.config import derived
 from megatron_cpt.config.batch_sizes import batch_sizes
+from megatron_cpt.config.load import read_resolved, write_resolved
+from megatron_cpt.config.megatron import megatron_flags
 from megatron_cpt.config.schema import TrainingConfig
-from megatron_cpt.config.values import Duration
+from megatron_cpt.config.values import Duration, parse_ramp
+from megatron_cpt.errors import ConfigError
 
 RAMP = TrainingConfig(seq_length=32, global_batch_size=64, rampup_batch_size=(16, 16, 300), train_samples=1000)
 
@@ -77,3 +80,79 @@ def test_iterations_of_a_warm_up_are_the_first_ones_and_of_a_cooldown_the_last()
 def test_short_and_long_ramps_end_at_the_global_batch(ramp):
     sizes = batch_sizes(dataclasses.replace(RAMP, rampup_batch_size=ramp))
     assert sizes.size(10**9) == 64
+
+
+def sizes_of(ramp, **changes):
+    return batch_sizes(dataclasses.replace(RAMP, rampup_batch_size=parse_ramp(ramp), **changes))
+
+
+@pytest.mark.parametrize("length", ["300 samples", "9600 tokens", "9.6K", "9_570 tokens", 0.3])
+def test_the_same_ramp_in_samples_tokens_or_a_fraction_of_the_stage(length):
+    assert sizes_of([16, 16, length]) == batch_sizes(RAMP)
+
+
+def test_a_length_in_iterations_is_shared_among_the_batches():
+    assert [sizes_of([16, 16, "6 iterations"]).size(n) for n in range(8)] == [16, 16, 32, 32, 48, 48, 64, 64]
+    assert [sizes_of([16, 16, "7 steps"]).size(n) for n in range(9)] == [16, 16, 16, 32, 32, 48, 48, 64, 64]
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [[16, 3], [32, "5 iterations"]],
+        [[16, "48 samples"], [32, "112 samples"]],
+        [[16, "1536 tokens"], [32, "3.584K"]],
+        [[16, 0.048], [32, 0.112]],
+        [[16, 3], [32, 0.112]],
+    ],
+)
+def test_steps_hold_until_their_place_in_any_duration(steps):
+    assert [sizes_of(steps).size(n) for n in range(7)] == [16, 16, 16, 32, 32, 64, 64]
+
+
+def test_a_step_that_runs_past_its_place_shortens_the_next():
+    sizes = sizes_of([[48, "50 samples"], [56, "110 samples"]])
+    assert [sizes.samples(n) for n in range(5)] == [0, 48, 96, 152, 216]
+
+
+@given(
+    iterations=st.integers(1, 400),
+    parts=st.lists(st.integers(1, 99), min_size=1, max_size=4, unique=True),
+    start=st.integers(1, 9),
+)
+def test_a_fraction_of_iterations_is_of_the_samples_that_they_take(iterations, parts, start):
+    steps = [[start * 2**n, part / 100] for n, part in enumerate(sorted(parts))]
+    whole = start * 2 ** len(steps)
+    training = dataclasses.replace(
+        RAMP, rampup_batch_size=parse_ramp(steps), global_batch_size=whole, train_samples=None, train_iters=iterations
+    )
+    sizes, total = batch_sizes(training), derived.train_samples(training)
+    assert sum(sizes.size(n) for n in range(iterations)) == total
+    for n in range(iterations):  # each step has the batch of the place where it begins, up to the rounding of one step
+        at = sizes.samples(n)
+        expected = next((size for size, part in steps if at < math.ceil(part * total)), whole)
+        late = next((size for size, part in steps if at < math.ceil(part * (total + whole))), whole)
+        assert late <= sizes.size(n) <= expected
+
+
+def test_a_fraction_without_a_length_is_refused():
+    with pytest.raises(ConfigError, match="the stage's length is not known"):
+        sizes_of([16, 16, 0.5], train_samples=None)
+
+
+@pytest.mark.parametrize(
+    "ramp", ["[16, 16, 300]", "[16, 16, 50B tokens]", "[16,16,0.5]", "[[16, 2], [32, 0.5], [48, 9]]"]
+)
+def test_a_ramp_is_written_and_read_back_equal(tree, tmp_path, ramp):
+    loaded = tree.load(f"training.rampup_batch_size={ramp}", "training.global_batch_size=64", size="short")
+    write_resolved(loaded, tmp_path / "config.yaml")
+    assert read_resolved(tmp_path / "config.yaml") == loaded.config
+
+
+def test_megatron_lm_gets_every_ramp_as_its_step_schedule(tree):
+    for ramp in ("[16,16,300]", "[[16,112 samples],[32,208 samples],[48,300 samples]]"):
+        loaded = tree.load(f"training.rampup_batch_size={ramp}", "training.global_batch_size=64")
+        flags = megatron_flags(loaded.config)
+        schedule = flags[flags.index("--step-batch-size-schedule") + 1]
+        assert schedule == "0:16 7168:32 13312:48 19456:64"  # a sample has 64 tokens
+        assert "--global-batch-size" not in flags and "--rampup-batch-size" not in flags

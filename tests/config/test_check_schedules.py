@@ -4,9 +4,34 @@ import pytest
 
 RAMP = "training.global_batch_size=64 training.rampup_batch_size="
 IMPOSSIBLE = {
-    "two numbers": (RAMP + "[16,16]", "training.rampup_batch_size is [16, 16]. Three numbers above 0 are needed"),
+    "two numbers": (RAMP + "[16,16]", "training.rampup_batch_size: [16, 16] has 2 numbers. Write [16, 16, '1M samples']"),
+    "no length": (RAMP + "[16,16,soon]", "'soon' is not a duration"),
+    "a length of nothing": (RAMP + "[16,16,0.0]", "Three numbers above 0 are needed"),
+    "pairs and numbers": (RAMP + "[[16,1B],16]", "is no batch ramp-up"),
+    "a step without its end": (RAMP + "[[16,1B],[32]]", "is no batch ramp-up"),
+    "steps that fall": (RAMP + "[[32,2],[16,4]]", "32 is not below 16. Let the batches rise."),
+    "a last step that is the whole batch": (RAMP + "[[16,2],[64,4]]", "64 is not below 64"),
+    "a step that is over before it begins": (
+        RAMP + "[[16,4],[32,2]]", "has the batch 32 until 2 iterations, which is over before it begins",
+    ),
+    "a step of nothing": (RAMP + "[[16,0]]", "has the batch 16 until 0 iterations"),
+    "a step that the ranks cannot share": (
+        RAMP + "[[12,4]] launch.gpus_per_node=4", "training.rampup_batch_size has the batch 12, not a multiple of",
+    ),
+    "a decay that ends in the warm-up": (
+        "schedule.lr_warmup=4 schedule.lr_decay=4", "schedule.lr_decay is 4 iterations (64 samples), not after the warm-up's end",
+    ),
+    "a decay without one": ("schedule.lr_decay_style=WSD schedule.lr_decay=0.5", "lr_decay is 0.5 and has no effect"),
+    "a geometric way to nothing": (
+        "schedule.lr_decay_style=WSD schedule.lr_cooldown=0.5 schedule.lr_cooldown_style=geometric", "Set min_lr above 0",
+    ),
+    "weight decay's time without a style": ("optimizer.weight_decay_incr=0.5", "weight_decay_incr is 0.5 and has no effect"),
+    "weight decay's time of nothing": (
+        "optimizer.weight_decay_incr=0 optimizer.weight_decay_end=0.2 optimizer.weight_decay_incr_style=linear",
+        "would have no time to change",
+    ),
     "a zero": (RAMP + "[16,0,100]", "Three numbers above 0 are needed"),
-    "no list": (RAMP + "16", "16 is not a list of whole numbers"),
+    "no list": (RAMP + "16", "16 is no batch ramp-up"),
     "a start above the batch": (RAMP + "[64,16,100]", "starts at 64, not below global_batch_size (64)"),
     "an increment that misses": (RAMP + "[16,20,100]", "64 - 16 = 48 is no multiple of 20"),
     "a start that the ranks cannot share": (

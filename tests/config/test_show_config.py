@@ -54,7 +54,7 @@ def test_explain_gives_value_origin_and_meaning(capsys, key: str) -> None:
 
 def test_explain_takes_a_section_or_nothing(capsys) -> None:
     section, _ = show(capsys, "--explain", "schedule")
-    assert section.count("    from ") == 7 and "optimizer.lr" not in section.replace("optimizer.lr:", "")
+    assert section.count("    from ") == 8 and "optimizer.lr" not in section.replace("optimizer.lr:", "")
     everything, _ = show(capsys, "--explain")
     assert everything.count("    from ") == len(setting_keys())
 
