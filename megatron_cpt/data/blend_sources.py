@@ -139,8 +139,6 @@ def parts_from_list(config: RunConfig, problems: list[str]) -> tuple[Parts, Shar
             weight = Fraction(available) if entry.amount is None else entry.amount
             part = Part(shard=shard, available=available, weight=weight, first_sample=entry.first_sample)
             parts.setdefault(entry.corpus or shard.prefix, []).append(part)
-    if len({entry.amount is None for entry in entries}) > 1:
-        problems.append(f"{path}: some entries have tokens or a weight and some have none. All or none are needed.")
     total = sum((part.weight for group in parts.values() for part in group), Fraction(0))
     shares = {corpus: sum((part.weight for part in group), Fraction(0)) / total for corpus, group in parts.items()}
     return parts, shares

@@ -7,10 +7,11 @@ found from its content.
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 from megatron_cpt.data import list_formats
-from megatron_cpt.data.list_formats import DataEntry, content_lines, is_number
+from megatron_cpt.data.list_formats import DataEntry, content_lines, is_number, without_comment
 from megatron_cpt.errors import DataError
 from megatron_cpt.files import write_text
 
@@ -45,6 +46,12 @@ def parse_data_list(text: str, name: str = "data list", split: str = "train") ->
     entries = FORMATS[detect_format(text, name)].read(text, name, split)
     if not entries:
         raise DataError(f"{name}: no entry. At least one shard is needed.")
+    stated: dict[str, DataEntry] = {}
+    for entry in entries:
+        stated.setdefault(_kind(entry), entry)
+    if len(stated) > 1:
+        found = " and ".join(f"{kind} ({entry.prefix})" for kind, entry in stated.items())
+        raise DataError(f"{name}: some entries state {found}. All must state the same.")
     return entries
 
 
@@ -60,7 +67,11 @@ def render_data_list(entries: Sequence[DataEntry], format: str = "yaml") -> str:
     buffered = [entry.prefix for entry in entries if entry.first_sample is not None]
     if buffered and format != "yaml":
         raise DataError(f"{buffered[0]}: comes from a replay buffer, whose position only the format yaml carries.")
-    return FORMATS[format].render(entries)
+    text = FORMATS[format].render(entries)
+    if not entries:
+        raise DataError(f"format {format}: no entry to write. At least one shard is needed.")
+    _check_round_trip(entries, text, format)
+    return text
 
 
 def detect_format(text: str, name: str = "data list") -> str:
@@ -74,12 +85,49 @@ def detect_format(text: str, name: str = "data list") -> str:
         raise DataError(f"{name}: no entry. At least one shard is needed.")
     if lines[0].startswith(("- ", "[")):
         return "yaml"
-    if all("," in line for line in lines):
+    rows = [without_comment(line).split() for line in lines]
+    starts_with_number = is_number(rows[0][0])
+    if all("," in line for line in lines) and not starts_with_number:
         return "csv"
-    words = lines[0].split()
-    if is_number(words[0]) and len(words) <= 3 and not (len(words) == 3 and is_number(words[2])):
-        return "weights" if len(words) == 2 else "blendcorpus"
+    if starts_with_number and len(rows[0]) == 2:
+        return "weights"
+    # a third column of numbers is a corpus's name (2024) where every line has it, else Megatron's next weight
+    has_corpora = len(rows) > 1 and all(len(row) == 3 and is_number(row[0]) for row in rows)
+    if starts_with_number and len(rows[0]) == 3 and (has_corpora or not is_number(rows[0][2])):
+        return "blendcorpus"
     return "megatron"
+
+
+def _kind(entry: DataEntry) -> str:
+    return "tokens" if entry.tokens is not None else "a weight" if entry.weight is not None else "neither"
+
+
+def _check_round_trip(entries: Sequence[DataEntry], text: str, format: str) -> None:
+    """Raise DataError unless a list reads back as what was written: not every format carries every path."""
+    try:
+        found = parse_data_list(text)
+    except DataError:
+        found = []
+    for index, entry in enumerate(entries):
+        back = found[index] if index < len(found) else None
+        carries_corpus = format in ("yaml", "csv", "blendcorpus")
+        same_corpus = back is not None and (back.corpus == (entry.corpus or None) or not carries_corpus)
+        if (
+            back is None
+            or back.prefix != entry.prefix
+            or not same_corpus
+            or not _same_number(back.amount, entry.amount)
+        ):
+            raise DataError(
+                f"{entry.prefix}{f' of {entry.corpus}' if entry.corpus else ''}: cannot be written in the format "
+                f"{format}, which would read it as {back.prefix if back else 'something else'}. Use the format yaml."
+            )
+
+
+def _same_number(first: Fraction | None, second: Fraction | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    return first == second or float(first) == float(second)
 
 
 FORMATS: dict[str, Format] = {

@@ -96,7 +96,7 @@ def read_columns(text: str, name: str, _split: str) -> list[DataEntry]:
     entries: list[DataEntry] = []
     width = 0
     for number, line in content_lines(text):
-        columns = line.split()
+        columns = without_comment(line).split()
         width = width or len(columns)
         if len(columns) != width or width not in (2, 3):
             raise DataError(
@@ -130,7 +130,8 @@ def render_weights(entries: Sequence[DataEntry]) -> str:
 
 def read_megatron(text: str, name: str, _split: str) -> list[DataEntry]:
     """Return the entries of Megatron's blend arguments."""
-    words = [word for _, line in content_lines(text) for word in line.split()]
+    lines = [without_comment(line).split() for _, line in content_lines(text)]
+    words = [word for line in lines for word in line if word != "\\"]
     return _from_arguments(words[1:] if words[0].startswith("--") else words, name)
 
 
@@ -161,6 +162,12 @@ def read_csv(text: str, name: str, _split: str) -> list[DataEntry]:
     rows = [(n, next(csv.reader([line]))) for n, line in content_lines(text)]
     header = [column.strip() for column in rows[0][1]]
     if {"prefix", "path"} & set(header):
+        unknown = set(header) - {"prefix", "path", "tokens", "weight", "corpus", "name", "_", ""}
+        if unknown or len(set(header)) < len(header):
+            raise DataError(
+                f"{name}:{rows[0][0]}: the columns are {','.join(header)}. Known are prefix (or path), tokens, weight, "
+                f"corpus and name, each once{'; ' + ', '.join(sorted(unknown)) + ' would be ignored' if unknown else ''}."
+            )
         rows = rows[1:]
     elif len(header) == 3:
         header = ["_", "path", "tokens"]
@@ -196,6 +203,10 @@ def read_yaml(text: str, name: str, _split: str) -> list[DataEntry]:
         isinstance(row, dict) and all(isinstance(value, str) for value in row.values()) for row in rows
     ):
         raise DataError(f"{name}: not a list of mappings. `- {{tokens: N, prefix: PATH, corpus: NAME}}` is needed.")
+    fields = {field.name for field in dataclasses.fields(DataEntry)}
+    for index, row in enumerate(rows, 1):
+        if unknown := [key for key in row if key not in fields]:
+            raise DataError(f"{name}: entry {index}: unknown key {unknown[0]}. Known are {', '.join(sorted(fields))}.")
     return [_entry(row, f"{name}: entry {index}") for index, row in enumerate(rows, 1)]
 
 
@@ -220,6 +231,11 @@ def content_lines(text: str) -> list[tuple[int, str]]:
     """Return (line number, stripped line) of the lines that are neither blank nor comments."""
     lines = ((number, line.strip()) for number, line in enumerate(text.splitlines(), 1))
     return [(number, line) for number, line in lines if line and not line.startswith("#")]
+
+
+def without_comment(line: str) -> str:
+    """Return a line of columns without the comment that ends it."""
+    return re.sub(r"\s#.*", "", line)
 
 
 def _from_arguments(words: Sequence[str], name: str) -> list[DataEntry]:

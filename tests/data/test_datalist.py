@@ -113,6 +113,67 @@ TRAIN_DATA_PATH="$TRAIN_DATA_PATH 12799385151 ${DATASET_DIR}/stack_0001.jsonl_te
         parse_data_list('VALID_DATA_PATH=""\n\nVALID_DATA_PATH="${VALID_DATA_PATH} 5"\n', "line.txt")
 
 
+def test_the_other_ways_in_which_shell_lists_are_written_are_read(monkeypatch):
+    monkeypatch.delenv("ROOT", raising=False)
+    text = """calc() {
+    local repeat=$1
+    echo $((repeat * $2))
+}
+HERE="$(cd "$(dirname "$0")" && pwd)"
+ROOT=/data; ROOT+=/v4
+declare -a TRAIN_DATA_PATH=(
+    --data-path
+    5 '/data/$HOME/a #1 (old)' # quoted, as it stands
+    6 "${ROOT}/b"   7 /data/c\\ d
+)
+TRAIN_DATA_PATH+=( 8 $ROOT/e ) ;
+"""
+    text = text.replace("ROOT=/data; ROOT+=/v4", "ROOT=/data;  # the disk\nROOT+=/v4")
+    assert [(entry.tokens, entry.prefix) for entry in parse_data_list(text)] == [
+        (5, "/data/$HOME/a #1 (old)"),
+        (6, "/data/v4/b"),
+        (7, "/data/c d"),
+        (8, "/data/v4/e"),
+    ]
+    growing = 'TRAIN_DATA_PATH=""\nPAIR="3 c"\nTRAIN_DATA_PATH+=" 1 a"\nTRAIN_DATA_PATH="$TRAIN_DATA_PATH 2 b $PAIR"\n'
+    assert [(entry.tokens, entry.prefix) for entry in parse_data_list(growing)] == [(1, "a"), (2, "b"), (3, "c")]
+
+
+def test_numbers_as_names_of_corpora_and_comments_behind_lines_are_read():
+    assert parse_data_list("0.5 a 2024  # crawl\n0.5 b 2025\n") == [
+        DataEntry(weight=Fraction(1, 2), prefix="a", corpus="2024"),
+        DataEntry(weight=Fraction(1, 2), prefix="b", corpus="2025"),
+    ]
+    assert parse_data_list("1e-7 /data/a,b_text_document\n") == [
+        DataEntry(weight=Fraction(1, 10**7), prefix="/data/a,b_text_document")
+    ]
+
+
+def test_arguments_over_several_lines_are_read_as_megatron_reads_them():
+    expected = [DataEntry(weight=Fraction(3, 10), prefix="a"), DataEntry(weight=Fraction(7, 10), prefix="b")]
+    for text in ("0.3\na\n0.7\nb\n", "--data-path \\\n  0.3 a \\\n  0.7 b\n", "0.3 a 0.7\nb\n"):
+        assert parse_data_list(text) == expected
+
+
+_ODD = st.text(alphabet=list("ab0/._- ,;:#()[]{}$'\"\\*?=@`|&<>~%+é日\t"), min_size=1, max_size=9)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@settings(max_examples=60, deadline=None)
+@given(rows=st.lists(st.tuples(_TOKENS, _ODD, _ODD), min_size=1, max_size=3))
+def test_a_list_is_only_written_where_it_reads_back_whatever_the_paths(name, rows):
+    entries = [DataEntry(tokens=tokens, prefix=prefix, corpus=corpus) for tokens, prefix, corpus in rows]
+    try:
+        text = render_data_list(entries, name)
+    except DataError:
+        assert name != "yaml"
+        return
+    found = parse_data_list(text)
+    assert [(entry.amount, entry.prefix) for entry in found] == [(entry.amount, entry.prefix) for entry in entries]
+    if name in ("yaml", "csv", "blendcorpus"):
+        assert [entry.corpus for entry in found] == [entry.corpus for entry in entries]
+
+
 _LINES = st.one_of(
     st.text(max_size=30),
     st.sampled_from(["export X=(", ")", "5 a", "0.5 a b", "- {tokens: 5, prefix: a}", '{"train": [1, "a"]}', "a,b,5"]),
@@ -161,12 +222,24 @@ def test_a_split_of_a_json_file_is_chosen_by_name(tmp_path):
         ("- {tokens: 1.5, prefix: a}\n", "entry 1: tokens is 1.5"),
         ("- {tokens: 1}\n", "entry 1: no prefix"),
         ("- a\n", "not a list of mappings"),
+        ("export X=(\n 5 ${ROOT:-/data}/a\n)\n", "line.txt:2: .*as only a shell can"),
+        ("export X=(\n 5 a | tee\n)\n", "line.txt:2: '|' in"),
+        ("export X=(\n 5 'a\n)\n", "line.txt:2: .*no closing quotation"),
+        ('HERE="$(pwd)"\nexport X=(\n 5 $HERE/a\n)\n', "line.txt:1: .*runs a command"),
+        ("X=(\n 5 a\n)\nfor f in *; do X+=(1 $f); done\n", "line.txt:4: .*only a shell can follow"),
+        ("X=(\n 5 a\n)\nY+=(\n 5 b\n)\n", "line.txt:4: a second array"),
+        ("- {tokens: 1, prefx: a}\n", "entry 1: unknown key prefx"),
+        ("- {tokens: 1, prefix: a}\n- {weight: 1, prefix: b}\n", r"some entries state tokens \(a\) and a weight \(b\)"),
+        ("- {tokens: 1, prefix: a}\n- {prefix: b}\n", r"some entries state tokens \(a\) and neither \(b\)"),
+        ("path,tokens,repeat\na,1,2\n", "line.txt:1: the columns are .*; repeat would be ignored"),
+        ("tokens,prefix,tokens\n1,a,2\n", "line.txt:1: the columns are tokens,prefix,tokens"),
         ("en,a\n", "2 columns and no header"),
         ("tokens,prefix\n1,a\n2,b,c\n", "line.txt:3: 3 columns"),
     ],
 )
 def test_a_damaged_list_names_its_file_and_line(text, message):
-    with pytest.raises(DataError, match=message.replace("$", r"\$").replace("{", r"\{").replace("}", r"\}")):
+    message = message.replace("$", r"\$").replace("{", r"\{").replace("}", r"\}").replace("|", r"\|")
+    with pytest.raises(DataError, match=message):
         parse_data_list(text, "line.txt")
 
 
