@@ -84,6 +84,11 @@ def _interruption_lines(stages: Sequence[Stage]) -> list[str]:
         for stage in stages
         for found in stage.interruptions
     ]
+    lines += [
+        f"- {len(stage.not_finite)} logged steps of `{stage.name}` had no finite loss and changed nothing."
+        for stage in stages
+        if stage.not_finite
+    ]
     return ["\n".join(lines)] if lines else []
 
 

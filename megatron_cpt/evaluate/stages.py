@@ -11,11 +11,12 @@
     rollback     iteration (of the checkpoint gone back to), consumed_tokens, skipped
     end          iteration, reason: finished, a signal, a file such as stop_now, the walltime
 
-It is append-only. A stage that was killed and continued holds some iterations twice: after a `start` record
+A value that is no number (NaN, infinity) is null. It is append-only. A stage that was killed and continued holds some iterations twice: after a `start` record
 with `resumed`, every earlier record of a later iteration counts no more.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +51,8 @@ class Stage:
     path: Path
     train: list[dict[str, Any]] = field(default_factory=list)
     validation: list[dict[str, Any]] = field(default_factory=list)
+    not_finite: list[int] = field(default_factory=list)
+    """Iterations of logged steps without a finite loss: they changed nothing and are not in `train`."""
     starts: list[dict[str, Any]] = field(default_factory=list)
     interruptions: list[Interruption] = field(default_factory=list)
     end_reason: str | None = None
@@ -142,9 +145,13 @@ def smoothed(values: Sequence[float], window: int) -> list[float]:
 def _add_record(stage: Stage, record: dict[str, Any]) -> None:
     kind = record["kind"]
     if kind == "train":
-        stage.train.append(record)
+        if _is_finite(record):
+            stage.train.append(record)
+        else:
+            stage.not_finite.append(record["iteration"])
     elif kind == "validation":
-        stage.validation.append(record)
+        if _is_finite(record):
+            stage.validation.append(record)
     elif kind == "end":
         stage.end_reason = record.get("reason")
     elif kind == "rollback":  # a loss spike was undone: the steps since the checkpoint are trained again
@@ -153,7 +160,7 @@ def _add_record(stage: Stage, record: dict[str, Any]) -> None:
         if record.get("resumed"):
             _resume(stage, record)
         elif stage.starts:  # started over from nothing: what was before does not count
-            stage.train, stage.validation, stage.interruptions = [], [], []
+            stage.train, stage.validation, stage.interruptions, stage.not_finite = [], [], [], []
         stage.starts.append(record)
         stage.end_reason = None
 
@@ -178,6 +185,11 @@ def _cut(stage: Stage, record: dict[str, Any], reason: str | None) -> None:
         )
     stage.train = [record for record in stage.train if record["iteration"] <= iteration]
     stage.validation = [record for record in stage.validation if record["iteration"] <= iteration]
+    stage.not_finite = [found for found in stage.not_finite if found <= iteration]
+
+
+def _is_finite(record: dict[str, Any]) -> bool:
+    return record.get("loss") is not None and math.isfinite(record["loss"])
 
 
 def _offset(stage: Stage, by_name: dict[str, Stage], visited: set[str]) -> int:

@@ -5,15 +5,21 @@ import signal
 import time
 from pathlib import Path
 
+import torch
+
 from megatron_cpt.config.schema import LaunchConfig
+
+URGENCY = (None, "save_now", "stop_now", "walltime", "signal")
+"""What may be asked for; of several requests the last one counts."""
 
 
 class Interrupts:
-    """Collects requests; `poll` is asked once per iteration on rank 0.
+    """Collects requests; all ranks ask `agreed` once per iteration.
 
     SIGTERM (PBS, Slurm) and SIGUSR1 (Slurm's `--signal`) end the run after a save, as does the walltime less
     `exit_before_walltime` seconds, counted from `MEGATRON_CPT_JOB_START` (a Unix time the launcher sets) or from here.
-    `touch RUN/save_now` saves; `touch RUN/stop_now` saves and ends.
+    A signal may reach any rank; the walltime and files are rank 0's. `touch RUN/save_now` saves; `touch RUN/stop_now`
+    saves and ends.
     """
 
     def __init__(self, launch: LaunchConfig, run_path: Path):
@@ -33,8 +39,15 @@ class Interrupts:
     def _note(self, number: int, frame: object) -> None:
         self._signalled = True
 
+    def agreed(self) -> str | None:
+        """Return the most urgent request of any rank: `signal`, `walltime`, `stop_now`, `save_now` or None. Collective."""
+        own = self.poll() if torch.distributed.get_rank() == 0 else "signal" if self._signalled else None
+        urgency = torch.tensor(URGENCY.index(own), device=torch.cuda.current_device())
+        torch.distributed.all_reduce(urgency, torch.distributed.ReduceOp.MAX)
+        return URGENCY[int(urgency)]
+
     def poll(self) -> str | None:
-        """Return `signal`, `walltime`, `stop_now`, `save_now` or None."""
+        """Return this process's own request."""
         if self._signalled:
             return "signal"
         if self._deadline is not None and time.time() >= self._deadline:

@@ -4,6 +4,7 @@ Every rank runs `train`; rank 0 decides and writes, the others follow through br
 number, the samples consumed; iteration, tokens, learning rate, batches and per-corpus counts are functions of it.
 """
 
+import contextlib
 import logging
 from typing import Any
 
@@ -21,6 +22,7 @@ from megatron_cpt.train.evaluation import validation_loss
 from megatron_cpt.train.interrupt import Interrupts
 from megatron_cpt.train.metrics import MetricsWriter, train_line
 from megatron_cpt.train.parallel import finish_parallel, initialize_parallel, on_rank_0
+from megatron_cpt.train.prefetch import Prefetch
 from megatron_cpt.train.saving import Saver
 from megatron_cpt.train.schedule import schedule
 from megatron_cpt.train.sole_owner import sole_owner
@@ -44,7 +46,7 @@ def train(loaded: LoadedConfig) -> str:
     The reason is `finished`, `signal`, `walltime` or `stop_now`: all of them saved a checkpoint, and the same command
     continues the run. Raises: CptError for what a user can mend.
     """
-    initialize_parallel(loaded.config)
+    initialize_parallel(loaded.config, _collective_timeout(loaded.config.launch.hang_timeout))
     try:
         with sole_owner(run_dir(loaded.config)):
             return _train(loaded)
@@ -53,6 +55,11 @@ def train(loaded: LoadedConfig) -> str:
 
 
 def _train(loaded: LoadedConfig) -> str:
+    with contextlib.ExitStack() as ends:  # the watch and the reading ahead end with the run, however it ends
+        return _train_stage(loaded, ends)
+
+
+def _train_stage(loaded: LoadedConfig, ends: contextlib.ExitStack) -> str:
     config, run, rank = loaded.config, run_dir(loaded.config), torch.distributed.get_rank()
     if config.training.deterministic:
         torch.use_deterministic_algorithms(True)
@@ -72,10 +79,11 @@ def _train(loaded: LoadedConfig) -> str:
     _write_start(stage, writer)
 
     reason, num_skipped = "finished", 0
+    watchdog = ends.enter_context(Watchdog(config.launch.hang_timeout))
     if config.evaluation.eval_interval and iteration == 0:
-        with log.pause():
+        with log.evaluation():
             _evaluate(stage, writer, iteration)
-    watchdog = Watchdog(config.launch.hang_timeout)
+    batches_ahead = ends.enter_context(_batches_ahead(stage))
     while iteration < stage.iterations:
         watchdog.beat()
         first_sample, num_samples = stage.sizes.samples(iteration), stage.sizes.size(iteration)
@@ -86,16 +94,21 @@ def _train(loaded: LoadedConfig) -> str:
         else:
             learning_rate, weight_decay = curve.learning_rate(first_sample), curve.weight_decay(first_sample)
             with log.data():
-                batches = microbatches(stage.dataset, first_sample, num_samples, config, stage.tokenizer.eod_id)
+                batches = batches_ahead.get(iteration)
             if has_dropout:  # what is dropped follows from the iteration, so a resume drops what it would have
                 tensor_parallel.model_parallel_cuda_manual_seed(config.training.seed + iteration - 1)
             result = train_step(stage.model, stage.optimizer, batches, config, learning_rate, weight_decay)
             log.add(result, num_samples)
             num_skipped = 0 if result.is_updated else num_skipped + 1
             if not result.is_updated:
+                if num_skipped >= MAX_SKIPPED_STEPS:
+                    saver.finish(iteration, spikes.losses, is_blocking=True)  # the checkpoint from before
                 _note_no_update(stage, iteration, result, num_skipped)
             elif (spike := spikes.see(result.loss)) and react(stage, saver, writer, spike, iteration):
                 iteration, spikes = stage.iteration, SpikeDetector(spikes.threshold, stage.recent_losses)
+                batches_ahead.close()
+                batches_ahead = ends.enter_context(_batches_ahead(stage))
+                log.restart()
                 continue
             is_first = iteration == first_iteration + 1
             if is_first or iteration % config.logging.log_interval == 0 or iteration == stage.iterations:
@@ -105,24 +118,42 @@ def _train(loaded: LoadedConfig) -> str:
                 logger.info("%s", train_line(record, stage.iterations))
         is_last = iteration == stage.iterations
         if config.evaluation.eval_interval and (iteration % config.evaluation.eval_interval == 0 or is_last):
-            with log.pause():
+            with log.evaluation():
                 _evaluate(stage, writer, iteration)
-        with log.pause(is_save=True):
-            request = on_rank_0(interrupts.poll)
-            if iteration % config.checkpoint.save_interval == 0 or is_last or request is not None:
+        request = interrupts.agreed()
+        if iteration % config.checkpoint.save_interval == 0 or is_last or request is not None:
+            with log.save(is_new=True):
                 saver.save(iteration, spikes.losses)
+        with log.save(is_new=False):
             saver.finish(iteration, spikes.losses, is_blocking=False)
         if request is not None and request != "save_now" and not is_last:
             reason = request
             break
     saver.finish(iteration, spikes.losses, is_blocking=True)
-    watchdog.stop()
+    ends.close()
     if reason == "finished" and rank == 0:
         finish_stage(config, stage.entries)
     writer.write("end", iteration=iteration, reason=reason)
     writer.close()
     logger.info("%s: ended at iteration %d of %d: %s", run.path, iteration, stage.iterations, reason)
     return reason
+
+
+def _collective_timeout(hang_timeout: int) -> int:
+    """Return seconds after which a collective call fails: later than the watchdog ends a rank, so that it says why."""
+    return max(1800, 2 * hang_timeout + 120)
+
+
+def _batches_ahead(stage: Stage) -> Prefetch:
+    """Return the batches of the steps from the stage's iteration on, counted as the log counts, read ahead."""
+    config, sizes, skipped = stage.config, stage.sizes, stage.skipped
+
+    def read(iteration: int) -> Any:
+        first_sample, num_samples = sizes.samples(iteration - 1), sizes.size(iteration - 1)
+        return microbatches(stage.dataset, first_sample, num_samples, config, stage.tokenizer.eod_id)
+
+    steps = range(stage.iteration + 1, stage.iterations + 1)
+    return Prefetch(read, (iteration for iteration in steps if not contains(skipped, iteration)))
 
 
 def _write_start(stage: Stage, writer: MetricsWriter) -> None:

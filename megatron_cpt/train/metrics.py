@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import resource
 import sys
 import time
@@ -52,10 +53,11 @@ class MetricsWriter:
             self._events = SummaryWriter(str(run.tensorboard), max_queue=100, flush_secs=30)
 
     def write(self, kind: str, **values: Any) -> None:
-        """Append one record of `kind` with the current time."""
+        """Append one record of `kind` with the current time. JSON has no NaN and no infinity: they become null."""
         if self._file is None:
             return
-        self._file.write(json.dumps({"kind": kind, **values, "time": round(time.time(), 3)}) + "\n")
+        record = {name: None if _is_not_finite(value) else value for name, value in values.items()}
+        self._file.write(json.dumps({"kind": kind, **record, "time": round(time.time(), 3)}) + "\n")
         self._file.flush()
         if kind not in ("train", "validation"):
             return
@@ -82,6 +84,10 @@ class MetricsWriter:
             self._wandb.finish()
 
 
+def _is_not_finite(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
 def _end_last_line(path: Path) -> None:
     """Drop a record that a killed process left half written, so that the next one starts on a line of its own."""
     if not path.exists():
@@ -106,7 +112,7 @@ def train_line(record: dict[str, Any], train_iters: int) -> str:
         f"{record['tflops_per_gpu']:8.3g} TFLOP/s/GPU",
     ]
     if record.get("mfu") is not None:
-        parts.append(f"MFU {record['mfu']:.1%}")
+        parts.append(f"MFU {record['mfu']:5.1%}")
     parts += [f"{format_bytes(record['memory_bytes']):>9}", f"data {record['data_seconds'] * 1000:3.0f} ms"]
     eta = f"ETA {format_seconds(record['eta_seconds'])}"
     if record.get("walltime_left_seconds") is not None:

@@ -1,7 +1,8 @@
 """Where a run's time goes: parts of a step summed between two logged lines, throughput, and what is left of the stage.
 
-Evaluations and saves are not part of a step's time; the seconds that saves held the run up are told apart. All seconds
-are rank 0's wall clock and means per step.
+Evaluations, saves and roll-backs are not part of a step's time; the seconds that saves held the run up are told apart. All
+seconds are rank 0's wall clock and means per step. What is left of the stage counts the evaluations and saves to come, each
+as long as the last one.
 """
 
 import time
@@ -26,6 +27,7 @@ class StepLog:
         self._flops = flops_per_token(stage.config.model, stage.config.training.seq_length)
         self._peak = peak_flops()
         self._ranks = torch.distributed.get_world_size()
+        self._last: dict[str, float] = {}
         self._restart()
 
     def _restart(self) -> None:
@@ -41,14 +43,27 @@ class StepLog:
         self._data += time.monotonic() - started
 
     @contextmanager
-    def pause(self, *, is_save: bool = False) -> Iterator[None]:
-        """Leave what runs inside out of the steps' time; a save's is told apart."""
+    def evaluation(self) -> Iterator[None]:
+        """Leave what runs inside out of the steps' time."""
+        started = time.monotonic()
+        yield
+        self._last["evaluation"] = time.monotonic() - started
+        self._paused += self._last["evaluation"]
+
+    @contextmanager
+    def save(self, *, is_new: bool) -> Iterator[None]:
+        """Leave what runs inside out of the steps' time and count it as a save's: a new one, or the end of an earlier one."""
         started = time.monotonic()
         yield
         seconds = time.monotonic() - started
         self._paused += seconds
-        if is_save:
-            self._saving += seconds
+        self._saving += seconds
+        if is_new:
+            self._last["save"] = seconds
+
+    def restart(self) -> None:
+        """Forget the steps since the last record: they were undone."""
+        self._restart()
 
     def add(self, result: StepResult, num_samples: int) -> None:
         """Count a step."""
@@ -63,7 +78,7 @@ class StepLog:
         seconds = time.monotonic() - self._began - self._paused
         rate = self._tokens / seconds
         flops = rate * self._flops / self._ranks
-        left = stage.tokens(stage.iterations) - stage.tokens(iteration)
+        left = (stage.tokens(stage.iterations) - stage.tokens(iteration)) / rate + self._pauses_left(iteration)
         record = {
             "iteration": iteration,
             "consumed_samples": stage.sizes.samples(iteration),
@@ -83,8 +98,19 @@ class StepLog:
             "optimizer_seconds": round(self._optimizer / steps, 6),
             "checkpoint_seconds": round(self._saving, 6),
             "memory_bytes": peak_memory_bytes(),
-            "eta_seconds": round(left / rate, 1),
+            "eta_seconds": round(left, 1),
             "walltime_left_seconds": self._interrupts.seconds_left(),
         }
         self._restart()
         return record
+
+    def _pauses_left(self, iteration: int) -> float:
+        """Return the seconds of the evaluations and saves from the end of `iteration` on."""
+        config, last = self._stage.config, self._stage.iterations
+
+        def times(interval: int) -> int:
+            return last // interval - (iteration - 1) // interval + (last % interval > 0) if interval else 0
+
+        return times(config.evaluation.eval_interval) * self._last.get("evaluation", 0.0) + times(
+            config.checkpoint.save_interval
+        ) * self._last.get("save", 0.0)

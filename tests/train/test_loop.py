@@ -141,6 +141,32 @@ def test_sigterm_ends_a_run_with_a_checkpoint(ranks, experiment):
     assert records(experiment, "base", "save")
 
 
+def stage_with_a_signal_to_rank_1(task: str, overrides: tuple[str, ...]) -> str:
+    """Train; rank 1 alone gets SIGUSR1 during its second step."""
+    import signal
+
+    from megatron_cpt.train import loop
+
+    original, steps = loop.train_step, []
+
+    def step(*arguments, **options):
+        steps.append(1)
+        if len(steps) == 2 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return original(*arguments, **options)
+
+    loop.train_step = step
+    try:
+        return run_stage(task, "base", overrides)
+    finally:
+        loop.train_step = original
+
+
+def test_a_signal_to_any_rank_ends_every_rank_with_a_checkpoint(ranks, experiment):
+    assert ranks.run(stage_with_a_signal_to_rank_1, 2, str(experiment), PP2) == ["signal"] * 2
+    assert [save["iteration"] for save in records(experiment, "base", "save")] == [2]
+
+
 def test_a_resume_with_settings_that_change_results_is_refused_until_accepted(ranks, after_base):
     longer = ("training.train_iters=10", "optimizer.lr=1e-3")
     with pytest.raises(RankFailure, match=r"optimizer\.lr: 0\.005 -> 0\.001.*training\.train_iters: 8 -> 10"):

@@ -86,6 +86,8 @@ def test_lines_of_a_run_align():
     short, long = (train_line(record | {"iteration": n, "loss": n * 1.0}, 1470) for n in (5, 15))
     assert [i for i, c in enumerate(short) if c == "|"] == [i for i, c in enumerate(long) if c == "|"]
     assert "MFU 41.0%" in train_line(record | {"mfu": 0.41}, 1470)
+    slow, fast = (train_line(record | {"mfu": mfu}, 1470) for mfu in (0.041, 0.41))
+    assert [i for i, c in enumerate(slow) if c == "|"] == [i for i, c in enumerate(fast) if c == "|"]
     assert short.endswith("ETA 1m00s") and "1.0 GiB" in short
     assert train_line(record | {"walltime_left_seconds": 4000.0}, 1470).endswith("ETA 1m00s, walltime 1h06m")
 
