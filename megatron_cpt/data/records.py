@@ -164,6 +164,8 @@ def line_problem(line: bytes) -> tuple[str, str]:
         _, end = json.JSONDecoder().raw_decode(text.lstrip())
     except ValueError as problem:
         return INVALID_JSON, str(problem)
+    except RecursionError:
+        return INVALID_JSON, "nested too deeply"
     if text.lstrip()[end:].lstrip(" \t\r,")[:1] == "{":
         return TWO_OBJECTS, f"the second starts after character {end}"
     return INVALID_JSON, f"extra text after character {end}"

@@ -114,3 +114,15 @@ def test_a_reject_record_keeps_the_line_whatever_its_bytes():
     }
     assert Problem(0, "k", raw=b"\xff").record("f", 3)["raw_base64"] == "/w=="
     assert Problem(0, "k", raw=b"x" * (2 << 20)).record("f", 3)["raw_bytes"] == 2 << 20
+
+
+def test_a_line_nested_beyond_the_parsers_is_a_bad_line_and_no_crash():
+    parsed = parse_lines(
+        b'{"text": "a", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n",
+        "jsonl",
+        ("text",),
+        1 << 20,
+        is_start=True,
+        is_end=True,
+    )
+    assert [(problem.kind, problem.detail) for problem in parsed.problems] == [("invalid JSON", "nested too deeply")]
