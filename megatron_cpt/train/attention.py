@@ -3,8 +3,12 @@
 Stands in for megatron's `DotProductAttention`: grouped queries without copies of keys, sliding windows, isolated
 documents, context parallelism by gathering keys and values, and value heads of another width (MLA).
 
-The `attention_mask` that reaches it is `[b, 1, s, s]`, True where a query (row) may see a key (column), made by
-`visibility.py`; None means plain causal attention. (megatron's own masks are True where hidden.)
+The `attention_mask` that reaches it is made by `visibility.py`: None for plain causal attention, the bounds of documents
+(varlen attention on a GPU, document by document on a CPU), or `[b, 1, s, s]`, True where a query (row) may see a key
+(column). (megatron's own masks are True where hidden.)
+
+Source: flash attention's limits (bf16 or fp16, one head size for all three, a multiple of 8, at most 256) are those of torch
+2.13, `ATen/native/transformers/cuda/flash_attn/flash_api.cpp`, `mha_varlen_fwd`.
 """
 
 import math
@@ -15,7 +19,10 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from megatron_cpt.train.visibility import is_bounds
 
 
 class SdpaCoreAttention(MegatronModule):
@@ -39,6 +46,7 @@ class SdpaCoreAttention(MegatronModule):
         channels = k_channels or config.kv_channels
         self.softmax_scale = 1 / math.sqrt(channels) if softmax_scale is None else softmax_scale
         self.cp_size = config.context_parallel_size
+        self.window_size: int | None = None if config.window_size is None else config.window_size[0] + 1
 
     def forward(
         self,
@@ -55,8 +63,12 @@ class SdpaCoreAttention(MegatronModule):
             raise NotImplementedError("SdpaCoreAttention takes documents as a mask, not as packed sequences or a bias")
         if self.cp_size > 1:
             key, value = gather_sequence(key), gather_sequence(value)
-        query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))  # [b, heads, s, d]
         dropout = self.dropout if self.training else 0.0
+        if is_bounds(attention_mask):
+            if dropout:
+                raise NotImplementedError("SdpaCoreAttention drops under a mask only")
+            return self._attend_pieces(query, key, value, attention_mask[0], len(attention_mask))
+        query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))  # [b, heads, s, d]
         if dropout and not self.config.sequence_parallel:
             with tensor_parallel.get_cuda_rng_tracker().fork():
                 context = self._attend(query, key, value, attention_mask, dropout)
@@ -64,7 +76,17 @@ class SdpaCoreAttention(MegatronModule):
             context = self._attend(query, key, value, attention_mask, dropout)
         return context.permute(2, 0, 1, 3).flatten(2)
 
+    def _attend_pieces(self, query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int) -> Tensor:
+        """Return the context `[s, b, n * d_v]` of queries that see their own piece only."""
+        length, batch = query.shape[:2]
+        query, key, value = (part.transpose(0, 1).flatten(0, 1) for part in (query, key, value))  # [b s, heads, d]
+        attend = attend_varlen if query.is_cuda else attend_each
+        context = attend(query, key, value, bounds, longest, scale=self.softmax_scale, window_size=self.window_size)
+        return context.unflatten(0, (batch, length)).transpose(0, 1).flatten(2)
+
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+        if mask is not None and query.is_cuda:  # no fused kernel of torch 2.13 is sure to take both groups and a mask
+            key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
         return scaled_dot_product_attention(
             query,
             key,
@@ -75,6 +97,45 @@ class SdpaCoreAttention(MegatronModule):
             scale=self.softmax_scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
+
+
+def attend_varlen(
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, *, scale: float, window_size: int | None
+) -> Tensor:
+    """Return the context `[t, n, d_v]` of causal attention within pieces by flash attention, for bf16 on a GPU.
+
+    Queries are `[t, n, d]`, keys and values `[t, g, d]`; `bounds` as in `visibility.py`. Heads are padded with zeros to
+    the size that the kernel takes, which moves no result.
+    """
+    width = value.shape[-1]
+    size = -(-max(query.shape[-1], width) // 8) * 8
+    query, key, value = (
+        part if part.shape[-1] == size else pad(part, (0, size - part.shape[-1])) for part in (query, key, value)
+    )
+    window = (-1 if window_size is None else window_size - 1, 0)
+    is_grouped = query.shape[1] != key.shape[1]
+    context: Tensor = varlen_attn(
+        query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=window, enable_gqa=is_grouped
+    )
+    return context[..., :width]
+
+
+def attend_each(
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, *, scale: float, window_size: int | None
+) -> Tensor:
+    """Return what `attend_varlen` does, one piece after the other, in any precision."""
+    lengths = bounds.diff().tolist()
+    contexts = []
+    for parts in zip(*(part.split(lengths) for part in (query, key, value)), strict=True):
+        q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in parts)  # [1, heads, s, d]
+        mask = None
+        if window_size is not None and window_size < q.shape[2]:
+            mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril().triu(1 - window_size)
+        context = scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        contexts.append(context.squeeze(0).transpose(0, 1))
+    return torch.cat(contexts)
 
 
 def gather_sequence(part: Tensor) -> Tensor:

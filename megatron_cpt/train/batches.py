@@ -23,8 +23,9 @@ from megatron_cpt.data.fim import fill_in_middle
 from megatron_cpt.data.tokenizer import load_tokenizer
 from megatron_cpt.train import cpu
 from megatron_cpt.train.attention import context_parallel_chunks
+from megatron_cpt.train.layer_spec import uses_transformer_engines_attention
 from megatron_cpt.train.samples import BlendedSamples, build_epoch_samples, build_train_samples
-from megatron_cpt.train.visibility import Visibility, apart, document_numbers
+from megatron_cpt.train.visibility import Visibility, apart, document_numbers, reason_for_mask
 
 
 @dataclass
@@ -48,8 +49,8 @@ class Batch:
 
     @property
     def attention_mask(self) -> Tensor | None:
-        """`[b, 1, s, s x cp]` bool, True where a query may see a key; None for plain causal attention."""
-        return self.visibility.mask()
+        """What attention takes (`visibility.py`): bounds of documents, a mask, or None for plain causal attention."""
+        return self.visibility.for_attention()
 
 
 class DatasetTokenizer:
@@ -159,6 +160,10 @@ def build_batch(
     else:
         pieces = None
     visibility = Visibility(tuple(tokens.shape), pieces, config.model.window_size, positions)
+    if uses_transformer_engines_attention(config):
+        visibility = Visibility(tuple(tokens.shape))  # it knows of windows and of context parallelism
+    elif reason_for_mask(config) is None:
+        visibility = visibility.with_bounds()
     if positions is not None:
         parts = {name: tensor[:, positions] for name, tensor in parts.items()}
     parts = {name: tensor.contiguous() for name, tensor in parts.items()}

@@ -19,12 +19,18 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from megatron_cpt.config.schema import RunConfig
 from megatron_cpt.train.attention import SdpaCoreAttention
 
 
 def has_transformer_engine() -> bool:
     """Return whether Transformer Engine can be used: installed, and a GPU is present."""
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def uses_transformer_engines_attention(config: RunConfig) -> bool:
+    """Return whether Transformer Engine attends itself; isolated documents it would not see."""
+    return has_transformer_engine() and not config.data.reset_attention_mask
 
 
 def build_layer_spec(

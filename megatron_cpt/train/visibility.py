@@ -1,13 +1,30 @@
 """Who may see whom in a micro-batch: documents or pieces apart, sliding windows, a context-parallel rank's queries.
 
-The mask `[b, 1, queries, s]` is made when a forward pass asks for it, on the device: a step's micro-batches wait and travel
-with `[b, s]` numbers of pieces instead of s x s bytes a sample.
+Attention gets the bounds of the documents (`cu_seqlens`) wherever `reason_for_mask` finds nothing against it, else a mask
+`[b, 1, queries, s]`, made when a forward pass asks for it, on the device: a step's micro-batches wait and travel with
+`[b, s]` numbers of pieces instead of s x s bytes a sample.
+
+Bounds reach attention in the place of the mask, as one int32 tensor `[m, n + 1]`: every row has the bounds of the n pieces in
+the b x s tokens of the micro-batch, and m, the number of rows (which share their memory), is at least the longest piece's
+tokens. megatron recomputes activations with the tensors it was given and nothing else, and a shape is known without asking
+the GPU.
 """
 
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
+
+from megatron_cpt.config.derived import kv_channels
+from megatron_cpt.config.schema import RunConfig
+from megatron_cpt.train import cpu
+
+SHORT_SEQUENCE = 256
+"""Below this many tokens a CPU attends faster under a mask than piece by piece: a call for each piece costs 0.1 ms."""
+
+MAX_HEAD_SIZE = 256
+"""The widest heads of torch's flash attention."""
 
 
 @dataclass(frozen=True)
@@ -24,14 +41,35 @@ class Visibility:
     """Positions of this context-parallel rank's queries; None: all."""
     device: str = "cpu"
     """Where the mask is made."""
+    bounds: Tensor | None = None
+    """`[n + 1]` int32: where the n pieces begin, and the end of the last, counted over b x s tokens; None: a mask."""
+    longest: int = 0
+    """At least the tokens of the longest piece; of use with `bounds`."""
 
     def cuda(self) -> "Visibility":
         """Return the same with its tensors on the GPU."""
-        pieces, positions = (
+        pieces, positions, bounds = (
             None if tensor is None else tensor.pin_memory().cuda(non_blocking=True)
-            for tensor in (self.pieces, self.positions)
+            for tensor in (self.pieces, self.positions, self.bounds)
         )
-        return Visibility(self.shape, pieces, self.window_size, positions, device="cuda")
+        return Visibility(self.shape, pieces, self.window_size, positions, "cuda", bounds, self.longest)
+
+    def with_bounds(self) -> "Visibility":
+        """Return the same with the bounds of its pieces, if it has pieces or a window."""
+        if self.pieces is None and self.window_size is None:
+            return self
+        lengths = (
+            piece_lengths(self.pieces)
+            if self.pieces is not None
+            else torch.tensor([self.shape[1]]).repeat(self.shape[0])
+        )
+        bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+        longest = -(-int(lengths.max()) // 128) * 128  # a kernel's block: few different numbers, and never 1
+        return Visibility(self.shape, None, self.window_size, None, self.device, bounds, longest)
+
+    def for_attention(self) -> Tensor | None:
+        """Return what attention takes in the place of a mask: bounds, a mask, or None when plain causal is meant."""
+        return self.mask() if self.bounds is None else self.bounds.expand(self.longest, -1)
 
     def mask(self) -> Tensor | None:
         """Return True where a query may see a key, `[b, 1, queries, s]`; None when plain causal is meant.
@@ -62,3 +100,40 @@ def document_numbers(tokens: Tensor, eod_id: int) -> Tensor:
 def apart(pieces: Tensor) -> Tensor | None:
     """Return the numbers of pieces `[b, s]`, None where every sample is a single piece."""
     return pieces if bool((pieces[:, 1:] != pieces[:, :-1]).any()) else None
+
+
+def piece_lengths(pieces: Tensor) -> Tensor:
+    """Return the tokens of each piece `[n]` int64, in the order of samples and positions, for their numbers `[b, s]`."""
+    is_first = torch.ones(pieces.shape, dtype=torch.bool)
+    is_first[:, 1:] = pieces[:, 1:] != pieces[:, :-1]
+    begins = torch.cat([is_first.flatten().nonzero().squeeze(1), torch.tensor([pieces.numel()])])
+    return begins.diff()
+
+
+def is_bounds(mask: Tensor | None) -> TypeGuard[Tensor]:
+    """Return whether what attention got in the place of a mask are bounds."""
+    return mask is not None and mask.dtype == torch.int32
+
+
+def reason_for_mask(config: RunConfig) -> str | None:
+    """Return why this run's attention needs a mask where documents or windows end; None: it works with bounds.
+
+    On a GPU with bounds it is `torch.nn.attention.varlen.varlen_attn`, flash attention over all pieces at once; on a CPU
+    it goes from piece to piece.
+    """
+    model = config.model
+    if config.parallel.context_parallel_size > 1:
+        return "a context-parallel rank has two parts of each sequence"
+    if model.attention_dropout:
+        return "attention drops at random, which varlen_attn does not"
+    if cpu.is_cpu():
+        return "sequences are short" if config.training.seq_length < SHORT_SEQUENCE else None
+    if config.training.precision != "bf16":
+        return f"varlen_attn has no {config.training.precision}"
+    heads = (model.qk_head_dim + model.qk_pos_emb_head_dim, model.v_head_dim)
+    size = max(heads) if model.multi_latent_attention else kv_channels(model)
+    if size > MAX_HEAD_SIZE:
+        return f"heads have {size} channels, varlen_attn at most {MAX_HEAD_SIZE}"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "varlen_attn needs a GPU of compute capability 8.0"
+    return None

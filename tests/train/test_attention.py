@@ -1,11 +1,21 @@
-"""Who sees whom: documents stay apart, windows end, and SDPA equals attention written out."""
+"""Who sees whom: documents stay apart, windows end, by a mask and by the documents' bounds alike."""
+
+import dataclasses
+import math
+import random
 
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
-from megatron_cpt.train.visibility import Visibility, apart, document_numbers
-from tests.train.tiny import EOD, SEQ, logits, tiny_config
+from megatron_cpt.train import attention, visibility
+from megatron_cpt.train.attention import attend_each, attend_varlen
+from megatron_cpt.train.visibility import Visibility, apart, document_numbers, is_bounds, reason_for_mask
+from tests.train.tiny import EOD, SEQ, batches, logits, run_steps, tiny_config
+
+CHUNKED, GROUPED, LATENT = (4, 4, 16, 16), (4, 2, 12, 12), (4, 4, 24, 12)
+"""Heads of queries, of keys and values, channels of queries and keys, of values."""
 
 
 def attention_mask(tokens, window_size=None, positions=None):
@@ -38,6 +48,196 @@ def test_positions_choose_the_queries_of_a_rank():
     assert torch.equal(part, whole[:, :, [0, 3]])
 
 
+def test_bounds_are_where_documents_begin_in_all_samples():
+    tokens = torch.tensor([[1, EOD, 3, 4], [5, 6, 8, 9], [1, 2, 3, EOD]])
+    pieces = apart(document_numbers(tokens, EOD))
+    made = Visibility(tokens.shape, pieces).with_bounds().for_attention()
+    assert is_bounds(made) and made[0].tolist() == [0, 2, 4, 8, 12]
+    assert made.shape[0] == 128, "at least the longest piece"
+    assert made.untyped_storage().nbytes() == 5 * 4, "the rows share their memory"
+
+
+def test_pieces_may_be_numbered_as_they_like():
+    pieces = torch.tensor([[7, 7, 3, 3], [3, 0, 0, 7]])
+    assert Visibility(pieces.shape, pieces).with_bounds().bounds.tolist() == [0, 2, 4, 5, 7, 8]
+
+
+def test_a_window_alone_has_samples_as_pieces_and_nothing_needs_no_bounds():
+    assert Visibility((2, 4), None, 2).with_bounds().bounds.tolist() == [0, 4, 8]
+    assert Visibility((2, 4)).with_bounds().for_attention() is None
+
+
+def attended(heads, window_size, attend):
+    """Return the context of random documents by `attend` and by a mask, and the gradients of both."""
+    n, g, d, d_v = heads
+    generator, chooser = torch.Generator().manual_seed(n + d), random.Random(5)
+    tokens = torch.randint(EOD + 1, 400, (3, 150), generator=generator)
+    tokens[torch.tensor([[chooser.random() < 0.06 for _ in range(150)] for _ in range(3)])] = EOD
+    seen = Visibility(tokens.shape, apart(document_numbers(tokens, EOD)), window_size)
+    results = []
+    for with_bounds in (True, False):
+        generator.manual_seed(1)
+        q, k, v = (
+            torch.randn(450, count, size, generator=generator).requires_grad_()
+            for count, size in ((n, d), (g, d), (g, d_v))
+        )
+        if with_bounds:
+            rows = seen.with_bounds().for_attention()
+            context = attend(q, k, v, rows[0], len(rows), scale=0.3, window_size=window_size)
+        else:
+            parts = (part.unflatten(0, (3, 150)).transpose(1, 2) for part in (q, k, v))
+            mask = seen.mask()
+            context = scaled_dot_product_attention(*parts, attn_mask=mask, scale=0.3, enable_gqa=n != g)
+            context = context.transpose(1, 2).flatten(0, 1)
+        context.square().sum().backward()
+        results.append([context.detach(), q.grad, k.grad, v.grad])
+    return results
+
+
+@pytest.mark.parametrize("window_size", [None, 1, 7])
+@pytest.mark.parametrize("heads", [CHUNKED, GROUPED, LATENT])
+def test_document_by_document_is_what_a_mask_gives(heads, window_size):
+    for ours, masked in zip(*attended(heads, window_size, attend_each), strict=True):
+        torch.testing.assert_close(ours, masked, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("window_size", [None, 1, 7])
+@pytest.mark.parametrize("heads", [CHUNKED, GROUPED, LATENT])
+def test_varlen_attention_is_asked_for_what_a_mask_gives(monkeypatch, heads, window_size):
+    """varlen_attn runs on GPUs only: what stands for it holds the call to its rules and computes what it documents."""
+
+    def stand_in(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
+        assert q.shape[0] == k.shape[0] == v.shape[0] and k.shape == v.shape and q.shape[2] == k.shape[2]
+        assert q.shape[2] % 8 == 0 and q.shape[2] <= 256 and all(part.stride(-1) == 1 for part in (q, k, v))
+        assert enable_gqa == (q.shape[1] != k.shape[1]) and q.shape[1] % k.shape[1] == 0
+        assert cu_q.dtype == torch.int32 and cu_q.dim() == 1 and cu_q.is_contiguous() and torch.equal(cu_q, cu_k)
+        assert cu_q[0] == 0 and cu_q[-1] == len(q) and max_q == max_k >= int(cu_q.diff().max())
+        place = torch.arange(len(q))
+        piece = torch.searchsorted(cu_q[1:].long(), place, right=True)
+        distance = place[:, None] - place
+        left, right = window_size
+        assert right == 0
+        mask = (distance >= 0) & (piece[:, None] == piece)
+        if left >= 0:
+            mask &= distance <= left
+        parts = (part.transpose(0, 1).unsqueeze(0) for part in (q, k, v))
+        context = scaled_dot_product_attention(*parts, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
+        return context.squeeze(0).transpose(0, 1)
+
+    monkeypatch.setattr(attention, "varlen_attn", stand_in)
+    for ours, masked in zip(*attended(heads, window_size, attend_varlen), strict=True):
+        torch.testing.assert_close(ours, masked, rtol=1e-4, atol=2e-5)
+
+
+def test_the_call_of_varlen_attention_fits_the_installed_torch():
+    import inspect
+
+    from torch.nn.attention.varlen import varlen_attn
+
+    parameters = inspect.signature(varlen_attn).parameters
+    positional = [name for name, it in parameters.items() if it.kind is it.POSITIONAL_OR_KEYWORD]
+    assert positional == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
+    assert {"scale", "window_size", "enable_gqa"} <= set(parameters)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"parallel": {"context_parallel_size": 2}}, "two parts"),
+        ({"model": {"attention_dropout": 0.1}}, "drops"),
+        ({"training": {"seq_length": SEQ}}, "short"),
+    ],
+)
+def test_what_needs_a_mask_on_cpu(changes, reason):
+    given = reason_for_mask(changed(changes))
+    assert given is None if reason is None else reason in given
+
+
+@pytest.mark.parametrize(
+    ("changes", "capability", "reason"),
+    [
+        ({}, (9, 0), None),
+        ({"training": {"seq_length": SEQ, "precision": "bf16"}}, (9, 0), None),
+        ({"training": {"precision": "fp32"}}, (9, 0), "no fp32"),
+        ({"model": {"kv_channels": 264}}, (9, 0), "264 channels"),
+        ({"model": {"multi_latent_attention": True, "qk_head_dim": 128, "qk_pos_emb_head_dim": 64}}, (9, 0), None),
+        ({"model": {"multi_latent_attention": True, "qk_head_dim": 256, "qk_pos_emb_head_dim": 64}}, (9, 0), "320"),
+        ({}, (7, 5), "capability"),
+    ],
+)
+def test_what_needs_a_mask_on_a_gpu(monkeypatch, changes, capability, reason):
+    monkeypatch.setattr(visibility.cpu, "is_cpu", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    given = reason_for_mask(changed(changes))
+    assert given is None if reason is None else reason in given
+
+
+def changed(changes):
+    """Return a run of 4096 tokens in bf16 with changed sections."""
+    config = tiny_config()
+    changes = {**changes, "training": {"seq_length": 4096, "precision": "bf16"} | changes.get("training", {})}
+    sections = {name: dataclasses.replace(getattr(config, name), **values) for name, values in changes.items()}
+    return dataclasses.replace(config, **sections)
+
+
+def with_bounds(function, *arguments):
+    """Call a function of ranks with attention by bounds where the sequences are short too."""
+    visibility.SHORT_SEQUENCE = 0
+    return function(*arguments)
+
+
+def gradients(config, is_by_bounds):
+    """Return the loss of a step and every gradient after it, and the kinds of what attention got for a mask."""
+    from megatron_cpt.train.model import build_training_model
+    from megatron_cpt.train.parallel import finish_parallel, initialize_parallel
+    from megatron_cpt.train.step import train_step
+
+    visibility.SHORT_SEQUENCE = 0 if is_by_bounds else math.inf
+    initialize_parallel(config)
+    model, optimizer = build_training_model(config)
+    given = batches(config, 0)
+    kinds = {str(batch.attention_mask.dtype) for batch in given}
+    loss = train_step(model, optimizer, given, config, 1e-3).loss
+    result = {name: parameter.main_grad.numpy().copy() for name, parameter in model[0].named_parameters()}
+    finish_parallel()
+    return loss, result, kinds
+
+
+@pytest.mark.parametrize(
+    ("kind", "model", "parallel"),
+    [
+        ("dense", {}, {}),
+        ("qwen", {"window_size": 16}, {}),
+        ("mla", {}, {}),
+        ("dense", {}, {"recompute_granularity": "full"}),
+        ("mla", {}, {"recompute_granularity": "selective"}),
+        ("dense", {}, {"tensor_model_parallel_size": 2}),
+    ],
+)
+def test_bounds_give_the_loss_and_the_gradients_of_a_mask(ranks, kind, model, parallel):
+    world_size = parallel.get("tensor_model_parallel_size", 1)
+    config = tiny_config(kind, model=model, **parallel)
+    by_bounds, by_mask = (ranks.run(gradients, world_size, config, choice) for choice in (True, False))
+    for (loss, found, kinds), (expected_loss, expected, mask_kinds) in zip(by_bounds, by_mask, strict=True):
+        assert (kinds, mask_kinds) == ({"torch.int32"}, {"torch.bool"})
+        assert loss == pytest.approx(expected_loss, rel=1e-6)
+        assert found.keys() == expected.keys()
+        for name in found:
+            scale = np.abs(expected[name]).max()
+            np.testing.assert_allclose(found[name], expected[name], rtol=2e-4, atol=1e-5 * scale, err_msg=name)
+
+
+def test_bounds_train_through_a_pipeline_as_a_mask_on_one_rank(ranks, tmp_path):
+    config = tiny_config()
+    (expected,) = ranks.run(run_steps, 1, config, 0, 3, None, str(tmp_path))
+    checkpoint = str(tmp_path / "iter_0000003")
+    (expected,) = ranks.run(run_steps, 1, config, 3, 5, checkpoint, None)
+    results = ranks.run(with_bounds, 2, run_steps, tiny_config(pipeline_model_parallel_size=2), 3, 5, checkpoint, None)
+    for result in results:
+        np.testing.assert_allclose(result, expected, rtol=5e-6)
+
+
 def changed_documents(seed):
     """Two packed sequences that differ only in their first document (the first 21 tokens)."""
     rng = np.random.default_rng(seed)
@@ -48,27 +248,29 @@ def changed_documents(seed):
     return [one.tolist(), other.tolist()]
 
 
-def test_changing_a_document_moves_no_logit_of_another(ranks):
+@pytest.mark.parametrize("way", [(), (with_bounds,)], ids=["mask", "bounds"])
+def test_changing_a_document_moves_no_logit_of_another(ranks, way):
     for kind, model in (("dense", {}), ("mla", {}), ("dense", {"window_size": 16})):
-        (result,) = ranks.run(logits, 1, tiny_config(kind, model=model), None, changed_documents(0))
+        function, *first = (*way, logits)
+        (result,) = ranks.run(function, 1, *first, tiny_config(kind, model=model), None, changed_documents(0))
         assert np.array_equal(result[0][21:], result[1][21:])
         assert np.abs(result[0][:21] - result[1][:21]).max() > 1e-2
 
 
 def test_without_isolation_documents_do_leak(ranks):
     """The leak test above can fail: it sees a leak when there is one."""
-    import dataclasses
-
     config = tiny_config()
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, reset_attention_mask=False))
     (result,) = ranks.run(logits, 1, config, None, changed_documents(0))
     assert np.abs(result[0][21:] - result[1][21:]).max() > 1e-4
 
 
-def test_a_packed_document_has_the_logits_it_has_alone(ranks):
+@pytest.mark.parametrize("way", [(), (with_bounds,)], ids=["mask", "bounds"])
+def test_a_packed_document_has_the_logits_it_has_alone(ranks, way):
     packed = changed_documents(1)[0]
     alone = packed[21:] + [EOD + 1] * 21
-    (result,) = ranks.run(logits, 1, tiny_config(), None, [packed, alone])
+    function, *first = (*way, logits)
+    (result,) = ranks.run(function, 1, *first, tiny_config(), None, [packed, alone])
     np.testing.assert_allclose(result[0][21:], result[1][: SEQ - 21], atol=2e-5)
 
 
