@@ -205,8 +205,8 @@ class OptimizerConfig:
 
     name: Literal["adam", "muon"] = "adam"
     """muon: orthogonalised momentum on the layers' matrices, scaled to AdamW's step so that lr may stay
-    (arXiv:2502.16982), AdamW on embeddings, output and norms. Needs the package emerging-optimizers and
-    parallel.use_distributed_optimizer: false."""
+    (arXiv:2502.16982), AdamW on embeddings, output and norms. Needs the extra muon (the
+    installers bring it) and parallel.use_distributed_optimizer: false."""
     muon_momentum: float = 0.95
     """Muon: decay of the (Nesterov) momentum."""
     lr: float = 3e-4
@@ -387,7 +387,7 @@ class LoggingConfig:
     tensorboard: bool = True
     """Write TensorBoard events beside metrics.jsonl."""
     wandb_project: str | None = None
-    """Report to this project of Weights & Biases too (needs the package wandb); None: no."""
+    """Report to this project of Weights & Biases too (needs the extra wandb); None: no."""
     wandb_mode: Literal["online", "offline"] = "online"
     """offline: W&B's files stay in the run directory until `wandb sync`. The variable WANDB_MODE wins."""
 

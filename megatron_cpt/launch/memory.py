@@ -2,7 +2,8 @@
 
 Weights, gradients, optimizer (Megatron-Core, `docs/user-guide/features/dist_optimizer.md`, "memory savings"; ZeRO,
 arXiv:1910.02054): in bf16 a parameter costs 2 bytes, its fp32 gradient 4, and fp32 master weight and two Adam moments
-12 bytes, divided by the data-parallel size under the distributed optimizer; in fp32 4 + 4 + 8.
+12 bytes, divided by the data-parallel size under the distributed optimizer; in fp32 4 + 4 + 8. Muon keeps one momentum
+for the layers' matrices (Megatron-Core, `optimizer/emerging_optimizers.py`): 4 bytes less each.
 
 Activations (after arXiv:2205.05198, section 4, counted anew for RMSNorm, SwiGLU, grouped queries and an attention
 kernel that keeps no `[s, s]` matrix): the tensors that the backward pass needs, per layer and token. Without fused
@@ -24,7 +25,13 @@ from megatron_cpt.config.derived import (
     world_size,
 )
 from megatron_cpt.config.schema import ModelConfig, RunConfig
-from megatron_cpt.launch.model_size import is_moe_layer, rank_parameters, stage_layers, stage_parameters
+from megatron_cpt.launch.model_size import (
+    is_moe_layer,
+    model_parameters,
+    rank_parameters,
+    stage_layers,
+    stage_parameters,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +57,8 @@ class StageMemory:
 def stage_memories(config: RunConfig, *, is_fused: bool = True) -> list[StageMemory]:
     """Return the memory of a rank of each pipeline stage; `is_fused`: with the fused kernels of a GPU."""
     model, parallel = config.model, config.parallel
-    is_bf16 = config.training.precision == "bf16"
-    weight_bytes, state_bytes = (2, 12) if is_bf16 else (4, 8)
+    weight_bytes = _element_bytes(config)
+    matrix_bytes, rest_bytes = state_bytes(config)
     dp = data_parallel_size(config) * parallel.context_parallel_size if parallel.use_distributed_optimizer else 1
     tp = parallel.tensor_model_parallel_size
     expert_ranks = parallel.expert_model_parallel_size * (parallel.expert_tensor_parallel_size or tp)
@@ -63,18 +70,38 @@ def stage_memories(config: RunConfig, *, is_fused: bool = True) -> list[StageMem
         zip(stage_parameters(model, parallel), stage_layers(model, parallel), strict=True)
     ):
         held = rank_parameters(parameters, parallel)
+        whole = held.sharded + held.replicated
         is_last = stage == parallel.pipeline_model_parallel_size - 1
         memories.append(
             StageMemory(
                 parameters=held.total,
                 weights=held.total * weight_bytes,
                 gradients=held.total * 4,
-                optimizer=(held.sharded + held.replicated) * state_bytes // dp + held.expert * state_bytes // expert_dp,
+                optimizer=((whole - held.rest) * matrix_bytes + held.rest * rest_bytes) // dp
+                + held.expert * matrix_bytes // expert_dp,
                 activations=_stage_activations(config, stage, layers, is_fused),
                 loss=_loss_bytes(config) if is_last else 0,
             )
         )
     return memories
+
+
+def state_bytes(config: RunConfig) -> tuple[int, int]:
+    """Return the optimizer's bytes for a parameter of a layer's matrix, and for another one (norm, bias, embedding)."""
+    master = 4 if config.training.precision == "bf16" else 0
+    return master + (4 if config.optimizer.name == "muon" else 8), master + 8
+
+
+def checkpoint_bytes(config: RunConfig) -> int:
+    """Return the bytes of a whole checkpoint: weights and optimizer state, each parameter once.
+
+    In fp32 the distributed optimizer stores the parameters it updates besides the weights.
+    """
+    parameters = model_parameters(config.model)
+    matrix_bytes, rest_bytes = state_bytes(config)
+    is_bf16, is_distributed = config.training.precision == "bf16", config.parallel.use_distributed_optimizer
+    copies = _element_bytes(config) + (4 if is_distributed and not is_bf16 else 0)
+    return parameters.total * (copies + matrix_bytes) + parameters.rest * (rest_bytes - matrix_bytes)
 
 
 def layer_activation_bytes(config: RunConfig, layer: int, is_fused: bool) -> int:

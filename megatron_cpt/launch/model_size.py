@@ -1,10 +1,10 @@
 """How many parameters a model has, per kind of tensor and per pipeline stage and rank; no model is built.
 
 Kinds matter because they are spread differently: matrices over tensor-parallel ranks, experts over expert-parallel
-ranks, norms, routers and MLA's down-projections over nobody.
+ranks, norms, routers and MLA's down-projections over nobody. And because Muon updates the layers' matrices only.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 from megatron_cpt.config.derived import kv_channels, num_query_groups, padded_vocab_size
 from megatron_cpt.config.schema import ModelConfig, ParallelConfig
@@ -20,18 +20,24 @@ class Parameters:
     """Divided by EP and expert TP."""
     replicated: int = 0
     """Whole on every rank."""
+    sharded_rest: int = 0
+    """Of `sharded`, what is no matrix of a layer: embedding, output layer, biases."""
+    replicated_rest: int = 0
+    """Of `replicated`, what is no matrix: norms."""
 
     def __add__(self, other: "Parameters") -> "Parameters":
-        return Parameters(
-            sharded=self.sharded + other.sharded,
-            expert=self.expert + other.expert,
-            replicated=self.replicated + other.replicated,
-        )
+        names = [field.name for field in fields(self)]
+        return Parameters(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
     @property
     def total(self) -> int:
         """All of them, before they are spread."""
         return self.sharded + self.expert + self.replicated
+
+    @property
+    def rest(self) -> int:
+        """Those that are no matrix of a layer: Muon leaves them to Adam."""
+        return self.sharded_rest + self.replicated_rest
 
 
 def is_moe_layer(model: ModelConfig, layer: int) -> bool:
@@ -46,37 +52,41 @@ def attention_parameters(model: ModelConfig) -> Parameters:
         query_dim = model.qk_head_dim + model.qk_pos_emb_head_dim
         key_value_up = model.kv_lora_rank * heads * (model.qk_head_dim + model.v_head_dim)
         sharded = key_value_up + heads * model.v_head_dim * h
-        replicated = h + h * (model.kv_lora_rank + model.qk_pos_emb_head_dim) + model.kv_lora_rank
-        if model.q_lora_rank is None:
-            return Parameters(sharded=sharded + h * heads * query_dim, replicated=replicated)
-        replicated += h * model.q_lora_rank + model.q_lora_rank
-        return Parameters(sharded=sharded + model.q_lora_rank * heads * query_dim, replicated=replicated)
+        sharded += (model.q_lora_rank or h) * heads * query_dim
+        down = h * (model.kv_lora_rank + model.qk_pos_emb_head_dim + (model.q_lora_rank or 0))
+        norms = h + model.kv_lora_rank + (model.q_lora_rank or 0)
+        return Parameters(sharded=sharded, replicated=down + norms, replicated_rest=norms)
     query_size, key_value_size = heads * kv_channels(model), 2 * num_query_groups(model) * kv_channels(model)
-    qkv = (query_size + key_value_size) * (h + (1 if model.add_qkv_bias else 0))
+    matrices = (query_size + key_value_size) * h + query_size * h
+    bias = query_size + key_value_size if model.add_qkv_bias else 0
     norms = h + (2 * kv_channels(model) if model.qk_layernorm else 0)
-    return Parameters(sharded=qkv + query_size * h, replicated=norms)
+    return Parameters(sharded=matrices + bias, replicated=norms, sharded_rest=bias, replicated_rest=norms)
 
 
 def feed_forward_parameters(model: ModelConfig, layer: int) -> Parameters:
     """Return one layer's feed-forward parameters (SwiGLU: three matrices) with their norm."""
     h = model.hidden_size
     if not is_moe_layer(model, layer):
-        return Parameters(sharded=3 * h * model.ffn_hidden_size, replicated=h)
+        return Parameters(sharded=3 * h * model.ffn_hidden_size, replicated=h, replicated_rest=h)
     assert model.num_moe_experts is not None
     return Parameters(
         expert=model.num_moe_experts * 3 * h * (model.moe_ffn_hidden_size or model.ffn_hidden_size),
         sharded=3 * h * (model.moe_shared_expert_intermediate_size or 0),
         replicated=h + h * model.num_moe_experts,
+        replicated_rest=h,
     )
+
+
+def model_parameters(model: ModelConfig) -> Parameters:
+    """Return the model's parameters, padded vocabulary rows included."""
+    layers = [attention_parameters(model) + feed_forward_parameters(model, layer) for layer in range(model.num_layers)]
+    embeddings = (2 if model.untie_embeddings_and_output_weights else 1) * padded_vocab_size(model) * model.hidden_size
+    return sum(layers, _ends(embeddings, model.hidden_size))
 
 
 def num_parameters(model: ModelConfig) -> int:
-    """Return the model's parameters, padded vocabulary rows included."""
-    layers = sum(
-        (attention_parameters(model) + feed_forward_parameters(model, layer)).total for layer in range(model.num_layers)
-    )
-    embeddings = 2 if model.untie_embeddings_and_output_weights else 1
-    return layers + embeddings * padded_vocab_size(model) * model.hidden_size + model.hidden_size
+    """Return the number of the model's parameters, padded vocabulary rows included."""
+    return model_parameters(model).total
 
 
 def num_active_parameters(model: ModelConfig) -> int:
@@ -115,10 +125,10 @@ def stage_parameters(model: ModelConfig, parallel: ParallelConfig) -> list[Param
         total = sum(parts, Parameters())
         is_first, is_last = stage == 0, stage == parallel.pipeline_model_parallel_size - 1
         if is_first:
-            total += Parameters(sharded=vocabulary * h)
+            total += _ends(vocabulary * h, 0)
         if is_last:
             needs_weight = model.untie_embeddings_and_output_weights or not is_first
-            total += Parameters(sharded=vocabulary * h if needs_weight else 0, replicated=h)
+            total += _ends(vocabulary * h if needs_weight else 0, h)
         stages.append(total)
     return stages
 
@@ -127,4 +137,13 @@ def rank_parameters(stage: Parameters, parallel: ParallelConfig) -> Parameters:
     """Return the parameters of a stage that one of its ranks holds."""
     tp = parallel.tensor_model_parallel_size
     expert_ranks = parallel.expert_model_parallel_size * (parallel.expert_tensor_parallel_size or tp)
-    return Parameters(sharded=stage.sharded // tp, expert=stage.expert // expert_ranks, replicated=stage.replicated)
+    return replace(
+        stage,
+        sharded=stage.sharded // tp,
+        expert=stage.expert // expert_ranks,
+        sharded_rest=stage.sharded_rest // tp,
+    )
+
+
+def _ends(embeddings: int, norms: int) -> Parameters:
+    return Parameters(sharded=embeddings, sharded_rest=embeddings, replicated=norms, replicated_rest=norms)

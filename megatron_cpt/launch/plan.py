@@ -21,7 +21,7 @@ from megatron_cpt.config.derived import (
     world_size,
 )
 from megatron_cpt.config.schema import CheckpointConfig, RunConfig, TrainingConfig
-from megatron_cpt.launch.memory import StageMemory, stage_memories
+from megatron_cpt.launch.memory import StageMemory, checkpoint_bytes, stage_memories
 from megatron_cpt.launch.model_size import num_active_parameters, num_parameters
 from megatron_cpt.launch.quota import Quota, tightest_quota
 from megatron_cpt.launch.run_dir import run_dir
@@ -30,8 +30,8 @@ from megatron_cpt.log import format_bytes, format_count, format_seconds
 GIB = 1 << 30
 GPU_RESERVE_BYTES = 6 * GIB
 """What a GPU needs beyond the formula: CUDA context, NCCL's buffers, fragmentation."""
-WEIGHTS_BYTES, FULL_BYTES = {"bf16": 2, "fp32": 4}, {"bf16": 14, "fp32": 12}
-"""Checkpoint bytes per parameter: weights alone, and with fp32 master weights (bf16 only) and both Adam moments."""
+WEIGHTS_BYTES = {"bf16": 2, "fp32": 4}
+"""Checkpoint bytes per parameter of weights alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,13 +101,13 @@ def plan_run(
     if tokens_per_second is None:
         tokens_per_second = measured_tokens_per_second(run_dir(config).metrics_path)
         source = "measured in this run" if tokens_per_second else "unknown"
-    checkpoint_bytes = num_parameters(config.model) * FULL_BYTES[config.training.precision]
+    size = checkpoint_bytes(config)
     return Plan(
         config=config,
         stages=stage_memories(config, is_fused=is_fused),
         gpu_memory_bytes=gpu_memory_bytes,
-        checkpoint_bytes=checkpoint_bytes,
-        num_checkpoints=num_checkpoints(config.checkpoint, train_iters(config.training), checkpoint_bytes),
+        checkpoint_bytes=size,
+        num_checkpoints=num_checkpoints(config.checkpoint, train_iters(config.training), size),
         free_bytes=free_bytes(Path(config.paths.runs_dir)),
         quota=tightest_quota(Path(config.paths.runs_dir)),
         tokens_per_second=tokens_per_second,

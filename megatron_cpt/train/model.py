@@ -133,7 +133,8 @@ def build_training_model(config: RunConfig) -> tuple[list[DistributedDataParalle
     if config.optimizer.name == "muon" and importlib.util.find_spec("emerging_optimizers") is None:
         raise ConfigError(
             "optimizer.name is muon, and the package emerging-optimizers is not installed. megatron-core's Muon is made of "
-            "it. Install it (pip install emerging-optimizers), or use optimizer.name=adam."
+            "it. Install the extra muon (pip install -e '.[muon]' in the checkout, or pip install emerging-optimizers), or "
+            "use optimizer.name=adam."
         )
     megatron_config = transformer_config(config)
     chunks = build_model_chunks(config, megatron_config)

@@ -18,7 +18,8 @@ def check_wandb(config: RunConfig) -> None:
     if config.logging.wandb_project is not None and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
             f"logging.wandb_project is {config.logging.wandb_project}, and the package wandb is not installed. "
-            "Install it (pip install wandb), or set logging.wandb_project=null."
+            "Install the extra wandb (pip install -e '.[wandb]' in the checkout, or pip install wandb), or set "
+            "logging.wandb_project=null."
         )
 
 

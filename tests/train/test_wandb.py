@@ -41,7 +41,7 @@ class FakeWandb(types.ModuleType):
 def test_a_missing_package_is_a_clear_mistake(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install wandb"):
+    with pytest.raises(ConfigError, match=r"extra wandb \(pip install -e '.\[wandb\]'"):
         check_wandb(config(wandb_project="p"))
     check_wandb(config())
 
