@@ -5,7 +5,10 @@ a corpus's tokens over its shards in proportion to their size; or a ready data l
 arithmetic is in whole numbers and fractions: sums are exact. Token counts come from the shards' indexes only.
 """
 
-from collections.abc import Sequence
+import math
+import os
+import unicodedata
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -29,6 +32,9 @@ from megatron_cpt.data.shard_form import packing_problem, read_shard_form
 from megatron_cpt.data.shards import tokenizer_problems
 from megatron_cpt.errors import DataError
 from megatron_cpt.log import format_count
+
+_MOST_ROWS = 40
+"""Shards without a corpus that have a row each in the table; of more, each folder has one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,37 +132,37 @@ def plan_blend(config: RunConfig, begun: Path | None = None) -> BlendPlan:
     total, num_samples = derived.train_tokens(config.training), derived.train_samples(config.training)
     taken = dict(zip(parts, apportion(total, [shares[corpus] for corpus in parts]), strict=True))
     entries: list[DataEntry] = []
-    notes: list[str] = []
+    small = [
+        corpus
+        for corpus, group in parts.items()
+        if _is_unnamed(corpus, group) and group[0].available <= config.training.seq_length
+    ]
+    notes = _note(small, "the list", f"a sequence of {config.training.seq_length:,} without repeating") if small else []
     for corpus, group in parts.items():
         problems += _size_problems(config, corpus, group, taken[corpus])
         amounts = apportion(taken[corpus], [part.weight for part in group])
+        problems += _shard_problems(config, corpus, group, amounts)
         entries += [
             DataEntry(prefix=part.shard.prefix, tokens=amount, corpus=corpus, first_sample=part.first_sample)
             for part, amount in zip(group, amounts, strict=True)
             if amount
         ]
         nothing = [part.shard.prefix for part, amount in zip(group, amounts, strict=True) if not amount]
-        notes += _note(nothing, corpus, "a whole token")
+        notes += _note(nothing, "the list" if _is_unnamed(corpus, group) else corpus, "a whole token")
     _refuse(config, problems)
 
     samples = spread_samples([entry.tokens or 0 for entry in entries], num_samples)
-    for corpus in parts:
-        empty = [e.prefix for e, n in zip(entries, samples, strict=True) if e.corpus == corpus and n == 0]
-        notes += _note(empty, corpus, "a whole sample")
+    empty: dict[str, list[str]] = {}
+    for entry, count in zip(entries, samples, strict=True):
+        if not count:
+            unnamed = entry.corpus in (None, entry.prefix)
+            empty.setdefault("the list" if unnamed else entry.corpus or "", []).append(entry.prefix)
+    for corpus, prefixes in empty.items():
+        notes += _note(prefixes, corpus, "a whole sample")
     return BlendPlan(
         entries=entries,
         num_samples=samples,
-        corpora=[
-            CorpusPlan(
-                corpus=corpus,
-                available=sum(part.available for part in group),
-                requested=total * shares[corpus],
-                taken=taken[corpus],
-                num_samples=sum(n for e, n in zip(entries, samples, strict=True) if e.corpus == corpus),
-                share=Fraction(taken[corpus], total),
-            )
-            for corpus, group in parts.items()
-        ],
+        corpora=_corpus_plans(parts, shares, taken, entries, samples, total),
         train_tokens=total,
         train_samples=num_samples,
         train_iters=derived.train_iters(config.training),
@@ -176,20 +182,64 @@ def finish_stage(config: RunConfig, entries: Sequence[DataEntry]) -> bool:
 
 def align(rows: Sequence[Sequence[str]]) -> list[str]:
     """Return rows as lines with aligned columns: the first to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    widths = [max(_columns(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        first = row[0] + " " * (widths[0] - _columns(row[0]))
+        others = [" " * (width - _columns(cell)) + cell for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join([first, *others]))
+    return lines
+
+
+def _columns(text: str) -> int:
+    """Return how many columns of a terminal a text takes: Chinese and Japanese letters take two."""
+    return sum(1 + (unicodedata.east_asian_width(letter) in "WF") for letter in text)
+
+
+def _corpus_plans(
+    parts: Parts,
+    shares: Mapping[str, Fraction],
+    taken: Mapping[str, int],
+    entries: Sequence[DataEntry],
+    samples: Sequence[int],
+    total: int,
+) -> list[CorpusPlan]:
+    """Return a row per corpus; shards without one have a row each, or where they are many one per folder."""
+    counts = dict.fromkeys(parts, 0)
+    for entry, count in zip(entries, samples, strict=True):
+        counts[entry.corpus or entry.prefix] += count
+    unnamed = [corpus for corpus, group in parts.items() if _is_unnamed(corpus, group)]
+    top = os.path.commonpath([os.path.dirname(prefix) for prefix in unnamed]) if unnamed else ""
+    rows: dict[str, list[str]] = {}
+    for corpus in parts:
+        label = corpus
+        if corpus in unnamed:
+            path = os.path.dirname(corpus) if len(unnamed) > _MOST_ROWS else corpus
+            label = os.path.relpath(path, top) if top else path
+        rows.setdefault(label, []).append(corpus)
     return [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        CorpusPlan(
+            corpus=label,
+            available=sum(part.available for corpus in members for part in parts[corpus]),
+            requested=total * sum((shares[corpus] for corpus in members), Fraction(0)),
+            taken=sum(taken[corpus] for corpus in members),
+            num_samples=sum(counts[corpus] for corpus in members),
+            share=Fraction(sum(taken[corpus] for corpus in members), total),
         )
-        for row in rows
+        for label, members in rows.items()
     ]
+
+
+def _is_unnamed(corpus: str, group: Sequence[Part]) -> bool:
+    """Return whether a corpus is a shard of a list that names no corpus."""
+    return len(group) == 1 and group[0].shard.prefix == corpus
 
 
 def _size_problems(config: RunConfig, corpus: str, group: Sequence[Part], taken: int) -> list[str]:
     problems = []
     available = sum(part.available for part in group)
     is_packed = any(part.shard.packed_seq_length for part in group)
-    if available <= config.training.seq_length and not is_packed:
+    if available <= config.training.seq_length and not is_packed and not _is_unnamed(corpus, group):
         problems.append(
             f"corpus {corpus} has {available:,} tokens, not one sequence of {config.training.seq_length:,} and the "
             "token after it. Leave it out or join it to another corpus."
@@ -202,6 +252,25 @@ def _size_problems(config: RunConfig, corpus: str, group: Sequence[Part], taken:
             "raise data.max_epochs."
         )
     return problems
+
+
+def _shard_problems(config: RunConfig, corpus: str, group: Sequence[Part], amounts: Sequence[int]) -> list[str]:
+    """Return what is wrong with single shards of a corpus that is itself not read too often."""
+    most = exact(config.data.max_epochs)
+    if sum(amounts) > most * sum(part.available for part in group):
+        return []
+    often = [
+        f"{part.shard.prefix} ({amount / part.available:.4g})"
+        for part, amount in zip(group, amounts, strict=True)
+        if amount > math.ceil(most * part.available)
+    ]
+    if not often:
+        return []
+    return [
+        f"corpus {corpus}: {len(often)} shards would be read more than {config.data.max_epochs:g} times: "
+        f"{', '.join(often[:5])}{', ...' if len(often) > 5 else ''}. Lower their weights, set data.cap_epochs beside "
+        "data.rules, or raise data.max_epochs."
+    ]
 
 
 def _tokenizer_identity(config: RunConfig) -> dict[str, object] | None:

@@ -15,7 +15,7 @@ from megatron_cpt.data import replay
 from megatron_cpt.data.budget import exact
 from megatron_cpt.data.datalist import read_data_list
 from megatron_cpt.data.indexed import bin_path, idx_path, read_index
-from megatron_cpt.data.list_formats import DataEntry
+from megatron_cpt.data.list_formats import DataEntry, join_repeated, shard_path
 from megatron_cpt.data.rescale import Rule, rescale
 from megatron_cpt.data.shards import Shard, find_shards, read_shards
 from megatron_cpt.data.skip_list import kept_documents, stage_skip_list
@@ -130,16 +130,24 @@ def parts_from_list(config: RunConfig, problems: list[str]) -> tuple[Parts, Shar
     """Return the parts and shares of `data.train_data_path`, whose tokens or weights state the proportions."""
     data_dir = Path(config.paths.data_dir)
     path = data_dir / (config.data.train_data_path or "")
-    entries = read_data_list(path)
+    resolved = [replace(entry, prefix=_resolve(entry.prefix, data_dir)) for entry in read_data_list(path)]
+    try:
+        entries = join_repeated(resolved, str(path))
+    except DataError as problem:
+        problems.append(str(problem))
+        entries = resolved
     parts: Parts = {}
     for entry in entries:
-        shards, incomplete = read_shards([_resolve(entry.prefix, data_dir)])
+        shards, incomplete = read_shards([entry.prefix])
         problems += [f"{path}: {problem}" for problem in incomplete]
         for shard, available in _without_skipped(config, shards, problems):
             weight = Fraction(available) if entry.amount is None else entry.amount
             part = Part(shard=shard, available=available, weight=weight, first_sample=entry.first_sample)
             parts.setdefault(entry.corpus or shard.prefix, []).append(part)
+    problems += _held_out_shards(config, parts)
     total = sum((part.weight for group in parts.values() for part in group), Fraction(0))
+    if not total and not problems:
+        problems.append(f"{path}: its shards hold no token.")
     shares = {corpus: sum((part.weight for part in group), Fraction(0)) / total for corpus, group in parts.items()}
     return parts, shares
 
@@ -227,14 +235,16 @@ def _resolve(prefix: str, data_dir: Path) -> str:
 
 def _held_out_shards(config: RunConfig, parts: Parts) -> list[str]:
     held_out = {
-        prefix: name for name in config.data.corpora for prefix in validation_prefixes(config, name, problems=[])
+        shard_path(prefix): name
+        for name in config.data.corpora
+        for prefix in validation_prefixes(config, name, problems=[])
     }
     return [
-        f"{part.shard.prefix} is in the blend and is the validation set of {held_out[part.shard.prefix]}. A model must "
-        "not train on what it is measured with. Narrow the corpus's tokens."
+        f"{part.shard.prefix} is in the blend and is the validation set of {held_out[path]}. A model must not train on "
+        "what it is measured with. Narrow the corpus's tokens."
         for group in parts.values()
         for part in group
-        if part.shard.prefix in held_out
+        if (path := shard_path(part.shard.prefix)) in held_out
     ]
 
 
@@ -242,9 +252,9 @@ def _shared_shards(parts: Parts) -> list[str]:
     owners: dict[str, list[str]] = {}
     for corpus, group in parts.items():
         for part in group:
-            owners.setdefault(part.shard.prefix, []).append(corpus)
+            owners.setdefault(shard_path(part.shard.prefix), []).append(corpus)
     return [
-        f"{prefix} belongs to the corpora {' and '.join(names)}. A shard belongs to one corpus."
+        f"{prefix} belongs to the corpora {' and '.join(names)}. A shard belongs to one corpus, once."
         for prefix, names in owners.items()
         if len(names) > 1
     ]

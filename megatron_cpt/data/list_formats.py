@@ -8,6 +8,7 @@ import csv
 import dataclasses
 import io
 import json
+import os
 import re
 import shlex
 from collections.abc import Callable, Iterable, Sequence
@@ -52,6 +53,36 @@ def weights_as_tokens(entries: Sequence[DataEntry], name: str = "data list") -> 
         if entry.amount is None or entry.amount.denominator != 1:
             raise DataError(f"{name}: the weight of {entry.prefix} is {entry.weight}. Token counts are whole numbers.")
     return [dataclasses.replace(entry, tokens=int(entry.amount or 0), weight=None) for entry in entries]
+
+
+def join_repeated(entries: Sequence[DataEntry], name: str) -> list[DataEntry]:
+    """Return the entries with those of one shard joined into one, at the first's place, with the sum of their amounts.
+
+    Read apart they would draw the same samples twice.
+
+    Raises: DataError when a shard is in two corpora.
+    """
+    joined: dict[str, DataEntry] = {}
+    for entry in entries:
+        key = shard_path(entry.prefix)
+        first = joined.setdefault(key, entry)
+        if first is entry:
+            continue
+        if first.corpus != entry.corpus:
+            raise DataError(
+                f"{name}: {entry.prefix} is in the corpora {first.corpus or 'none'} and {entry.corpus or 'none'}. A shard "
+                "belongs to one corpus. Name it once."
+            )
+        if first.tokens is not None and entry.tokens is not None:
+            joined[key] = dataclasses.replace(first, tokens=first.tokens + entry.tokens)
+        elif first.weight is not None and entry.weight is not None:
+            joined[key] = dataclasses.replace(first, weight=first.weight + entry.weight)
+    return list(joined.values())
+
+
+def shard_path(prefix: str) -> str:
+    """Return the file of a shard's tokens whatever way its prefix is written, links followed: what tells two apart."""
+    return os.path.realpath(f"{prefix}.bin")
 
 
 def format_number(number: Fraction | int) -> str:

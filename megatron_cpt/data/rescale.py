@@ -13,13 +13,14 @@ is repeated; what it cannot give goes to the others of its pool in proportion.
 
 import fnmatch
 import glob
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal
 
 from megatron_cpt.data.budget import apportion, scale_tokens
-from megatron_cpt.data.list_formats import DataEntry
+from megatron_cpt.data.list_formats import DataEntry, join_repeated, shard_path
 from megatron_cpt.errors import DataError
 
 _TOLERANCE = Fraction(1, 10**9)
@@ -62,13 +63,18 @@ def rescale(
     missing = [entry.prefix for entry in entries if entry.tokens is None]
     if missing:
         raise DataError(f"{missing[0]}: no token count. A budget needs available tokens; list them with `blend list`.")
-    rules = rules or [Rule(pattern="*", kind="ratio", value=Fraction(1))]
-    _check(entries, rules, budget, base, base_ratio)
+    corpora = {entry.corpus for entry in entries}
+    rules = [
+        # a corpus's name is that corpus: D1 is not a part of the paths of D10 then
+        replace(rule, is_corpus=rule.is_corpus or rule.pattern in corpora)
+        for rule in rules or [Rule(pattern="*", kind="ratio", value=Fraction(1))]
+    ]
+    base_rule = Rule(pattern=base or "", kind="ratio", value=Fraction(1), is_corpus=base in corpora)
+    is_base = [base_rule.names(entry) for entry in entries]
+    _check(entries, rules, budget, base, base_ratio, cap, is_base)
     if base is None or base_ratio is None or budget is None:
         amounts = _draw(entries, rules, budget, cap)
     else:
-        base_rule = Rule(pattern=base, kind="ratio", value=Fraction(1))
-        is_base = [base_rule.names(entry) for entry in entries]
         budgets = apportion(budget, [base_ratio, 1 - base_ratio])
         amounts = [0] * len(entries)
         for pool, pool_budget in ((True, budgets[0]), (False, budgets[1])):
@@ -85,7 +91,7 @@ def mix_lists(lists: Sequence[tuple[Fraction, Sequence[DataEntry]]]) -> list[Dat
     Source: AuroraGPT's CPT cookbook, mix_datasets.py, which rounds the result to six decimals.
     """
     sum_global = sum((weight for weight, _ in lists), Fraction(0))
-    mixed = []
+    mixed: list[DataEntry] = []
     for weight, entries in lists:
         amounts = [entry.amount for entry in entries]
         if None in amounts:
@@ -94,7 +100,7 @@ def mix_lists(lists: Sequence[tuple[Fraction, Sequence[DataEntry]]]) -> list[Dat
         mixed += [
             replace(entry, tokens=None, weight=(entry.amount or 0) / total * weight / sum_global) for entry in entries
         ]
-    return mixed
+    return join_repeated(mixed, "the mixed lists")
 
 
 def _check(
@@ -103,13 +109,25 @@ def _check(
     budget: int | None,
     base: str | None,
     base_ratio: Fraction | None,
+    cap: Fraction | None,
+    is_base: Sequence[bool],
 ) -> None:
     problems = [f"{rule.kind} {rule.value} of {rule.pattern}: negative." for rule in rules if rule.value < 0]
-    unnamed = [entry.prefix for entry in entries if not any(rule.names(entry) for rule in rules)]
+    prefixes = Counter(shard_path(entry.prefix) for entry in entries)
+    if repeated := [path.removesuffix(".bin") for path, count in prefixes.items() if count > 1]:
+        problems.append(
+            f"{len(repeated)} shards are named more than once ({', '.join(repeated[:3])}). Name each with its tokens once."
+        )
+    if cap is not None and cap <= 0:
+        problems.append(f"the cap is {float(cap):g} epochs. It must be positive.")
+    if budget is not None and budget <= 0:
+        problems.append(f"the budget is {budget:,} tokens. It must be positive.")
+    first = [next((rule for rule in rules if rule.names(entry)), None) for entry in entries]
+    unnamed = [entry.prefix for entry, rule in zip(entries, first, strict=True) if rule is None]
     if unnamed:
         problems.append(f"no rule names {len(unnamed)} shards ({', '.join(unnamed[:3])}). Add a last rule for '*'.")
-    first = [next((rule for rule in rules if rule.names(entry)), None) for entry in entries]
-    idle = [rule.pattern for rule in rules if rule not in first]
+    used = set(first)
+    idle = [rule.pattern for rule in rules if rule not in used]
     if idle:
         problems.append(f"no shard is left for {', '.join(idle)}. Correct the pattern, or move the rule up.")
     if budget is None and any(rule.kind in ("share", "weight") for rule in rules):
@@ -117,8 +135,7 @@ def _check(
     if (base is None) != (base_ratio is None) or (base is not None and budget is None):
         problems.append("two pools need a base, its ratio and a budget.")
     if base is not None and base_ratio is not None:
-        base_rule = Rule(pattern=base, kind="ratio", value=Fraction(1))
-        if len({base_rule.names(entry) for entry in entries}) < 2:
+        if len(set(is_base)) < 2:
             problems.append(f"the base {base} holds all shards or none. Two pools need shards on both sides.")
         if not 0 <= base_ratio <= 1:
             problems.append(f"the base ratio is {base_ratio}. It lies between 0 and 1.")
@@ -137,9 +154,13 @@ def _draw(entries: Sequence[DataEntry], rules: Sequence[Rule], budget: int | Non
     }
     if budget is None:
         return [_limit(fixed[index], available[index], cap) for index in range(len(entries))]
-    targets = _group_targets(owners, available, budget, sum(fixed.values()))
+    sizes: dict[Rule, int] = dict.fromkeys(owners, 0)
+    for owner, amount in zip(owners, available, strict=True):
+        sizes[owner] += amount
+    targets = _group_targets(sizes, budget, sum(fixed.values()))
+    per_token = {rule: targets.get(rule, Fraction(0)) / size if size else Fraction(0) for rule, size in sizes.items()}
     relative = [
-        Fraction(0) if index in fixed else _relative(owners, available, index, targets) for index in range(len(entries))
+        Fraction(0) if index in fixed else per_token[owner] * available[index] for index, owner in enumerate(owners)
     ]
     rest = budget - sum(fixed.values())
     if any(relative):
@@ -151,17 +172,16 @@ def _draw(entries: Sequence[DataEntry], rules: Sequence[Rule], budget: int | Non
     return [fixed.get(index, drawn[index]) for index in range(len(entries))]
 
 
-def _group_targets(owners: Sequence[Rule], available: Sequence[int], budget: int, fixed: int) -> dict[Rule, Fraction]:
-    """Return the tokens of each group that shares and weights (and ratios, as one group of their own) ask for."""
-    used = list(dict.fromkeys(owners))
+def _group_targets(sizes: Mapping[Rule, int], budget: int, fixed: int) -> dict[Rule, Fraction]:
+    """Return the tokens of each group that shares and weights (and ratios, as one group of their own) ask for.
+
+    `sizes` are the available tokens of each rule's shards.
+    """
+    used = list(sizes)
     targets = {rule: rule.value * budget for rule in used if rule.kind == "share"}
     rest = budget - fixed - sum(targets.values(), Fraction(0))
     weights = {rule: rule.value for rule in used if rule.kind == "weight"}
-    ratios = {
-        rule: rule.value * sum(amount for amount, owner in zip(available, owners, strict=True) if owner == rule)
-        for rule in used
-        if rule.kind == "ratio"
-    }
+    ratios = {rule: rule.value * sizes[rule] for rule in used if rule.kind == "ratio"}
     if weights and ratios:
         raise DataError("rescale: weights and ratios both ask for the rest of the budget. Use one of them.")
     parts = weights or ratios
@@ -170,12 +190,6 @@ def _group_targets(owners: Sequence[Rule], available: Sequence[int], budget: int
         stated = float((budget - rest) / budget)
         raise DataError(f"rescale: shares and epochs make up {stated:g} of the budget. They must make up 1.")
     return targets | {rule: max(rest, Fraction(0)) * part / total for rule, part in parts.items() if total}
-
-
-def _relative(owners: Sequence[Rule], available: Sequence[int], index: int, targets: dict[Rule, Fraction]) -> Fraction:
-    owner = owners[index]
-    size = sum(amount for amount, other in zip(available, owners, strict=True) if other == owner)
-    return targets.get(owner, Fraction(0)) * available[index] / size if size else Fraction(0)
 
 
 def _fill(relative: Sequence[Fraction], available: Sequence[int], total: int, cap: Fraction | None) -> list[int]:
@@ -200,7 +214,8 @@ def _fill(relative: Sequence[Fraction], available: Sequence[int], total: int, ca
         for index in full:
             amounts[index] = limits[index]
             rest -= limits[index]
-        open_ones = [index for index in open_ones if index not in set(full)]
+        closed = set(full)
+        open_ones = [index for index in open_ones if index not in closed]
     return amounts
 
 

@@ -48,7 +48,17 @@ def rescale_table(
         taken = sum(tokens.get(entry.prefix, 0) for entry in group)
         asked = sum(wanted.get(entry.prefix, 0) for entry in group)
         share = f"{taken / total if total else 0.0:.4%}"
-        rows.append((corpus, f"{len(group):,}", f"{has:,}", f"{asked:,}", f"{taken:,}", f"{taken / has:.4g}", share))
+        rows.append(
+            (
+                corpus,
+                f"{len(group):,}",
+                f"{has:,}",
+                f"{asked:,}",
+                f"{taken:,}",
+                f"{taken / has if has else 0.0:.4g}",
+                share,
+            )
+        )
     lines = align(rows)
     iterations = -(-total // (seq_length * global_batch_size))
     lines.append(

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_cpt.config.schema import CorpusConfig, DataConfig, ModelConfig, PathsConfig, RunConfig, TrainingConfig
-from megatron_cpt.data.blend import plan_blend
+from megatron_cpt.data.blend import align, plan_blend
 from megatron_cpt.data.blend_sources import validation_prefixes
 from megatron_cpt.data.budget import apportion, exact, scale_tokens, spread_samples
 from megatron_cpt.data.indexed import bin_path, idx_path, manifest_path, write_index
@@ -261,3 +261,53 @@ def test_rules_that_cannot_be_met_are_refused_with_the_reason(tmp_path, three_co
     shares = {"D0": "share 0.5", "*": "share 0.4"}
     with pytest.raises(DataError, match=r"make up 0.9 of the budget"):
         plan_blend(run_config(tmp_path, mix={}, corpora=three_corpora, rules=shares))
+
+
+def test_a_shard_named_twice_in_a_list_is_read_once_with_both_amounts(tmp_path, two_corpora):
+    """Read apart, both entries would draw the same samples: the order of a shard follows from its name."""
+    (tmp_path / "list.txt").write_text("1 D0/a_text_document\n2 D1/c_text_document\n1 ./D0/a_text_document\n")
+    plan = plan_blend(run_config(tmp_path, mix={}, corpora={}, train_data_path="list.txt"))
+    assert [(entry.prefix[-17:], entry.tokens) for entry in plan.entries] == [
+        ("D0/a_text_document"[-17:], 3200),
+        ("D1/c_text_document"[-17:], 3200),
+    ]
+    (tmp_path / "list.txt").write_text("1 D0/a_text_document x\n1 D0/a_text_document y\n")
+    with pytest.raises(DataError, match="is in the corpora x and y"):
+        plan_blend(run_config(tmp_path, mix={}, corpora={}, train_data_path="list.txt"))
+    (tmp_path / "D2").mkdir()
+    for suffix in (".bin", ".idx", ".json"):
+        (tmp_path / f"D2/link{suffix}").symlink_to(tmp_path / f"D1/c_text_document{suffix}")
+    with pytest.raises(DataError, match="belongs to the corpora D1 and D2"):
+        corpora = two_corpora | {"D2": ["D2"]}
+        plan_blend(run_config(tmp_path, mix={"D0": 0.9, "D1": 0.05, "D2": 0.05}, corpora=corpora))
+
+
+def test_a_list_may_not_name_a_validation_set(tmp_path, two_corpora):
+    (tmp_path / "list.txt").write_text("1 D0/a_text_document\n1 D0/b_text_document\n")
+    config = run_config(tmp_path, mix={}, corpora={}, train_data_path="list.txt")
+    held_out = {"D1": CorpusConfig(tokens=("D1",), validation=("D0/b_text_document",))}
+    with pytest.raises(DataError, match="D0/b_text_document is in the blend and is the validation set of D1"):
+        plan_blend(dataclasses.replace(config, data=dataclasses.replace(config.data, corpora=held_out)))
+
+
+def test_a_single_shard_read_too_often_is_refused_though_its_corpus_is_not(tmp_path, two_corpora):
+    (tmp_path / "list.txt").write_text("90 D0/a_text_document c\n10 D0/b_text_document c\n")
+    message = r"corpus c: 1 shards would be read more than 3 times: .*D0/a_text_document \(3.837\)"
+    with pytest.raises(DataError, match=message):
+        plan_blend(run_config(tmp_path, mix={}, corpora={}, train_data_path="list.txt", max_epochs=3.0))
+
+
+def test_small_shards_of_a_list_without_corpora_are_noted_and_many_are_shown_by_folder(tmp_path, two_corpora):
+    rows = ["3000 D0/b_text_document", "5 tiny_text_document"]
+    write_shard(tmp_path / "tiny_text_document", [5])
+    for index in range(45):
+        write_shard(tmp_path / f"web/{index}_text_document", [70])
+        rows.append(f"70 web/{index}_text_document")
+    (tmp_path / "list.txt").write_text("\n".join(rows))
+    table = plan_blend(run_config(tmp_path, mix={}, corpora={}, train_data_path="list.txt")).table()
+    assert [line.split()[0] for line in table.splitlines()[1:4]] == ["D0", ".", "web"]
+    assert "1 shards of the list are too small to give a sequence of 64 without repeating" in table
+
+
+def test_columns_of_a_table_stay_below_each_other_where_letters_are_wide():
+    assert align([("コーパス", "1"), ("en", "20")]) == ["コーパス   1", "en        20"]

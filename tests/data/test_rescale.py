@@ -108,7 +108,7 @@ def test_a_budget_is_always_met_to_the_token_and_proportions_within_one(sizes, r
 def test_no_shard_exceeds_its_cap_and_the_budget_is_still_met(sizes, cap, part):
     entries = [DataEntry(prefix=f"p{index}", tokens=size) for index, size in enumerate(sizes)]
     rules = [Rule(pattern=e.prefix, kind="weight", value=Fraction(i + 1)) for i, e in enumerate(entries)]
-    budget = int(part * sum(sizes) * cap)
+    budget = max(1, int(part * sum(sizes) * cap))
     drawn = rescale(entries, rules, budget, cap=Fraction(cap))
     assert sum(tokens(drawn)) == budget
     assert all(e.tokens <= cap * sizes[int(e.prefix[1:])] for e in drawn)
@@ -134,11 +134,55 @@ def test_the_table_counts_and_refuses_too_many_epochs():
     )
 )
 def test_mixed_weights_are_exact(lists):
-    entries = [(w, [DataEntry(prefix="p", weight=x, corpus="c") for x in weights]) for w, weights in lists]
+    entries = [
+        (w, [DataEntry(prefix=f"{i}/{j}", weight=x, corpus="c") for j, x in enumerate(weights)])
+        for i, (w, weights) in enumerate(lists)
+    ]
     mixed = mix_lists(entries)
     assert sum(entry.weight for entry in mixed) == 1
     first_sum = sum(entry.weight for entry in mixed[: len(lists[0][1])])
     assert first_sum == lists[0][0] / sum(w for w, _ in lists)
+
+
+def test_a_shard_of_two_mixed_lists_is_written_once_with_the_sum_of_its_weights():
+    one, half = Fraction(1), Fraction(1, 2)
+    first = [DataEntry(prefix="d/x", weight=one, corpus="c"), DataEntry(prefix="d/y", weight=one, corpus="c")]
+    mixed = mix_lists([(half, first), (half, [DataEntry(prefix="./d//x", weight=one, corpus="c")])])
+    assert [(entry.prefix, entry.weight) for entry in mixed] == [("d/x", Fraction(3, 4)), ("d/y", Fraction(1, 4))]
+    with pytest.raises(DataError, match="d/x is in the corpora c and other"):
+        mix_lists([(half, first), (half, [DataEntry(prefix="d/x", weight=one, corpus="other")])])
+
+
+def test_a_corpus_s_name_names_that_corpus_only_not_those_whose_names_begin_with_it():
+    entries = [DataEntry(prefix=f"tok/{name}/a", tokens=1000, corpus=name) for name in ("D1", "D10", "D2")]
+    drawn = rescale(entries, [rule("D1", "share", "0.5"), rule("*", "share", "0.5")], 1000)
+    assert tokens(drawn) == [500, 250, 250]
+    pools = rescale(entries, [], 1000, base="D1", base_ratio=Fraction("0.4"))
+    assert tokens(pools) == [400, 300, 300]
+
+
+def test_repeated_shards_and_amounts_that_are_not_positive_are_refused():
+    with pytest.raises(DataError, match=r"1 shards are named more than once \(.*tok/web/a\)"):
+        rescale([*AVAILABLE, DataEntry(prefix="tok/./web/a", tokens=5)], [], 1000)
+    with pytest.raises(DataError, match="the budget is 0 tokens"):
+        rescale(AVAILABLE, [], 0)
+    with pytest.raises(DataError, match="the cap is 0 epochs"):
+        rescale(AVAILABLE, [], 10, cap=Fraction(0))
+
+
+def test_llm_jp_s_dolmino_ratios_give_their_numbers_without_awk_s_rounding():
+    """The list and the ratios of LLM-jp's update_train_data_to_50B.sh, which sums to 55.8B."""
+    sizes = {"dclm/0": 34024238242, "flan/all": 19020984357, "pes2o/all": 65556621655, "wiki/all": 4127779989}
+    entries = [DataEntry(prefix=f"/tok/{name}", tokens=size) for name, size in sizes.items()]
+    rules = [
+        rule("/dclm/", "ratio", "0.0323"),
+        rule("/flan/", "ratio", "0.5"),
+        rule("/pes2o/", "ratio", "0.0515"),
+        rule("*", "ratio", 1),
+    ]
+    assert tokens(rescale(entries, rules)) == [1098982896, 9510492179, 3376166016, 4127779989]
+    for budget in (1, 50 * 10**9, 80 * 10**9, 300 * 10**9, 15 * 10**11):
+        assert sum(tokens(rescale(entries, rules, budget))) == budget
 
 
 @pytest.mark.parametrize("option", ["--inputs", "--input"])
