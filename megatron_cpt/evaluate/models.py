@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from megatron_cpt.errors import CheckpointError
+from megatron_cpt.data.chat_template import ChatTemplate, load_template
+from megatron_cpt.errors import CheckpointError, DataError
 from megatron_cpt.evaluate.folders import hf_folder
 
 _ENCODE_BATCH = 256
@@ -22,6 +23,7 @@ class LanguageModel:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = model.eval().to(self.device)
         self.tokenizer = tokenizer
+        self.template = _own_template(tokenizer)
         tokenizer.model_max_length = int(1e30)  # documents are cut into windows here; no warning is due
         self.context: int = getattr(model.config, "max_position_embeddings", None) or 2048
         start = "bos" if tokenizer.bos_token_id is not None else "eos"
@@ -41,6 +43,15 @@ class LanguageModel:
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return logits [b, s, v] of tokens [b, s]."""
         return self.model(input_ids=tokens, use_cache=False).logits
+
+
+def _own_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
+    """Return the chat template in the tokenizer's folder, None where there is none."""
+    folder = Path(tokenizer.name_or_path)
+    try:
+        return load_template(folder) if folder.is_dir() else None
+    except DataError:
+        return None
 
 
 @contextlib.contextmanager

@@ -50,6 +50,8 @@ def train(loaded: LoadedConfig) -> str:
     try:
         with sole_owner(run_dir(loaded.config)):
             return _train(loaded)
+    except BrokenPipeError as problem:  # of the command line's output it would be a reason to end without a word
+        raise RuntimeError("a process that helps this rank (a checkpoint's writer) has ended unexpectedly") from problem
     finally:
         finish_parallel()
 

@@ -6,7 +6,7 @@ text set is a .jsonl or .txt file (plain or compressed), a folder or a glob, wri
   perplexity   bits per byte with 95 % intervals, per model and text set
   forgetting   the same, compared with the first model: learned, forgotten; a table, a chart, JSON. With --series the
                models are stages in order, and each is compared with the one before it too
-  generate     continuations of prompts, side by side
+  generate     continuations of prompts, side by side; with --chat answers to them
   harness      tasks of lm-evaluation-harness, where it is installed; options after -- are its own
   divergence   how far each layer's weights moved from the first model's; a table and a chart
   sweep        compare the points of `submit sweep` by what they learned and forgot; a table, a chart, JSON
@@ -63,6 +63,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             part.add_argument("options", nargs="*", metavar="-- OPTION", help="options of lm_eval itself")
         if name == "generate":
             part.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="a text to continue")
+            part.add_argument(
+                "--chat",
+                nargs="?",
+                const="",
+                metavar="TEMPLATE",
+                help="prompts are a user's turns: write them by this template (a file, chatml, llama3), or by the tokenizer's own",
+            )
             part.add_argument("--tokens", type=int, default=64, metavar="N", help="length of a continuation (64)")
             part.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): most likely")
             part.add_argument("--seed", type=int, default=1234, metavar="N", help="of sampling (1234)")
@@ -114,18 +121,24 @@ def _forgetting(arguments: argparse.Namespace) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
+    from megatron_cpt.data.chat_template import load_template
     from megatron_cpt.evaluate.generation import continuations, side_by_side
     from megatron_cpt.evaluate.models import loaded_model
 
     texts: dict[str, list[str]] = {}
+    path_of_template = Path(arguments.chat) if arguments.chat else None
     for name, path in named_paths(arguments.model, "--model").items():
         with loaded_model(name, path, arguments.tokenizer) as model:
+            template = None
+            if arguments.chat is not None:
+                template = load_template(Path(model.tokenizer.name_or_path), path_of_template)
             texts[name] = continuations(
                 model,
                 arguments.prompt,
                 num_tokens=arguments.tokens,
                 temperature=arguments.temperature,
                 seed=arguments.seed,
+                template=template,
             )
     sys.stdout.write(side_by_side(arguments.prompt, texts))
 
