@@ -1,8 +1,8 @@
 """Everything megatron-core 0.19.2 needs in order to train on CPU with gloo, each substitution with its reason.
 
 megatron-core names CUDA devices directly. Where there is no GPU, `substitute()` (1) runs every torch call through one
-`TorchFunctionMode` that turns `device="cuda"` into CPU, (2) gives `torch.cuda` harmless CPU answers, (3) gives the
-distributed optimizer an AdamW whose state has FusedAdam's layout. On a machine with a GPU it does nothing.
+`TorchFunctionMode` that turns `device="cuda"` into CPU, (2) gives `torch.cuda` harmless CPU answers. What is missing without
+Transformer Engine and Apex, on a GPU too, is in `kernels.py`; a machine with a GPU gets nothing else.
 
 Factories are not replaced by name: a replaced `torch.empty` makes transformers leave rotary buffers uninitialised.
 """
@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from megatron_cpt.train.kernels import substitute_kernels
+
 _CPU = torch.device("cpu")
 _substituted = False
 
@@ -25,17 +27,18 @@ def is_cpu() -> bool:
 
 
 def substitute() -> None:
-    """Make megatron-core run on CPU in this process; on a GPU machine, or when done already, do nothing."""
+    """Make megatron-core run on what is here; on a GPU with Transformer Engine, or when done already, do nothing."""
     global _substituted
-    if not is_cpu() or _substituted:
+    if _substituted:
         return
     _substituted = True
-    _disable_compilation()
-    _substitute_torch_cuda()
-    _CpuMode().__enter__()
-    _substitute_optimizer()
-    _substitute_moe()
-    _substitute_uneven_collectives()
+    if is_cpu():
+        _disable_compilation()
+        _substitute_torch_cuda()
+        _CpuMode().__enter__()
+        _substitute_moe()
+        _substitute_uneven_collectives()
+    substitute_kernels()
 
 
 def _disable_compilation() -> None:
@@ -123,75 +126,6 @@ def _substitute_torch_cuda() -> None:
 
     random._get_cuda_rng_state = lambda *arguments, **options: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *arguments, **options: torch.set_rng_state(state)
-
-
-class CPUFusedAdam(torch.optim.Optimizer):
-    """AdamW with the state layout of FusedAdam: `step` once per group, `exp_avg` and `exp_avg_sq` per parameter.
-
-    The distributed optimizer's reshardable state expects that layout; torch's AdamW keeps `step` per parameter.
-
-    Source: decoupled weight decay, arXiv:1711.05101, algorithm 2.
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        adam_w_mode: bool = True,
-        **ignored: Any,
-    ) -> None:
-        self.adam_w_mode = 1 if adam_w_mode else 0
-        super().__init__(
-            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "bias_correction": True}
-        )
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        """Update every parameter that has a gradient."""
-        for group in self.param_groups:
-            group["step"] = int(group.get("step", 0)) + 1
-            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if not parameters:
-                continue
-            for parameter in parameters:
-                state = self.state[parameter]
-                if not state:
-                    state["exp_avg"] = torch.zeros_like(parameter)
-                    state["exp_avg_sq"] = torch.zeros_like(parameter)
-            self._update(group, parameters)
-
-    def _update(self, group: dict[str, Any], parameters: list[torch.Tensor]) -> None:
-        gradients = [parameter.grad for parameter in parameters]
-        averages = [self.state[parameter]["exp_avg"] for parameter in parameters]
-        squares = [self.state[parameter]["exp_avg_sq"] for parameter in parameters]
-        beta1, beta2 = group["betas"]
-        if self.adam_w_mode:
-            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        elif group["weight_decay"]:
-            gradients = list(torch._foreach_add(gradients, parameters, alpha=group["weight_decay"]))
-        torch._foreach_lerp_(averages, gradients, 1 - beta1)
-        torch._foreach_mul_(squares, beta2)
-        torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
-        roots = torch._foreach_sqrt(squares)
-        torch._foreach_div_(roots, (1 - beta2 ** group["step"]) ** 0.5)
-        torch._foreach_add_(roots, group["eps"])
-        torch._foreach_addcdiv_(parameters, averages, roots, -group["lr"] / (1 - beta1 ** group["step"]))
-
-
-def _substitute_optimizer() -> None:
-    from megatron.core import optimizer
-    from megatron.core.optimizer import distrib_optimizer
-
-    optimizer.Adam = distrib_optimizer.Adam = CPUFusedAdam
-    optimizer.USING_PYTORCH_OPTIMIZER = False
-    distrib_optimizer.HAVE_APEX_OR_TE = True
-    distrib_optimizer.USING_APEX_OPTIMIZER = True
-    # With fp32 parameters the optimizer copies into leaf views while loading; megatron omits no_grad there.
-    original = distrib_optimizer.DistributedOptimizer.load_state_dict
-    distrib_optimizer.DistributedOptimizer.load_state_dict = torch.no_grad()(original)
 
 
 def _substitute_moe() -> None:
