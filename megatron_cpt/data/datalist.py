@@ -60,6 +60,23 @@ def write_data_list(path: Path, entries: Sequence[DataEntry], format: str = "yam
     write_text(path, render_data_list(entries, format))
 
 
+def save_data_list(path: Path, text: str, *, overwrite: bool = False) -> None:
+    """Write a rendered list to a file that a person named, whole or not at all; the same text again changes nothing.
+
+    Raises: DataError when the file holds something else and `overwrite` is not given.
+    """
+    if path.is_dir():
+        raise DataError(f"{path}: is a folder. Name a file.")
+    if path.exists() and not overwrite:
+        if path.read_bytes() == text.encode():
+            return
+        raise DataError(f"{path}: exists already and holds something else. Name another file, or give --overwrite.")
+    try:
+        write_text(path, text)
+    except OSError as problem:
+        raise DataError(f"{path}: cannot be written ({problem.strerror}). Make room, or name another place.") from None
+
+
 def render_data_list(entries: Sequence[DataEntry], format: str = "yaml") -> str:
     """Return the text of a data list. Raises: DataError when the format cannot carry the entries."""
     if format not in FORMATS:

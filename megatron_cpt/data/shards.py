@@ -5,6 +5,7 @@ the manifest counts the index's tokens. Counts come from the index, never from f
 """
 
 import glob
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,8 +37,9 @@ class Shard:
 def find_shards(patterns: Sequence[str], data_dir: Path) -> tuple[list[str], list[str]]:
     """Return (sorted prefixes, problems) of prefixes, folders and globs relative to `data_dir`.
 
-    A folder stands for every shard below it. A `.bin` without `.idx`, or the reverse, counts as a shard here, so that
-    `read_shard` reports it by name. Hidden files (unfinished ones) and masks (`<prefix>.mask`) are passed over.
+    A folder stands for every shard below it, linked folders too. A `.bin` without `.idx`, or the reverse, counts as a shard here, so that
+    `read_shard` reports it by name. Hidden files and
+    folders (unfinished ones) and masks (`<prefix>.mask`) are passed over.
     """
     found: set[str] = set()
     problems = []
@@ -123,7 +125,15 @@ def _files(path: Path) -> list[Path]:
 
 
 def _below(folder: Path) -> list[Path]:
-    return [file for suffix in _SUFFIXES for file in folder.rglob(f"*{suffix}") if _is_part(file)]
+    """Return the files of shards below a folder, links followed, each folder once."""
+    files, seen = [], set()
+    for top, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(top)
+        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
+        if real not in seen:
+            files += [file for name in names if _is_part(file := Path(top, name))]
+        seen.add(real)
+    return files
 
 
 def _is_part(file: Path) -> bool:

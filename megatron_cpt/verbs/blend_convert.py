@@ -10,9 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_cpt.data.datalist import FORMATS, read_data_list, render_data_list
+from megatron_cpt.data.datalist import FORMATS, read_data_list, render_data_list, save_data_list
 from megatron_cpt.data.list_formats import weights_as_tokens
-from megatron_cpt.files import write_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="train", help="part of a per-split JSON file (default: train)")
     parser.add_argument("--weights-are-tokens", action="store_true", help="the list's whole weights count tokens")
     parser.add_argument("--output", type=Path, help="file to write (default: standard output)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an output that holds something else")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -31,4 +31,4 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.output is None:
         sys.stdout.write(text)
     else:
-        write_text(arguments.output, text)
+        save_data_list(arguments.output, text, overwrite=arguments.overwrite)

@@ -1,8 +1,9 @@
 """Show a replay buffer, plan a stage from data lists and the buffer, or append a finished stage to it.
 
 `show` lists what the buffer holds and how far each shard is drawn. `plan` mixes lists of available tokens by shares of a
-budget; the share named `buffer` is drawn from the buffer, going on where earlier stages stopped. `append` enters a stage
-that has ended (training with `data.buffer` does this itself).
+budget: a list named after a corpus of the mix (D0.yaml) is that corpus's, other lists go by the corpora in them. The share
+named `buffer` is drawn from the buffer, going on where earlier stages stopped. `append` enters a stage that has ended
+(training with `data.buffer` does this itself).
 
 Example: megatron-cpt blend replay plan buffer.yaml --mix D0=0.05 D2=0.48 buffer=0.47 --lists D0.yaml D2.yaml \\
     --tokens 50B --output stage3.yaml
@@ -10,23 +11,30 @@ Example: megatron-cpt blend replay plan buffer.yaml --mix D0=0.05 D2=0.48 buffer
 
 import argparse
 import sys
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
-from megatron_cpt.config.values import parse_count
 from megatron_cpt.data.budget import exact
+from megatron_cpt.data.list_formats import DataEntry
 from megatron_cpt.errors import DataError
+from megatron_cpt.verbs.blend_rescale import positive_fraction, positive_int, token_budget
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=["show", "plan", "append"], help="what to do")
     parser.add_argument("buffer", type=Path, help="the buffer's YAML file; plan and show take a missing one as empty")
     parser.add_argument("--mix", nargs="+", default=[], metavar="CORPUS=SHARE", help="plan: shares of the budget")
-    parser.add_argument("--lists", nargs="+", type=Path, default=[], help="plan: lists of available tokens per corpus")
+    parser.add_argument(
+        "--lists", nargs="+", type=Path, default=[], help="plan: lists of available tokens; D0.yaml is corpus D0's"
+    )
     parser.add_argument("--tokens", help="plan: the budget: 50B, 1.5T, 8000000")
-    parser.add_argument("--max-epochs", type=Fraction, default=Fraction(4), help="plan: refuse more (default: 4)")
-    parser.add_argument("--seq-length", type=int, default=4096, help="tokens per sample (default: 4096)")
+    parser.add_argument(
+        "--max-epochs", type=positive_fraction, default=Fraction(4), help="plan: refuse more (default: 4)"
+    )
+    parser.add_argument("--seq-length", type=positive_int, default=4096, help="tokens per sample (default: 4096)")
     parser.add_argument("--output", type=Path, help="plan: the stage's list, for data.train_data_path")
+    parser.add_argument("--overwrite", action="store_true", help="plan: replace an output that holds something else")
     parser.add_argument("--stage", help="append: the stage's name, entered once")
     parser.add_argument("--list", type=Path, help="append: the list that the stage has drawn")
 
@@ -50,8 +58,8 @@ def _show(arguments: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from megatron_cpt.data.datalist import DataEntry, read_data_list, write_data_list  # heavy: numpy
-    from megatron_cpt.data.list_formats import weights_as_tokens
+    from megatron_cpt.data.datalist import render_data_list, save_data_list  # heavy: numpy
+    from megatron_cpt.data.list_formats import shard_path
     from megatron_cpt.data.replay import CORPUS, read_buffer
     from megatron_cpt.data.rescale import Rule, rescale
     from megatron_cpt.data.rescale_table import rescale_table
@@ -63,15 +71,11 @@ def _plan(arguments: argparse.Namespace) -> None:
     if sum(shares.values(), Fraction(0)) != 1:
         raise DataError(f"--mix: the shares sum to {float(sum(shares.values(), Fraction(0))):g}. They must sum to 1.")
     held = read_buffer(arguments.buffer).shards
-    available = [
-        entry
-        for path in arguments.lists
-        for entry in weights_as_tokens(read_data_list(path), str(path))
-        if shares.get(entry.corpus or "")
-    ]
+    available = [entry for path in arguments.lists for entry in _listed(path, shares) if shares.get(entry.corpus or "")]
     named = set(shares)
+    listed = {shard_path(entry.prefix) for entry in available}
     for shard in held.values():
-        if shares.get(CORPUS) and shard.corpus not in named:
+        if shares.get(CORPUS) and shard.corpus not in named and shard_path(shard.prefix) not in listed:
             available.append(DataEntry(prefix=shard.prefix, tokens=read_shard(shard.prefix).tokens, corpus=CORPUS))
     missing = [corpus for corpus, share in shares.items() if share and corpus not in {e.corpus for e in available}]
     if missing:
@@ -79,7 +83,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     rules = [
         Rule(pattern=corpus, kind="share", value=share, is_corpus=True) for corpus, share in shares.items() if share
     ]
-    budget = parse_count(arguments.tokens)
+    budget = token_budget(arguments.tokens)
     drawn = rescale(available, rules, budget)
     batch = {"seq_length": arguments.seq_length, "global_batch_size": 1}
     sys.stdout.write(rescale_table(available, drawn, drawn, budget, max_epochs=arguments.max_epochs, **batch))
@@ -93,18 +97,28 @@ def _plan(arguments: argparse.Namespace) -> None:
             )
             for entry in drawn
         ]
-        write_data_list(arguments.output, placed)
+        save_data_list(arguments.output, render_data_list(placed), overwrite=arguments.overwrite)
         sys.stdout.write(f"written: {arguments.output}\n")
+
+
+def _listed(path: Path, shares: dict[str, Fraction]) -> list[DataEntry]:
+    """Return the entries of a list of available tokens, all of the corpus that its file is named after, if it is one."""
+    from megatron_cpt.data.datalist import read_data_list  # heavy: numpy
+    from megatron_cpt.data.list_formats import weights_as_tokens
+
+    entries = weights_as_tokens(read_data_list(path), str(path))
+    return [replace(entry, corpus=path.stem) for entry in entries] if path.stem in shares else entries
 
 
 def _append(arguments: argparse.Namespace) -> None:
     from megatron_cpt.data.budget import spread_samples  # heavy: numpy
     from megatron_cpt.data.datalist import read_data_list
+    from megatron_cpt.data.list_formats import weights_as_tokens
     from megatron_cpt.data.replay import append_stage
 
     if arguments.stage is None or arguments.list is None:
         raise DataError("append: --stage and --list are needed: the stage's name and the list that it has drawn.")
-    entries = read_data_list(arguments.list)
+    entries = weights_as_tokens(read_data_list(arguments.list), str(arguments.list))
     tokens = [entry.tokens or 0 for entry in entries]
     samples = spread_samples(tokens, sum(tokens) // arguments.seq_length)
     changed = append_stage(arguments.buffer, arguments.stage, entries, samples, arguments.seq_length)

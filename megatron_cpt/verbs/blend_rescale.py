@@ -16,12 +16,11 @@ from pathlib import Path
 
 from megatron_cpt.config.values import parse_count
 from megatron_cpt.data.budget import exact
-from megatron_cpt.data.datalist import FORMATS, read_data_list, render_data_list
+from megatron_cpt.data.datalist import FORMATS, read_data_list, render_data_list, save_data_list
 from megatron_cpt.data.list_formats import weights_as_tokens
 from megatron_cpt.data.rescale import Rule, rescale
 from megatron_cpt.data.rescale_table import rescale_table
 from megatron_cpt.errors import DataError
-from megatron_cpt.files import write_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,18 +42,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help=text,
         )
     parser.add_argument("--base", help="corpus or pattern of the base pool")
-    parser.add_argument("--base-ratio", type=Fraction, help="part of the budget that the base pool gets")
-    parser.add_argument("--cap", type=Fraction, help="most epochs of a shard; the others of its pool make up for it")
-    parser.add_argument("--max-epochs", type=Fraction, default=Fraction(4), help="refuse more epochs (default: 4)")
-    parser.add_argument("--seq-length", type=int, default=4096, help="tokens per sample (default: 4096)")
-    parser.add_argument("--global-batch-size", type=int, default=512, help="samples per iteration (default: 512)")
+    parser.add_argument("--base-ratio", type=positive_fraction, help="part of the budget that the base pool gets")
+    parser.add_argument(
+        "--cap", type=positive_fraction, help="most epochs of a shard; the others of its pool make up for it"
+    )
+    parser.add_argument(
+        "--max-epochs", type=positive_fraction, default=Fraction(4), help="refuse more epochs (default: 4)"
+    )
+    parser.add_argument("--seq-length", type=positive_int, default=4096, help="tokens per sample (default: 4096)")
+    parser.add_argument(
+        "--global-batch-size", type=positive_int, default=512, help="samples per iteration (default: 512)"
+    )
     parser.add_argument("--format", choices=list(FORMATS), default="llm-jp", help="format to write (default: llm-jp)")
     parser.add_argument("--output", type=Path, help="file to write (default: none, only the table is shown)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an output that holds something else")
 
 
 def run(arguments: argparse.Namespace) -> None:
     available = weights_as_tokens(read_data_list(arguments.list), str(arguments.list))
-    budget = None if arguments.budget is None else _count(arguments.budget)
+    budget = None if arguments.budget is None else token_budget(arguments.budget)
     pools = {"base": arguments.base, "base_ratio": arguments.base_ratio}
     requested = rescale(available, arguments.rules, budget, **pools)
     drawn = (
@@ -71,8 +77,37 @@ def run(arguments: argparse.Namespace) -> None:
     )
     sys.stdout.write(table)
     if arguments.output is not None:
-        write_text(arguments.output, render_data_list(drawn, arguments.format))
+        save_data_list(arguments.output, render_data_list(drawn, arguments.format), overwrite=arguments.overwrite)
         sys.stdout.write(f"written: {arguments.output}\n")
+
+
+def positive_fraction(text: str) -> Fraction:
+    """Return an exact number above 0 from 4, 0.4 or 1/3, for argparse."""
+    try:
+        number = exact(text)
+    except (ValueError, ZeroDivisionError):
+        number = Fraction(0)
+    if number <= 0:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number above 0")
+    return number
+
+
+def positive_int(text: str) -> int:
+    """Return a whole number above 0, for argparse."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number above 0")
+    return int(text)
+
+
+def token_budget(text: str) -> int:
+    """Return a budget of tokens.
+
+    Raises: DataError when it is no count.
+    """
+    try:
+        return parse_count(text)
+    except ValueError as problem:
+        raise DataError(f"budget: {problem}.") from None
 
 
 def _rule(text: str, kind: str) -> Rule:
@@ -83,10 +118,3 @@ def _rule(text: str, kind: str) -> Rule:
         return Rule(pattern=pattern, kind=kind, value=exact(number))  # type: ignore[arg-type]
     except (ValueError, ZeroDivisionError):
         raise argparse.ArgumentTypeError(f"'{number}' in '{text}' is not a number") from None
-
-
-def _count(text: str) -> int:
-    try:
-        return parse_count(text)
-    except ValueError as problem:
-        raise DataError(f"budget: {problem}.") from None

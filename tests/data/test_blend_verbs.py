@@ -126,9 +126,6 @@ def test_build_index_with_several_processes_builds_what_one_builds(project, caps
 def test_replay_plans_from_lists_and_buffer_and_appends(project, capsys):
     run(capsys, "list", "data/tok/D0", "--output", "D0.yaml")
     run(capsys, "list", "data/tok/D1", "--output", "D1.yaml")
-    for name in ("D0", "D1"):
-        path = project / f"{name}.yaml"
-        path.write_text(path.read_text().replace('corpus: "a"', f"corpus: {name}"))
     options = ("--seq-length", "32")
     assert run(capsys, "replay", "append", "b.yaml", "--stage", "one", "--list", "D0.yaml", *options)[0] == 0
     plan = ("--mix", "D1=0.9", "buffer=0.1", "--lists", "D1.yaml", "--tokens", "6400", "--output", "two.yaml", *options)
@@ -141,8 +138,64 @@ def test_replay_plans_from_lists_and_buffer_and_appends(project, capsys):
     run(capsys, "replay", "append", "b.yaml", "--stage", "two", "--list", "two.yaml", *options)
     code, out, _ = run(capsys, "replay", "show", "b.yaml")
     assert "640" in out and "stages: one, two" in out
-    run(capsys, "replay", "plan", "b.yaml", *plan)
+    code, _, err = run(capsys, "replay", "plan", "b.yaml", *plan)
+    assert code == 2 and "two.yaml: exists already and holds something else" in err
+    assert read_data_list(project / "two.yaml")[-1].first_sample == 0
+    run(capsys, "replay", "plan", "b.yaml", *plan, "--overwrite")
     assert read_data_list(project / "two.yaml")[-1].first_sample == 20
+
+
+def test_replay_says_what_is_wrong_with_its_words(project, capsys):
+    run(capsys, "list", "data/tok/D0", "--output", "D0.yaml")
+    words = ("replay", "plan", "b.yaml", "--mix", "D0=1", "--lists", "D0.yaml")
+    assert "'many' is not a whole number" in run(capsys, *words, "--tokens", "many")[2]
+    (project / "weights.txt").write_text("0.5 data/tok/D0/a_text_document\n")
+    code, _, err = run(capsys, "replay", "append", "b.yaml", "--stage", "one", "--list", "weights.txt")
+    assert code == 2 and "Token counts are whole numbers" in err
+
+
+def test_list_leaves_out_empty_shards_with_a_warning_follows_links_and_names_each_shard_once(project, capsys):
+    for name, target in (("linked", "../tok/D0"), ("empty", None)):
+        (project / "data/more").mkdir(exist_ok=True)
+        if target:
+            (project / "data/more" / name).symlink_to(target)
+    empty = project / "data/more/empty_text_document"
+    bin_path(empty).write_bytes(b"")
+    write_index(idx_path(empty), np.dtype(np.uint16), np.array([], dtype=np.int32))
+    write_json(manifest_path(empty), {"documents": 0, "tokens": 0, "tokenizer": {}})
+    code, out, err = run(capsys, "list", "data/more", "data/tok/D0", "--format", "weights")
+    assert (code, out) == (0, "9600 data/more/linked/a_text_document\n")
+    assert "empty_text_document: left out; it holds no token" in err
+    code, _, err = run(capsys, "list", str(empty))
+    assert code == 2 and "no shard with a token" in err
+
+
+def test_outputs_are_never_replaced_unasked(project, capsys):
+    (project / "all.sh").write_text("mine\n")
+    for words in (("list", "data/tok/D0"), ("convert", "D0.yaml", "--to", "csv")):
+        run(capsys, "list", "data/tok/D0", "--output", "D0.yaml")
+        code, _, err = run(capsys, *words, "--output", "all.sh")
+        assert code == 2 and "all.sh: exists already" in err
+        assert (project / "all.sh").read_text() == "mine\n"
+    assert run(capsys, "list", "data/tok/D0", "--output", "all.sh", "--overwrite")[0] == 0
+    before = (project / "all.sh").stat().st_mtime_ns
+    assert run(capsys, "list", "data/tok/D0", "--output", "all.sh")[0] == 0
+    assert (project / "all.sh").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--cap", "1/0"), "'1/0' is not a number above 0"),
+        (("--max-epochs", "-1"), "'-1' is not a number above 0"),
+        (("--seq-length", "0"), "'0' is not a whole number above 0"),
+        (("--base", "D0", "--base-ratio", "x"), "'x' is not a number above 0"),
+    ],
+)
+def test_rescale_says_which_number_is_wrong(project, capsys, words, message):
+    run(capsys, "list", "data/tok/D0", "--output", "D0.yaml")
+    code, _, err = run(capsys, "rescale", "D0.yaml", "10K", *words)
+    assert code == 2 and message in err
 
 
 def test_a_mix_may_name_the_buffer_only_where_there_is_one(project, capsys):
