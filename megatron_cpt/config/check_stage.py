@@ -234,6 +234,12 @@ def _run_problems(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             ("init.from_path",), f"init.from_path is variant:{config.variant}, the run itself. Name another variant."
         )
+    if config.data.order == "continue" and not (config.init.from_path or "").startswith("variant:"):
+        yield Problem(
+            ("data.order", "init.from_path"),
+            f"data.order is continue with init.from_path {config.init.from_path}. Only a run of this task has an order to "
+            "continue. Set init.from_path=variant:NAME, or data.order=own.",
+        )
     if checkpoint.keep_every is not None and checkpoint.keep_last is None and checkpoint.keep_bytes is None:
         yield Problem(
             ("checkpoint.keep_every", "checkpoint.keep_last"),

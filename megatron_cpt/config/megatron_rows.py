@@ -458,6 +458,7 @@ _DATA = (
     Row("data.base_ratio", honoured_by="data/blend_sources.py"),
     Row("data.cap_epochs", honoured_by="data/blend_sources.py"),
     Row("data.train_data_path", honoured_by="data/blend.py"),
+    Row("data.order", honoured_by="launch/parent_order.py"),
     Row("data.max_epochs", honoured_by="data/blend.py"),
     Row("data.buffer", honoured_by="data/blend_sources.py, data/replay.py"),
     Row("data.shuffle_in_corpus", honoured_by="train/samples.py, data/blend_order.py"),

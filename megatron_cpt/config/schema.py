@@ -296,6 +296,10 @@ class DataConfig:
     """With rules: how often a shard is read at most; others of its pool make up for it. None: no cap."""
     train_data_path: str | None = None
     """A ready data list (any format of `megatron-cpt blend formats`) instead of mix, relative to paths.data_dir."""
+    order: Literal["own", "continue"] = "own"
+    """own: from sample 0 of an order that follows from training.seed. continue: the very samples that the run of
+    init.from_path (`variant:NAME[@ITERATION]`, of the same data) would have read next; past its end every shard goes on
+    where it stopped, without replacement."""
     max_epochs: float = 4.0
     """A corpus repeated more often than this is refused."""
     buffer: str | None = None

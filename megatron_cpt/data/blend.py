@@ -26,10 +26,11 @@ from megatron_cpt.data.blend_sources import (
     validation_prefixes,
 )
 from megatron_cpt.data.budget import apportion, exact, spread_samples
+from megatron_cpt.data.continued import ContinuedOrder
 from megatron_cpt.data.datalist import DataEntry, read_data_list
 from megatron_cpt.data.replay import append_stage
 from megatron_cpt.data.shard_form import packing_problem, read_shard_form
-from megatron_cpt.data.shards import tokenizer_problems
+from megatron_cpt.data.shards import Shard, tokenizer_problems
 from megatron_cpt.errors import DataError
 from megatron_cpt.log import format_count
 
@@ -101,10 +102,11 @@ class BlendPlan:
         return "\n".join(lines + [f"note: {note}" for note in self.notes]) + "\n"
 
 
-def plan_blend(config: RunConfig, begun: Path | None = None) -> BlendPlan:
+def plan_blend(config: RunConfig, begun: Path | None = None, order: ContinuedOrder | None = None) -> BlendPlan:
     """Return the exact blend of a stage from `data.mix` or `data.rules` and the corpora, or from `data.train_data_path`.
 
-    `begun` is the data list of a run that has begun, if there is one: its positions in the replay buffer stay.
+    `begun` is the data list of a run that has begun, if there is one: its positions in the replay buffer stay. `order` is the
+    order that the stage continues, if it does: then it says what is read.
 
     Raises: DataError with every reason at once: shares that do not sum to 1, missing or incomplete shards by name,
     shards of another tokenizer, a corpus smaller than one sequence or repeated more than `data.max_epochs` times.
@@ -114,7 +116,9 @@ def plan_blend(config: RunConfig, begun: Path | None = None) -> BlendPlan:
         parts, shares = parts_from_list(config, problems)
     else:
         positions = {}
-        if begun is not None and begun.exists():
+        if order is not None:
+            positions = {entry.prefix: entry.first_sample for entry in order.entries}
+        elif begun is not None and begun.exists():
             positions = {entry.prefix: entry.first_sample for entry in read_data_list(begun)}
         source = parts_from_rules if config.data.rules else parts_from_mix
         parts, shares = source(config, positions, problems)
@@ -138,8 +142,20 @@ def plan_blend(config: RunConfig, begun: Path | None = None) -> BlendPlan:
         if _is_unnamed(corpus, group) and group[0].available <= config.training.seq_length
     ]
     notes = _note(small, "the list", f"a sequence of {config.training.seq_length:,} without repeating") if small else []
+    read = taken
+    if order is not None:
+        entries = order.taken(num_samples, config.training.seq_length)
+        problems += _missing_problems(entries, shards)
+        taken = {corpus: sum(e.tokens or 0 for e in entries if (e.corpus or e.prefix) == corpus) for corpus in parts}
+        read = dict.fromkeys(parts, 0)
+        for corpus, part in zip(order.corpora(), order.drawn(num_samples), strict=True):
+            if corpus in read:
+                read[corpus] += part.stop * config.training.seq_length
+        notes.append(f"goes on at sample {order.position:,} of the order of {order.source}")
     for corpus, group in parts.items():
-        problems += _size_problems(config, corpus, group, taken[corpus])
+        problems += _size_problems(config, corpus, group, read[corpus])
+        if order is not None:
+            continue
         amounts = apportion(taken[corpus], [part.weight for part in group])
         problems += _shard_problems(config, corpus, group, amounts)
         entries += [
@@ -270,6 +286,15 @@ def _shard_problems(config: RunConfig, corpus: str, group: Sequence[Part], amoun
         f"corpus {corpus}: {len(often)} shards would be read more than {config.data.max_epochs:g} times: "
         f"{', '.join(often[:5])}{', ...' if len(often) > 5 else ''}. Lower their weights, set data.cap_epochs beside "
         "data.rules, or raise data.max_epochs."
+    ]
+
+
+def _missing_problems(entries: Sequence[DataEntry], shards: Sequence[Shard]) -> list[str]:
+    found = {shard.prefix for shard in shards}
+    return [
+        f"{entry.prefix} of the order that is continued belongs to no corpus any more. Restore it."
+        for entry in entries
+        if entry.prefix not in found
     ]
 
 

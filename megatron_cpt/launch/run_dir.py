@@ -28,6 +28,11 @@ class RunDir:
         return self.path / "train_data.yaml"
 
     @property
+    def data_order_path(self) -> Path:
+        """The order of samples that the stage goes on in, where it is not its own from sample 0."""
+        return self.path / "data_order.json"
+
+    @property
     def jobs(self) -> Path:
         """Rendered job scripts and the submission ledger."""
         return self.path / "jobs"

@@ -73,8 +73,9 @@ def check_data(config: RunConfig) -> None:
     """
     from megatron_cpt.data.blend import plan_blend  # only here: it reads indices with numpy
     from megatron_cpt.data.blend_sources import validation_prefixes
+    from megatron_cpt.launch.parent_order import stage_order
 
-    plan_blend(config)
+    plan_blend(config, order=stage_order(config))
     problems: list[str] = []
     for corpus in config.data.corpora if config.evaluation.eval_interval else ():
         validation_prefixes(config, corpus, problems)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_cpt.config.megatron import megatron_arguments
 from megatron_cpt.config.schema import RunConfig
+from megatron_cpt.data.continued import ContinuedOrder
 from megatron_cpt.data.datalist import DataEntry
 from megatron_cpt.data.fim import fill_in_middle
 from megatron_cpt.data.tokenizer import load_tokenizer
@@ -63,7 +64,11 @@ class DatasetTokenizer:
 
 
 def build_train_dataset(
-    config: RunConfig, entries: Sequence[DataEntry], tokenizer: DatasetTokenizer, cache: Path
+    config: RunConfig,
+    entries: Sequence[DataEntry],
+    tokenizer: DatasetTokenizer,
+    cache: Path,
+    order: ContinuedOrder | None = None,
 ) -> BlendedSamples:
     """Return the stage's samples in training order; each entry of the data list gives exactly its planned samples.
 
@@ -73,7 +78,7 @@ def build_train_dataset(
     fim = None
     if config.data.fim_rate:
         fim = fill_in_middle(config, load_tokenizer(Path(config.paths.data_dir) / (config.data.tokenizer or "")))
-    return build_train_samples(config, entries, dataset_config(config, tokenizer, blend=blend), cache, fim)
+    return build_train_samples(config, entries, dataset_config(config, tokenizer, blend=blend), cache, fim, order)
 
 
 def build_validation_dataset(

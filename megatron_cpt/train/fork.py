@@ -1,12 +1,17 @@
 """Branches of a run: another stage, or a decay to a usable model, from any iteration that was kept. No torch here.
 
 Nothing is written into `tasks/`: the branch is a variant of the task, or a label of the source's variant (`main+NAME`), and
-what differs stands in `key=value`. Its data begin at sample 0 of an order of their own: `training.seed` is the source's
-plus the iteration, so that a branch does not read what the source read first. Documents may come again; a replay buffer
-(`data.buffer`) draws without replacement instead.
+what differs stands in `key=value`. What it reads is one of two:
+
+- `continue` (`data.order: continue`): the very samples that the source would have read next. The default of a decay branch of
+  the same data, whose result is then that of a run which had cooled down there.
+- `own`: sample 0 of an order of its own. The default of another stage. `training.seed` is the source's plus the iteration, so
+  that a branch does not read what the source read first; documents may come again, unless a replay buffer (`data.buffer`)
+  draws without replacement.
 
 A decay branch (`--decay`) is a stage of that length that does nothing but cool down, from the learning rate that the source
-had at the iteration to `optimizer.min_lr` (WSD's decay phase, arXiv:2405.18392, section 3).
+had at the iteration to `optimizer.min_lr` (WSD's decay phase, arXiv:2405.18392, section 3), with the weight decay of that
+iteration.
 """
 
 import shlex
@@ -21,11 +26,12 @@ from megatron_cpt.config.schema import RunConfig
 from megatron_cpt.config.sources import read_yaml
 from megatron_cpt.config.values import parse_duration
 from megatron_cpt.errors import CheckpointError, ConfigError
+from megatron_cpt.launch.parent_order import data_differences
 from megatron_cpt.launch.run_dir import RunDir, run_dir
 from megatron_cpt.launch.run_names import command_line_settings, run_names
 from megatron_cpt.train.schedule import schedule
 
-NOT_INHERITED = ("init.", "checkpoint.accept_changes", "data.skip_iterations", "training.seed")
+NOT_INHERITED = ("init.", "checkpoint.accept_changes", "data.skip_iterations", "data.order", "training.seed")
 LAYOUT = ("launch.", "parallel.", "paths.", "training.micro_batch_size", "logging.")
 """What a stage of another variant takes over from the source's command line."""
 
@@ -61,8 +67,11 @@ def plan_fork(
     task: str | None = None,
     decay: str | None = None,
     load: str = "full",
+    data: str | None = None,
 ) -> Fork:
     """Return the branch `name` of the run at `path`; `iteration` None is the newest good checkpoint.
+
+    `data` is `continue` or `own`; None: continue for a decay branch that reads what the source reads.
 
     Raises: ConfigError or CheckpointError when the branch could not begin.
     """
@@ -94,20 +103,40 @@ def plan_fork(
         "paths.runs_dir": source.paths.runs_dir,
     }
     if decay is not None:
-        settings |= _decay_settings(source, iteration, decay)
+        settings |= _decay_settings(source, iteration, decay, overrides)
     stated = [word.partition("=")[0] for word in overrides]
     settings = {key: value for key, value in settings.items() if key not in stated}
+
+    def load_branch() -> LoadedConfig:
+        words = [*(f"{key}={value}" for key, value in settings.items()), *overrides]
+        return load_config(
+            Path(names["--task"]), names["--params"], names["--size"], variant, names.get("--site"), words
+        )
+
+    loaded = load_branch()
+    if "data.order" not in stated and _continues(data, decay, source, loaded.config):
+        settings["data.order"] = "continue"
+        if "training.seed" in settings:  # what it still decides is dropout and noise
+            settings["training.seed"] = str(source.training.seed)
+        loaded = load_branch()
     arguments = [word for key, value in names.items() for word in (key, value)]
     arguments += ["--variant", variant, *(f"{key}={value}" for key, value in settings.items()), *overrides]
-    loaded = load_config(
-        Path(names["--task"]),
-        names["--params"],
-        names["--size"],
-        variant,
-        names.get("--site"),
-        [f"{key}={value}" for key, value in settings.items()] + overrides,
-    )
     return Fork(directory, iteration, loaded, arguments)
+
+
+def _continues(data: str | None, decay: str | None, source: RunConfig, branch: RunConfig) -> bool:
+    """Return whether a branch reads on in its source's order.
+
+    Raises: ConfigError when it should and reads other data.
+    """
+    if data == "own" or (data is None and decay is None):
+        return False
+    different = data_differences(source, branch)
+    if different and data == "continue":
+        raise ConfigError(
+            f"--data continue: the branch reads other data than the run: {'; '.join(different)}. Use --data own, or the same data."
+        )
+    return not different
 
 
 def _source_checkpoint(run: RunDir, iteration: int | None, source: RunConfig) -> Path:
@@ -136,7 +165,7 @@ def _variant(task: Path, source: str, name: str) -> tuple[str, bool]:
     return f"{source.partition('+')[0]}+{name}", True
 
 
-def _decay_settings(source: RunConfig, iteration: int, text: str) -> dict[str, str]:
+def _decay_settings(source: RunConfig, iteration: int, text: str, overrides: list[str]) -> dict[str, str]:
     """Return the settings of a stage that cools the source's learning rate down over `text`, a duration."""
     try:
         duration = parse_duration(text)
@@ -150,8 +179,23 @@ def _decay_settings(source: RunConfig, iteration: int, text: str) -> dict[str, s
     }[duration.unit]
     if amount < 1:
         raise ConfigError(f"--decay {text}: is nothing. A length is needed, such as '5B tokens' or 500.")
-    rate = schedule(source).learning_rate(batch_sizes(source.training).samples(iteration))
-    return {
+    curve, place = schedule(source), batch_sizes(source.training).samples(iteration)
+    rate = curve.learning_rate(place)
+    if rate <= source.optimizer.min_lr and not any(
+        word.startswith(("optimizer.lr=", "optimizer.min_lr=")) for word in overrides
+    ):
+        raise ConfigError(
+            f"--decay: the learning rate after iteration {iteration} is {rate:g}, not above optimizer.min_lr "
+            f"({source.optimizer.min_lr:g}): there is nothing to cool down from. Fork another iteration, or state optimizer.lr."
+        )
+    weight_decay = {
+        "optimizer.weight_decay": repr(curve.weight_decay(place)),
+        "optimizer.weight_decay_incr_style": "constant",
+        "optimizer.weight_decay_start": "null",
+        "optimizer.weight_decay_end": "null",
+        "optimizer.weight_decay_incr": "1.0",
+    }
+    return (weight_decay if source.optimizer.weight_decay_incr_style != "constant" else {}) | {
         f"training.{key}": str(amount),
         "training.rampup_batch_size": "null",
         "optimizer.lr": repr(rate),
@@ -159,6 +203,7 @@ def _decay_settings(source: RunConfig, iteration: int, text: str) -> dict[str, s
         "schedule.lr_warmup": "0",
         "schedule.lr_warmup_init": "0.0",
         "schedule.lr_cooldown": "1.0",
+        "schedule.lr_decay": "null",
         "schedule.lr_hold": "null",
         "schedule.lr_hold_start": "null",
     }

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cpt.checkpoint.mcore import read_manifest
+from megatron_cpt.config.batch_sizes import batch_sizes
 from megatron_cpt.config.fields import default_value
 from megatron_cpt.config.schema import ModelConfig, RunConfig
 from megatron_cpt.config.values import ALL_SETTINGS, Duration
@@ -18,6 +19,7 @@ FREE_SETTINGS = (
     "data.skip_iterations", "training.spike_threshold", "training.spike_action", "training.spike_skip_iterations",
     "training.spike_max_rollbacks",
 )  # fmt: skip
+FIXED_SETTINGS = ("data.order",)
 FREE_OF_A_CORPUS = ("documents", "validation", "validation_documents")
 """What training does not read of a corpus."""
 
@@ -64,6 +66,8 @@ def check_unchanged(stored: dict[str, Any] | None, config: RunConfig, directory:
     for key, old, new in _changed(_stated(_with_defaults(stored, config)), _stated(dataclasses.asdict(config))):
         line = f"{key}: {old} -> {new}"
         differences.append(line)
+        if key in FIXED_SETTINGS:
+            raise ConfigError(f"{directory}: {line}. It cannot change in a run that has begun. Use another variant.")
         if _changes_results(key) and not _is_accepted(key, config):
             decisive[key] = line
     if decisive:
@@ -75,6 +79,32 @@ def check_unchanged(stored: dict[str, Any] | None, config: RunConfig, directory:
     return differences
 
 
+def check_position(manifest: dict[str, Any], config: RunConfig, directory: Path) -> None:
+    """Raise ConfigError when the settings put a checkpoint's iteration at another place than its run reached.
+
+    Consent cannot help: the run would jump in its data, its schedule and its counts.
+    """
+    iteration = int(manifest["iteration"])
+    samples, tokens = int(manifest["consumed_samples"]), int(manifest["consumed_tokens"])
+    now = batch_sizes(config.training).samples(iteration)
+    if (now, now * config.training.seq_length) != (samples, tokens):
+        raise ConfigError(
+            f"{directory}: the run consumed {samples} samples ({tokens} tokens) in {iteration} iterations, which with these "
+            f"settings take {now} samples ({now * config.training.seq_length} tokens). Batch and sequence length of steps that "
+            f"were made cannot change. Restore them, or begin a stage here that reads on: megatron-cpt fork --run "
+            f"{directory.parent.parent} --iteration {iteration} --to-variant NAME --data continue KEY=VALUE."
+        )
+
+
+def reads_other_data(stored: dict[str, Any], config: RunConfig) -> bool:
+    """Return whether the settings of a resume let it read other data, or in another order, than its checkpoint's."""
+    keys = [key for key, _, _ in _changed(_stated(_with_defaults(stored, config)), _stated(dataclasses.asdict(config)))]
+    return any(
+        key in ("training.seed", "training.seq_length") or (key.startswith("data.") and _changes_reading(key))
+        for key in keys
+    )
+
+
 def may_change_data_list(config: RunConfig) -> bool:
     """Return whether a run that has begun may read another data list: it follows from the length and the data."""
     return any(key.split(".")[0] in (ALL_SETTINGS, "training", "data") for key in config.checkpoint.accept_changes)
@@ -84,6 +114,12 @@ def _changes_results(key: str) -> bool:
     if key.startswith("data.corpora.") and key.rpartition(".")[2] in FREE_OF_A_CORPUS:
         return False
     return key.split(".")[0] in RESULT_SECTIONS and key not in FREE_SETTINGS
+
+
+def _changes_reading(key: str) -> bool:
+    """Return whether a setting of the data section says which samples come, not what is done to them."""
+    treated = ("fim_", "reset_attention_mask", "eod_mask_loss")
+    return _changes_results(key) and not key.split(".")[1].startswith(treated)
 
 
 def _is_accepted(key: str, config: RunConfig) -> bool:

@@ -30,6 +30,7 @@ from megatron_cpt.config.derived import train_samples
 from megatron_cpt.config.schema import RunConfig
 from megatron_cpt.data.blend_order import blend_order
 from megatron_cpt.data.budget import spread_samples
+from megatron_cpt.data.continued import ContinuedOrder
 from megatron_cpt.data.fim import FillInMiddle
 from megatron_cpt.data.indexed import bin_path, idx_path, manifest_path, read_index
 from megatron_cpt.data.list_formats import DataEntry
@@ -83,12 +84,16 @@ def build_train_samples(
     dataset_config: GPTDatasetConfig,
     cache: Path,
     fim: FillInMiddle | None = None,
+    order: ContinuedOrder | None = None,
 ) -> BlendedSamples:
-    """Return the stage's samples in training order, without the documents of `data.skip_list`."""
-    num_samples = train_samples(config.training)
+    """Return the stage's samples in training order, without the documents of `data.skip_list`.
+
+    With `order` they are the next ones of that order, and `entries` are those that it takes them from.
+    """
+    num_samples, skip = train_samples(config.training), stage_skip_list(config)
     shuffle_seed = config.training.seed if config.data.shuffle_in_corpus else None
     samples = build_blended_samples(
-        entries, num_samples, dataset_config, cache, skip=stage_skip_list(config), shuffle_seed=shuffle_seed
+        entries, num_samples, dataset_config, cache, skip=skip, shuffle_seed=shuffle_seed, order=order
     )
     if fim is not None:
         samples.fim = fim
@@ -99,20 +104,30 @@ def build_train_samples(
 
 
 def build_train_indexes(
-    config: RunConfig, entries: Sequence[DataEntry], dataset_config: GPTDatasetConfig, cache: Path, workers: int
+    config: RunConfig,
+    entries: Sequence[DataEntry],
+    dataset_config: GPTDatasetConfig,
+    cache: Path,
+    workers: int,
+    order: ContinuedOrder | None = None,
 ) -> None:
     """Build the shards' indexes that `build_train_samples` will read, in `workers` processes.
 
     Raises: what a worker raises.
     """
-    skip = stage_skip_list(config)
-    samples = spread_samples([entry.tokens or 0 for entry in entries], train_samples(config.training))
+    skip, num_samples = stage_skip_list(config), train_samples(config.training)
+    if order is not None:
+        entries, dataset_config = order.entries, dataclasses.replace(dataset_config, random_seed=order.seed)
+    samples = spread_samples(
+        [entry.tokens or 0 for entry in entries], num_samples if order is None else order.num_samples
+    )
+    drawn = [range(count) for count in samples] if order is None else order.drawn(num_samples)
     # fork: a process of its own would spend longer on importing torch and megatron than on a shard
     with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
         jobs = [
-            pool.submit(_build_indexes_of, entry, count, dataset_config, cache, skip)
-            for entry, count in zip(entries, samples, strict=True)
-            if count
+            pool.submit(_build_indexes_of, entry, count, part, dataset_config, cache, skip)
+            for entry, count, part in zip(entries, samples, drawn, strict=True)
+            if part
         ]
         progress = Progress("indexes", len(jobs), "shards")
         for job in jobs:
@@ -148,21 +163,29 @@ def build_blended_samples(
     *,
     skip: SkipList | None = None,
     shuffle_seed: int | None = None,
+    order: ContinuedOrder | None = None,
 ) -> BlendedSamples:
     """Return the `num_samples` samples of a stage; index caches are written by rank 0 and read by the others.
 
-    `dataset_config` states sequence length, seed and masks; its blend is not used.
+    `dataset_config` states sequence length, seed and masks; its blend is not used. With `order` they are its next samples, and
+    entries and seeds are its own.
     """
-    samples = spread_samples([entry.tokens or 0 for entry in entries], num_samples)
+    if order is not None:
+        entries, shuffle_seed = order.entries, order.shuffle_seed
+        dataset_config = dataclasses.replace(dataset_config, random_seed=order.seed)
+    samples = spread_samples(
+        [entry.tokens or 0 for entry in entries], num_samples if order is None else order.num_samples
+    )
     is_distributed = torch.distributed.is_initialized()
     if is_distributed and torch.distributed.get_rank() > 0:
         torch.distributed.barrier()
     _allow_open_files()
     progress = Progress("indexes", len(entries), "shards")
+    drawn = [range(count) for count in samples] if order is None else order.drawn(num_samples)
     shards = []
-    for entry, count in zip(entries, samples, strict=True):
+    for entry, count, part in zip(entries, samples, drawn, strict=True):
         try:
-            shards.append(_shard_samples(entry, count, dataset_config, cache, skip or {}) if count else None)
+            shards.append(_shard_samples(entry, count, part, dataset_config, cache, skip or {}) if part else None)
         except OSError as problem:
             if problem.errno != errno.EMFILE:
                 raise
@@ -171,21 +194,24 @@ def build_blended_samples(
                 "shards need about five each. Merge shards with `megatron-cpt data merge`, or raise `ulimit -Hn`."
             ) from None
         progress.add(1)
-    order = _cached_order(entries, samples, shuffle_seed, cache)
+    if order is not None:  # what gives nothing stands in no list of the stage's
+        shards = [shard for shard in shards if shard is not None]
+    indices = _cached_order(entries, samples, shuffle_seed, cache, order, num_samples)
     if is_distributed and torch.distributed.get_rank() == 0:
         torch.distributed.barrier()
-    return BlendedSamples(shards, *order)
+    return BlendedSamples(shards, *indices)
 
 
 def _build_indexes_of(
-    entry: DataEntry, num_samples: int, config: GPTDatasetConfig, cache: Path, skip: SkipList
+    entry: DataEntry, num_samples: int, drawn: range, config: GPTDatasetConfig, cache: Path, skip: SkipList
 ) -> None:
-    _shard_samples(entry, num_samples, config, cache, skip)
+    _shard_samples(entry, num_samples, drawn, config, cache, skip)
 
 
 def _shard_samples(
-    entry: DataEntry, num_samples: int, config: GPTDatasetConfig, cache: Path, skip: SkipList
+    entry: DataEntry, num_samples: int, drawn: range, config: GPTDatasetConfig, cache: Path, skip: SkipList
 ) -> ShardSamples:
+    """Return the samples `drawn` of an entry that gives `num_samples` in a round of its order."""
     form = read_shard_form(Path(entry.prefix))
     if problem := packing_problem(form.packed_seq_length, config.sequence_length):
         raise DataError(f"{entry.prefix}: {problem}")
@@ -198,15 +224,16 @@ def _shard_samples(
     # A pack is one sample, and the token after its last belongs to another pack.
     config = dataclasses.replace(config, add_extra_token_to_sequence=form.packed_seq_length is None)
     per_epoch = samples_per_epoch(indexed.sequence_lengths[documents], config)
-    first_sample = entry.first_sample or 0
-    last_sample = first_sample + num_samples
-    # A shard smaller than one sequence is left to megatron-core, which joins its epochs.
-    epochs = range(first_sample // per_epoch, -(-last_sample // per_epoch)) if per_epoch else range(1)
+    # A shard smaller than one sequence is left to megatron-core, which joins its epochs; a round is its epoch.
+    in_round = (entry.first_sample or 0) + num_samples
+    first_sample, last_sample = ((entry.first_sample or 0) + place for place in (drawn.start, drawn.stop))
+    length = per_epoch or in_round
+    epochs = range(first_sample // length, -(-last_sample // length))
     key = {
         "shard": _content(Path(entry.prefix)),
         "skip": [list(span) for span in skip.get(entry.prefix, ())],
         "sequence_length": config.sequence_length,
-        "num_samples": None if per_epoch else last_sample,
+        "num_samples": None if per_epoch else in_round,
         "megatron": importlib.metadata.version("megatron-core"),
         "tokenizer": config.tokenizer.unique_identifiers,
     }
@@ -226,7 +253,7 @@ def _shard_samples(
 
         _build_once(folder, build, key)
         datasets.append(build(folder))
-    return ShardSamples(datasets, per_epoch or last_sample, first_sample, mask)
+    return ShardSamples(datasets, length, first_sample, mask)
 
 
 def samples_per_epoch(sequence_lengths: np.ndarray, config: GPTDatasetConfig) -> int:
@@ -236,14 +263,23 @@ def samples_per_epoch(sequence_lengths: np.ndarray, config: GPTDatasetConfig) ->
 
 
 def _cached_order(
-    entries: Sequence[DataEntry], samples: Sequence[int], shuffle_seed: int | None, cache: Path
+    entries: Sequence[DataEntry],
+    samples: Sequence[int],
+    shuffle_seed: int | None,
+    cache: Path,
+    order: ContinuedOrder | None,
+    num_samples: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     corpora = [entry.corpus or entry.prefix for entry in entries]
-    key = {"samples": list(samples), "corpora": corpora, "shuffle_seed": shuffle_seed}
+    key: dict[str, Any] = {"samples": list(samples), "corpora": corpora, "shuffle_seed": shuffle_seed}
+    if order is not None:
+        key |= {"position": order.position, "num_samples": num_samples}
     folder = cache / _hash(key)
 
     def build(to: Path) -> None:
         dataset_index, sample_index = blend_order(samples, corpora, shuffle_seed=shuffle_seed)
+        if order is not None:
+            dataset_index, sample_index = order.window((dataset_index, sample_index), num_samples)
         np.save(to / "dataset_index.npy", dataset_index)
         np.save(to / "sample_index.npy", sample_index)
 

@@ -14,14 +14,16 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_cpt.checkpoint.mcore import newest_good_checkpoint, read_manifest
 from megatron_cpt.config.batch_sizes import BatchSizes, batch_sizes
-from megatron_cpt.config.derived import train_iters, train_tokens
+from megatron_cpt.config.derived import train_iters, train_samples, train_tokens
 from megatron_cpt.config.iteration_ranges import Ranges
 from megatron_cpt.config.load import LoadedConfig, write_resolved
 from megatron_cpt.config.schema import RunConfig
 from megatron_cpt.data.blend import plan_blend
+from megatron_cpt.data.continued import ContinuedOrder, write_order
 from megatron_cpt.data.datalist import DataEntry, read_data_list, write_data_list
 from megatron_cpt.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_cpt.errors import DataError
+from megatron_cpt.errors import ConfigError, DataError
+from megatron_cpt.launch.parent_order import stage_order
 from megatron_cpt.launch.run_dir import RunDir, run_dir
 from megatron_cpt.train.batches import DatasetTokenizer, build_train_dataset
 from megatron_cpt.train.checkpointing import load_checkpoint
@@ -29,7 +31,13 @@ from megatron_cpt.train.evaluation import ValidationSet, build_validation_sets
 from megatron_cpt.train.init import initial_checkpoint
 from megatron_cpt.train.model import build_training_model
 from megatron_cpt.train.parallel import on_rank_0
-from megatron_cpt.train.resume_check import check_model_fits, check_unchanged, may_change_data_list
+from megatron_cpt.train.resume_check import (
+    check_model_fits,
+    check_position,
+    check_unchanged,
+    may_change_data_list,
+    reads_other_data,
+)
 from megatron_cpt.train.revision import code_revision
 from megatron_cpt.train.samples import BlendedSamples
 from megatron_cpt.train.skipping import passed_ranges, skipped_ranges, tokens_per_corpus
@@ -109,14 +117,17 @@ def prepare(loaded: LoadedConfig, *, from_start: bool = False) -> Stage | None:
         return None
     differences = check_unchanged(manifest["config"] if manifest else None, config, resume or run.path)
 
+    if resume and manifest:
+        check_position(manifest, config, resume)
+    order = on_rank_0(lambda: _order(config, run, manifest))
     may_change_list = own is None or may_change_data_list(config)
-    entries = on_rank_0(lambda: _prepare_run_dir(loaded, run, may_change_list=may_change_list))
+    entries = on_rank_0(lambda: _prepare_run_dir(loaded, run, order, may_change_list=may_change_list))
     data_dir = Path(config.paths.data_dir)
     tokenizer = load_tokenizer(data_dir / config.data.tokenizer) if config.data.tokenizer else None
     if tokenizer is None:
         raise DataError("data.tokenizer: not set. Its end-of-document id is needed. Name the tokenizer's folder.")
     dataset_tokenizer = DatasetTokenizer(tokenizer.eod_id, tokenizer.vocab_size, tokenizer.identity)
-    dataset = build_train_dataset(config, entries, dataset_tokenizer, run.cache)
+    dataset = build_train_dataset(config, entries, dataset_tokenizer, run.cache, order)
     validation_sets = build_validation_sets(config, dataset_tokenizer, run.cache)
 
     model, optimizer = build_training_model(config)
@@ -183,13 +194,47 @@ def _load_start(
     return resume or source
 
 
-def _prepare_run_dir(loaded: LoadedConfig, run: RunDir, *, may_change_list: bool) -> list[DataEntry]:
-    """Write the run directory's configuration, revision and data list; return the list's entries.
+def _order(config: RunConfig, run: RunDir, manifest: dict[str, Any] | None) -> ContinuedOrder | None:
+    """Return the order that the stage continues, None for one of its own.
+
+    A run whose length alone was changed goes on in the order that it began with: one planned for the new length would repeat
+    some of what was read and leave out some.
+    """
+    order = stage_order(config)
+    if manifest is None:
+        return order
+    if reads_other_data(manifest["config"], config):
+        if config.data.order == "continue":
+            raise ConfigError(
+                f"{run.path}: the data differ from those of the order that it continues. Restore them, or use another variant."
+            )
+        return None
+    num_samples = int(manifest["train_tokens"]) // config.training.seq_length
+    if order is not None or num_samples == train_samples(config.training):
+        return order
+    return ContinuedOrder(
+        source=f"{run.path}, planned for {num_samples} samples",
+        position=0,
+        num_samples=num_samples,
+        seed=config.training.seed,
+        shuffle_in_corpus=config.data.shuffle_in_corpus,
+        entries=tuple(read_data_list(run.data_list_path)),
+    )
+
+
+def _prepare_run_dir(
+    loaded: LoadedConfig, run: RunDir, order: ContinuedOrder | None, *, may_change_list: bool
+) -> list[DataEntry]:
+    """Write the run directory's configuration, revision, order and data list; return the list's entries.
 
     Raises: DataError when the data of a run that has begun would change.
     """
-    plan = plan_blend(loaded.config, begun=run.data_list_path)
+    plan = plan_blend(loaded.config, begun=run.data_list_path, order=order)
     run.path.mkdir(parents=True, exist_ok=True)
+    if order is not None:  # before the list, which follows from it
+        write_order(run.data_order_path, order)
+    elif may_change_list:
+        run.data_order_path.unlink(missing_ok=True)
     if run.data_list_path.exists() and not may_change_list:
         if list(read_data_list(run.data_list_path)) != list(plan.entries):
             raise DataError(

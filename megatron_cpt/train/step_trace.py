@@ -18,6 +18,7 @@ from megatron_cpt.config.derived import train_iters
 from megatron_cpt.config.iteration_ranges import contains
 from megatron_cpt.config.load import read_resolved
 from megatron_cpt.config.schema import RunConfig
+from megatron_cpt.data.continued import ContinuedOrder, read_order
 from megatron_cpt.data.datalist import DataEntry, read_data_list
 from megatron_cpt.data.indexed import read_shard_manifest
 from megatron_cpt.data.shard_form import read_shard_form
@@ -80,7 +81,8 @@ class RunTrace:
                 raise DataError(f"{needed}: no such file. A run that has begun has one. Name its directory with --run.")
         self.config = read_resolved(self.run.config_path)
         self.entries = read_data_list(self.run.data_list_path)
-        self.dataset = _samples(self.config, self.entries, self.run.cache)
+        order = read_order(self.run.data_order_path) if self.run.data_order_path.exists() else None
+        self.dataset = _samples(self.config, self.entries, self.run.cache, order)
         self.sizes = batch_sizes(self.config.training)
         newest = last_checkpoint(self.run)
         manifest = read_manifest(self.run.checkpoints / f"iter_{newest:07d}") if newest else None
@@ -116,11 +118,11 @@ class RunTrace:
             )
 
 
-def _samples(config: RunConfig, entries: list[DataEntry], cache: Path) -> BlendedSamples:
+def _samples(config: RunConfig, entries: list[DataEntry], cache: Path, order: ContinuedOrder | None) -> BlendedSamples:
     identity = read_shard_manifest(Path(entries[0].prefix))["tokenizer"]  # the blend has one tokenizer
     tokenizer = DatasetTokenizer(identity["eod_id"], identity["vocab_size"], identity)
     blend = ([entry.prefix for entry in entries], None)
-    return build_train_samples(config, entries, dataset_config(config, tokenizer, blend=blend), cache)
+    return build_train_samples(config, entries, dataset_config(config, tokenizer, blend=blend), cache, order=order)
 
 
 def _parts(prefix: Path, document: int, first: int, count: int) -> list[DocumentPart]:

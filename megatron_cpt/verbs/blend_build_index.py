@@ -28,6 +28,7 @@ def run(arguments: argparse.Namespace) -> None:
     # heavy: torch and megatron
     from megatron_cpt.data.blend import plan_blend
     from megatron_cpt.data.tokenizer import load_tokenizer
+    from megatron_cpt.launch.parent_order import stage_order
     from megatron_cpt.launch.run_dir import run_dir
     from megatron_cpt.train.batches import DatasetTokenizer, build_train_dataset, dataset_config
     from megatron_cpt.train.evaluation import build_validation_sets
@@ -38,15 +39,16 @@ def run(arguments: argparse.Namespace) -> None:
         raise DataError("data.tokenizer: not set. Its end-of-document id is needed. Name the tokenizer's folder.")
     run = run_dir(config)
     data_dir = Path(config.paths.data_dir)
-    plan = plan_blend(config, run.data_list_path)
+    order = stage_order(config)
+    plan = plan_blend(config, run.data_list_path, order)
     found = load_tokenizer(data_dir / config.data.tokenizer)
     tokenizer = DatasetTokenizer(found.eod_id, found.vocab_size, found.identity)
     started = time.monotonic()
     if arguments.workers > 1:
         blend = ([entry.prefix for entry in plan.entries], None)
         settings = dataset_config(config, tokenizer, blend=blend)
-        build_train_indexes(config, plan.entries, settings, run.cache, arguments.workers)
-    dataset = build_train_dataset(config, plan.entries, tokenizer, run.cache)
+        build_train_indexes(config, plan.entries, settings, run.cache, arguments.workers, order)
+    dataset = build_train_dataset(config, plan.entries, tokenizer, run.cache, order)
     build_validation_sets(config, tokenizer, run.cache)
     seconds = time.monotonic() - started
     sys.stdout.write(f"{run.cache}: {len(dataset):,} samples of {len(plan.entries):,} shards in {seconds:.1f} s\n")

@@ -20,10 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from megatron_cpt.data.blend import plan_blend  # heavy: numpy
     from megatron_cpt.data.datalist import write_data_list
+    from megatron_cpt.launch.parent_order import stage_order
     from megatron_cpt.launch.run_dir import run_dir
 
     config = load_run(arguments).config
-    plan = plan_blend(config)
+    plan = plan_blend(config, order=stage_order(config))
     sys.stdout.write(plan.table())
     if arguments.write:
         path = run_dir(config).data_list_path

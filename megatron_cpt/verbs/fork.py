@@ -4,6 +4,9 @@ The checkpoint is verified and protected from retention, the branch's configurat
 it is printed; --submit runs it. Nothing is written into tasks/. NAME is a variant of the task, or any label: then the branch
 is the source's variant, with its command-line settings, in a run directory of its own (VARIANT+NAME).
 
+A decay branch of the same data reads on where the run stood, sample by sample; another stage begins at sample 0 of an order of
+its own. --data says which, whatever the branch.
+
 Examples:
   megatron-cpt fork --run runs/ja/8b/50B/main --iteration 10000 --to-variant decay-10k --decay "5B tokens"
   megatron-cpt fork --run runs/ja/8b/50B/main --to-variant stage2 --submit launch.nodes=4
@@ -23,6 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--load", choices=("full", "weights"), default="full", help="optimizer state too, or weights only (full)"
     )
+    parser.add_argument(
+        "--data", choices=("continue", "own"), help="read on in the run's order, or in one of its own (see above)"
+    )
     parser.add_argument("--submit", action="store_true", help="start it as `megatron-cpt submit train` does")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of the branch")
 
@@ -41,6 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
         task=arguments.task,
         decay=arguments.decay,
         load=arguments.load,
+        data=arguments.data,
     )
     root = fork.source.parent
     write_protected(root, read_protected(root) | {fork.iteration})

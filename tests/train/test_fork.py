@@ -24,6 +24,7 @@ def test_a_decay_branch_of_a_kept_iteration_cools_down_from_the_rate_it_had(rank
     assert words[:3] == ["megatron-cpt", "submit", "train"] and words[words.index("--variant") + 1] == "base+cool"
     overrides = tuple(word for word in words if "=" in word)
     assert "init.from_path=variant:base@4" in overrides and "optimizer.lr=0.005" in overrides
+    assert "data.order=continue" in overrides and "training.seed=1234" in overrides
     before = (after_base / "task.yaml").read_text()
     assert ranks.run(run_stage, 1, str(after_base), "base+cool", overrides) == ["finished"]
     steps = records(after_base, "base+cool", "train")
