@@ -2,17 +2,20 @@
 
 import dataclasses
 import json
+from typing import TYPE_CHECKING
 
 from megatron_cpt.config.batch_sizes import batch_sizes
 from megatron_cpt.config.derived import train_iters, train_samples
 from megatron_cpt.config.fields import setting_value
 from megatron_cpt.config.load import read_resolved
 from megatron_cpt.config.schema import RunConfig
-from megatron_cpt.data.continued import ContinuedOrder, read_order
 from megatron_cpt.data.datalist import read_data_list
 from megatron_cpt.errors import DataError
 from megatron_cpt.launch.progress import last_checkpoint
 from megatron_cpt.launch.run_dir import RunDir, run_dir
+
+if TYPE_CHECKING:
+    from megatron_cpt.data.continued import ContinuedOrder
 
 SAME_DATA = (
     "training.seq_length", "data.tokenizer", "data.mix", "data.rules", "data.base_pool", "data.base_ratio", "data.cap_epochs",
@@ -21,13 +24,15 @@ SAME_DATA = (
 """Settings that say what a stage reads; besides, the token files of its corpora."""
 
 
-def stage_order(config: RunConfig) -> ContinuedOrder | None:
+def stage_order(config: RunConfig) -> "ContinuedOrder | None":
     """Return the order that a stage continues, None for one of its own.
 
     A stage that has begun goes by its run directory; another by the run of `init.from_path`.
 
     Raises: DataError when that run is missing, or reads other data.
     """
+    from megatron_cpt.data.continued import read_order  # numpy: only where an order is asked for
+
     run = run_dir(config)
     if last_checkpoint(run) and run.data_order_path.exists():
         return read_order(run.data_order_path)
@@ -50,8 +55,10 @@ def stage_order(config: RunConfig) -> ContinuedOrder | None:
     return order_after(parent, source, int(iteration) if iteration.isdigit() else last_checkpoint(parent))
 
 
-def order_after(run: RunDir, config: RunConfig, iteration: int) -> ContinuedOrder:
+def order_after(run: RunDir, config: RunConfig, iteration: int) -> "ContinuedOrder":
     """Return the order of a run from after an iteration on."""
+    from megatron_cpt.data.continued import ContinuedOrder, read_order  # numpy: only where an order is asked for
+
     manifest = run.checkpoints / f"iter_{iteration:07d}" / "manifest.json"
     if manifest.exists():
         consumed = int(json.loads(manifest.read_text(encoding="utf-8"))["consumed_samples"])
