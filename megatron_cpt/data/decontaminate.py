@@ -1,10 +1,11 @@
 """Remove training documents that share a passage of n words with an evaluation set.
 
-The n-grams of words (13 by default, as in GPT-3's appendix C) of every evaluation text are hashed; a document with
+Words are compared in lower case and Unicode's compatibility form, without punctuation (data/shingles.py). The n-grams of words (13 by default, as in GPT-3's appendix C) of every evaluation text are hashed; a document with
 `min_matches` of them or more goes. An evaluation text shorter than n words is looked for as a whole if it has at least
 `min_words`, else it cannot be told from chance and is only counted.
 """
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,12 +14,21 @@ from typing import Any
 
 import numpy as np
 
+from megatron_cpt.data.cleaning_task import begin_task, finish_task, work_folder
 from megatron_cpt.data.documents import Source
-from megatron_cpt.data.record_files import Reading, output_paths, read_records, record_writer, text_of
+from megatron_cpt.data.record_files import (
+    Reading,
+    Tally,
+    output_paths,
+    read_records,
+    record_writer,
+    reject_writer,
+    text_of,
+)
 from megatron_cpt.data.shingles import shingle_hashes, words_of
+from megatron_cpt.data.source_pool import map_files
 from megatron_cpt.errors import DataError
-from megatron_cpt.files import write_json
-from megatron_cpt.log import Progress
+from megatron_cpt.files import read_json, write_json
 
 _EXAMPLES = 10
 
@@ -60,7 +70,7 @@ def read_passages(
     for number, (name, sources) in enumerate(evaluations.items()):
         for source in sources:
             for record in read_records(source, reading):
-                text = text_of(record.value.get(reading.key, record.value.get("text", "")))
+                text = text_of(reading.value(record))
                 length = min(len(words_of(text)), options.ngram)
                 if length < min(options.min_words, options.ngram):
                     too_short[name] += 1
@@ -81,15 +91,16 @@ def read_passages(
 
 def matches(text: str, passages: Passages) -> list[tuple[int, str]]:
     """Return (evaluation set, passage) of each n-gram of a text that an evaluation set has, in the text's order."""
-    words = words_of(text)
     found = []
+    words: list[str] = []
     for length, known in passages.hashes.items():
-        if len(words) < length:
+        hashes = shingle_hashes(text, length, exactly=True)
+        if not len(hashes):
             continue
-        hashes = shingle_hashes(text, length)
         places = np.searchsorted(known, hashes)
         places[places == len(known)] = 0
         for start in np.flatnonzero(known[places] == hashes):
+            words = words or words_of(text)
             owner = int(passages.owners[length][places[start]])
             found.append((owner, " ".join(words[start : start + length])))
     return found
@@ -101,39 +112,88 @@ def decontaminate(
     output: Path,
     reading: Reading,
     options: DecontaminationOptions,
+    workers: int = 1,
 ) -> dict[str, Any]:
     """Write the clean documents below `output/<corpus>/`; return the report, also in `output/report.json`.
 
-    Raises: DataError for bad lines or clashing outputs.
+    The same call again goes on after a kill, and returns the report of a task that is done. Lines that are left out as bad
+    are counted per corpus and kept beside the output in `.rejects`.
+
+    Raises: DataError for bad lines, clashing outputs, or output and work folders of other inputs or options.
     """
-    report: dict[str, Any] = {"options": asdict(options), "too_short": passages.too_short, "corpora": {}}
-    removed_by = dict.fromkeys(passages.names, 0)
-    examples: list[dict[str, Any]] = []
+    work = work_folder(output)
     sources = [source for group in corpora.values() for source in group]
-    progress = Progress("decontaminating", sum(source.size for source in sources) / 1e6, "MB")
-    for corpus, group in corpora.items():
-        counts = {"documents": 0, "removed": 0}
-        targets = output_paths(group, output / corpus, options.is_compressed)
-        for source, target in zip(group, targets, strict=True):
-            with record_writer(target) as write:
-                for record in read_records(source, reading):
-                    counts["documents"] += 1
-                    text = text_of(record.value.get(reading.key, record.value.get("text", "")))
-                    found = matches(text, passages)
-                    if len(found) < options.min_matches:
-                        write(record.raw)
-                        continue
-                    counts["removed"] += 1
-                    for owner in {owner for owner, _ in found}:
-                        removed_by[passages.names[owner]] += 1
-                    if len(examples) < _EXAMPLES:
-                        place = {"file": os.fspath(source.path), "line": record.line}
-                        examples.append({**place, "evaluation": passages.names[found[0][0]], "passage": found[0][1]})
-            progress.add(source.size / 1e6)
-        report["corpora"][corpus] = {
-            **counts,
-            "removed_share": round(counts["removed"] / max(counts["documents"], 1), 6),
+    owners = [name for name, group in corpora.items() for _ in group]
+    targets = [
+        path
+        for name, group in corpora.items()
+        for path in output_paths(group, output / name, options.is_compressed, sources)
+    ]
+    settings = {"reading": asdict(reading), **asdict(options), "passages": _passages_hash(passages)}
+    if done := begin_task("decontamination", output, work, corpora, settings, targets):
+        return done
+    counts = map_files(
+        _clean_source,
+        [
+            (source, target, work / f"counts_{number:06d}.json")
+            for number, (source, target) in enumerate(zip(sources, targets, strict=True))
+        ],
+        [source.size for source in sources],
+        workers,
+        "decontaminating",
+        shared=(passages, reading, options),
+    )
+    report: dict[str, Any] = {"options": asdict(options), "too_short": passages.too_short, "corpora": {}}
+    for name in corpora:
+        mine = [row for row, owner in zip(counts, owners, strict=True) if owner == name]
+        total = sum((Tally.of_record(row["tally"]) for row in mine), Tally())
+        removed = sum(row["removed"] for row in mine)
+        report["corpora"][name] = {
+            **total.record(),
+            "removed": removed,
+            "removed_share": round(removed / max(total.documents, 1), 6),
         }
+    removed_by = {name: sum(row["removed_by"][number] for row in counts) for number, name in enumerate(passages.names)}
+    examples = [example for row in counts for example in row["examples"]][:_EXAMPLES]
     report |= {"removed_by_evaluation": removed_by, "examples": examples}
-    write_json(output / "report.json", report)
-    return report
+    return finish_task("decontamination", output, work, corpora, settings, report)
+
+
+def _clean_source(
+    passages: Passages,
+    reading: Reading,
+    options: DecontaminationOptions,
+    source: Source,
+    target: Path,
+    counts_path: Path,
+) -> dict[str, Any]:
+    """Write the clean documents of a source and return its counts, which are kept in a file; a finished one is read."""
+    if counts_path.exists():
+        return read_json(counts_path, DataError)
+    tally = Tally()
+    removed = 0
+    removed_by = [0] * len(passages.names)
+    examples: list[dict[str, Any]] = []
+    with record_writer(target) as write, reject_writer(target) as reject:
+        for record in read_records(source, reading, tally, reject):
+            found = matches(text_of(reading.value(record)), passages)
+            if len(found) < options.min_matches:
+                write(record.raw)
+                continue
+            removed += 1
+            for owner in {owner for owner, _ in found}:
+                removed_by[owner] += 1
+            if len(examples) < _EXAMPLES:
+                place = {"file": os.fspath(source.path), "line": record.line}
+                examples.append({**place, "evaluation": passages.names[found[0][0]], "passage": found[0][1]})
+    counts = {"tally": tally.record(), "removed": removed, "removed_by": removed_by, "examples": examples}
+    write_json(counts_path, counts)
+    return counts
+
+
+def _passages_hash(passages: Passages) -> str:
+    """Return what tells one collection of evaluation texts from another."""
+    digest = hashlib.blake2b(repr((passages.names, passages.too_short)).encode(), digest_size=16)
+    for length in sorted(passages.hashes):
+        digest.update(passages.hashes[length].tobytes() + passages.owners[length].tobytes())
+    return digest.hexdigest()

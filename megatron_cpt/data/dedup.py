@@ -5,9 +5,7 @@ first document in the order of the inputs stays, or the longest. Memory is bound
 document; the rest is in the work folder, where a killed run goes on.
 """
 
-import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,13 +13,21 @@ from typing import Any, Literal
 
 import numpy as np
 
+from megatron_cpt.data.cleaning_task import begin_task, finish_task, work_folder
 from megatron_cpt.data.dedup_clusters import bands_and_rows, find_clusters
 from megatron_cpt.data.dedup_signatures import MinHashOptions, document_text, write_signatures
 from megatron_cpt.data.documents import Source
-from megatron_cpt.data.record_files import Reading, output_paths, read_records, record_writer
+from megatron_cpt.data.record_files import (
+    Reading,
+    Tally,
+    output_paths,
+    read_records,
+    record_writer,
+    reject_writer,
+)
+from megatron_cpt.data.source_pool import map_files
 from megatron_cpt.errors import DataError
-from megatron_cpt.files import read_json, text_hash, write_json
-from megatron_cpt.log import Progress
+from megatron_cpt.files import read_json, write_json
 
 _EXAMPLES = 10
 _EXAMPLE_CHARACTERS = 200
@@ -52,33 +58,49 @@ def deduplicate(
 ) -> dict[str, Any]:
     """Write the documents that stay below `output/<corpus>/` and return the report, also in `output/report.json`.
 
-    Raises: DataError for bad lines, clashing outputs, or a work folder of other inputs or options.
+    The same call again goes on after a kill, and returns the report of a task that is done. Lines that are left out as bad
+    are counted per corpus and kept beside the output in `.rejects`.
+
+    Raises: DataError for bad lines, clashing outputs, or output and work folders of other inputs or options.
     """
-    work = work or output.with_name(f".{output.name}.work")
+    work = work or work_folder(output)
     sources = [source for group in corpora.values() for source in group]
     owners = [name for name, group in corpora.items() for _ in group]
-    targets = [path for name, group in corpora.items() for path in _targets(name, group, output, options)]
-    _claim(work, corpora, reading, options, memory_bytes, [*targets, output / "report.json"])
+    targets = [
+        path
+        for name, group in corpora.items()
+        for path in output_paths(group, output / name, options.is_compressed, sources)
+    ]
+    settings = {"reading": asdict(reading), **_settings(reading, options), "memory_bytes": memory_bytes}
+    if done := begin_task("dedup", output, work, corpora, settings, targets):
+        return done
     signatures = write_signatures(sources, reading, options.minhash, work, workers)
     names = list(corpora)
-    groups = [names.index(owner) if options.scope == "corpus" else 0 for owner in owners]
-    roots, exact = find_clusters(signatures, groups, options.minhash, work, memory_bytes)
+    corpus_of = np.array([names.index(owner) for owner in owners])
+    groups = corpus_of.tolist() if options.scope == "corpus" else [0] * len(owners)
+    roots, exact = find_clusters(signatures, groups, options.minhash, work, memory_bytes, workers)
     keep = _survivors(roots, signatures, options.keep)
     starts = np.cumsum([0, *(len(np.load(path, mmap_mode="r")) for path in signatures)])
-    progress = Progress("writing", sum(source.size for source in sources) / 1e6, "MB")
-    for number, (source, target) in enumerate(zip(sources, targets, strict=True)):
-        if not target.exists():
-            _write_kept(source, target, keep[starts[number] : starts[number + 1]], reading)
-        progress.add(source.size / 1e6)
+    tallies = map_files(
+        _write_kept,
+        [
+            (source, target, keep[starts[number] : starts[number + 1]], reading, work / f"tally_{number:06d}.json")
+            for number, (source, target) in enumerate(zip(sources, targets, strict=True))
+        ],
+        [source.size for source in sources],
+        workers,
+        "writing",
+    )
     counts = np.diff(starts)
     report = {
         "options": _settings(reading, options),
-        **_report(roots, exact, keep, np.repeat([names.index(owner) for owner in owners], counts), names),
+        **_report(roots, exact, keep, np.repeat(corpus_of, counts), names),
         "examples": _examples(roots, exact, keep, starts, sources, reading, options.minhash),
     }
-    write_json(output / "report.json", report)
-    shutil.rmtree(work)
-    return report
+    for name, row in report["corpora"].items():
+        total = sum((tally for tally, owner in zip(tallies, owners, strict=True) if owner == name), Tally())
+        row |= {key: value for key, value in total.record().items() if key != "documents"}
+    return finish_task("dedup", output, work, corpora, settings, report)
 
 
 def report_table(report: Mapping[str, Any]) -> str:
@@ -90,42 +112,17 @@ def report_table(report: Mapping[str, Any]) -> str:
             f"{name:<20} {row['documents']:>12,} {row['exact']:>10,} {row['near']:>10,} {row['kept']:>12,} {share:>9.2%}"
         )
     lines.append(f"{report['clusters']:,} clusters, the largest with {report['largest_cluster']:,} documents")
+    lines += [
+        f"{name}: left out {count:,} lines: {kind}"
+        for name, row in report["corpora"].items()
+        for kind, count in row["rejects"].items()
+    ]
     return "\n".join(lines) + "\n"
-
-
-def _targets(name: str, group: Sequence[Source], output: Path, options: DedupOptions) -> list[Path]:
-    return output_paths(group, output / name, options.is_compressed)
 
 
 def _settings(reading: Reading, options: DedupOptions) -> dict[str, Any]:
     bands, rows = bands_and_rows(options.minhash.num_perm, options.minhash.threshold)
     return {**asdict(options), "key": reading.key, "bands": bands, "rows": rows}
-
-
-def _claim(
-    work: Path,
-    corpora: Mapping[str, Sequence[Source]],
-    reading: Reading,
-    options: DedupOptions,
-    memory_bytes: int,
-    targets: Sequence[Path],
-) -> None:
-    """Make the work folder this task's own, or go on in it when it is."""
-    listed = {name: [source.identity() for source in group] for name, group in corpora.items()}
-    settings = {"sources": listed, "memory_bytes": memory_bytes, **_settings(reading, options)}
-    task = text_hash(json.dumps(settings, sort_keys=True))
-    path = work / "task.json"
-    if not path.exists():
-        for target in targets:
-            if target.exists():
-                raise DataError(
-                    f"{target}: exists already, from other work. Remove it or choose another output folder."
-                )
-        write_json(path, {"task": task, **settings})
-    elif read_json(path, DataError)["task"] != task:
-        raise DataError(
-            f"{work}: holds unfinished work on other inputs or with other options. Remove it or name another --work."
-        )
 
 
 def _survivors(roots: np.ndarray, signatures: Sequence[Path], keep: str) -> np.ndarray:
@@ -140,14 +137,21 @@ def _survivors(roots: np.ndarray, signatures: Sequence[Path], keep: str) -> np.n
     return survivors
 
 
-def _write_kept(source: Source, target: Path, keep: np.ndarray, reading: Reading) -> None:
-    with record_writer(target) as write:
-        number = 0
-        for number, record in enumerate(read_records(source, reading), 1):
-            if number <= len(keep) and keep[number - 1]:
+def _write_kept(source: Source, target: Path, keep: np.ndarray, reading: Reading, tally_path: Path) -> Tally:
+    """Write what stays of a source and return its counts, which are kept in a file; a finished one is read."""
+    if tally_path.exists():
+        return Tally.of_record(read_json(tally_path, DataError))
+    tally = Tally()
+    with record_writer(target) as write, reject_writer(target) as reject:
+        for number, record in enumerate(read_records(source, reading, tally, reject)):
+            if number < len(keep) and keep[number]:
                 write(record.raw)
-        if number != len(keep):
-            raise DataError(f"{source.path}: has {number:,} documents and had {len(keep):,}. It changed meanwhile.")
+        if tally.documents != len(keep):
+            raise DataError(
+                f"{source.path}: has {tally.documents:,} documents and had {len(keep):,}. It changed meanwhile."
+            )
+    write_json(tally_path, tally.record())
+    return tally
 
 
 def _report(
@@ -200,6 +204,6 @@ def _examples(
                 break
             if row in here:
                 here.remove(row)
-                text = document_text(record.value, reading, options)[:_EXAMPLE_CHARACTERS]
+                text = document_text(record, reading, options)[:_EXAMPLE_CHARACTERS]
                 found[row] = {"file": os.fspath(source.path), "line": record.line, "text": text}
     return [{"kept": found[kept], "removed": found[gone]} for kept, gone in pairs]

@@ -7,18 +7,20 @@ those at or above the threshold are joined. Every file is written whole, so a ki
 Source of the banding: Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, section 3.4.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from megatron_cpt.data.dedup_signatures import MinHashOptions
-from megatron_cpt.files import whole_file
-from megatron_cpt.log import Progress
+from megatron_cpt.data.source_pool import map_files
+from megatron_cpt.files import whole_file, write_text
 
 _ENTRY = np.dtype([("bucket", "<u8"), ("document", "<u8")])
 _RECALL = 0.9
 _MAX_LEADERS = 64
+_GATHERED = 1 << 18
+"""Signatures of one bucket that are in memory at a time."""
 
 
 def bands_and_rows(num_perm: int, threshold: float) -> tuple[int, int]:
@@ -39,22 +41,31 @@ def find_clusters(
     options: MinHashOptions,
     folder: Path,
     memory_bytes: int = 1 << 30,
+    workers: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return (root, exact root) of each document over all files, int64 [documents].
 
     A cluster's root is its first document; the exact root counts equal texts only. `groups` holds a number per file:
     documents of different groups are never joined.
     """
-    files = [np.load(path, mmap_mode="r") for path in signatures]
-    starts = np.cumsum([0, *map(len, files)])
-    partitions = _spill(files, starts, groups, options, folder, memory_bytes)
-    pairs = [_partition_pairs(path, files, starts, options) for path in _logged(partitions)]
-    exact = _union(int(starts[-1]), [found[found[:, 2] == 1, :2] for found in pairs])
-    return _union(int(starts[-1]), [found[:, :2] for found in pairs], exact), exact
+    sizes = [len(np.load(path, mmap_mode="r")) for path in signatures]
+    starts = np.cumsum([0, *sizes])
+    partitions = _spill(signatures, starts, groups, options, folder, memory_bytes // max(workers, 1))
+    pairs = map_files(
+        _write_pairs,
+        [(path,) for path in partitions],
+        [path.stat().st_size if path.exists() else 0 for path in partitions],
+        workers,
+        "clusters",
+        shared=(signatures, starts, options),
+    )
+    total = int(starts[-1])
+    exact = _union(total, (found[found[:, 2] == 1, :2] for found in map(np.load, pairs)))
+    return _union(total, (found[:, :2] for found in map(np.load, pairs))), exact
 
 
 def _spill(
-    files: Sequence[np.ndarray],
+    signatures: Sequence[Path],
     starts: np.ndarray,
     groups: Sequence[int],
     options: MinHashOptions,
@@ -67,13 +78,15 @@ def _spill(
     total_bytes = int(starts[-1]) * (bands + 1) * _ENTRY.itemsize
     # Sorting a partition takes about four times its size.
     bits = max(0, int(np.ceil(np.log2(max(4 * total_bytes / memory_bytes, 1)))))
-    paths = [folder / f"buckets_{number:05d}.bin" for number in range(1 << bits)]
     done = folder / "buckets_complete"
+    if done.exists():
+        bits = int(done.read_text())
+    paths = [folder / f"buckets_{number:05d}.bin" for number in range(1 << bits)]
     if done.exists():
         return paths
     for path in paths:
         path.write_bytes(b"")
-    for number, file in enumerate(files):
+    for number, file in enumerate(np.load(path, mmap_mode="r") for path in signatures):
         documents = np.arange(starts[number], starts[number + 1], dtype=np.uint64)
         for begin in range(0, len(file), 1 << 18):
             part = file[begin : begin + (1 << 18)]
@@ -86,7 +99,7 @@ def _spill(
                 values = part["minhash"][has_words, band * rows : (band + 1) * rows].astype(np.uint64)
                 bucket = _combine(values, salt * np.uint64(1 << 20) + np.uint64(2 * band + 2))
                 _append(paths, bucket & ~np.uint64(1), ids[has_words], bits)
-    done.write_text("complete\n")
+    write_text(done, f"{bits}\n")
     return paths
 
 
@@ -113,22 +126,20 @@ def _combine(values: np.ndarray, salt: np.uint64) -> np.ndarray:
     return found
 
 
-def _partition_pairs(
-    path: Path, files: Sequence[np.ndarray], starts: np.ndarray, options: MinHashOptions
-) -> np.ndarray:
-    """Return the joined pairs of one partition, int64 [pairs, 3]: leader, member, 1 if their texts are equal."""
+def _write_pairs(signatures: Sequence[Path], starts: np.ndarray, options: MinHashOptions, path: Path) -> Path:
+    """Write the joined pairs of one partition, int64 [pairs, 3] (leader, member, 1 if their texts are equal); return the file."""
     result = path.with_suffix(".npy")
     if result.exists():
-        return np.load(result)
+        return result
+    files = [np.load(name, mmap_mode="r") for name in signatures]
     entries = np.fromfile(path, dtype=_ENTRY)
     entries = entries[np.lexsort((entries["document"], entries["bucket"]))]
     bucket = entries["bucket"]
     edges = np.flatnonzero(np.diff(bucket)) + 1
     begins, ends = np.append(0, edges), np.append(edges, len(bucket))
+    several = ends - begins > 1
     pairs = [np.empty((0, 3), dtype=np.int64)]
-    for begin, end in zip(begins, ends, strict=True):
-        if end - begin < 2:
-            continue
+    for begin, end in zip(begins[several].tolist(), ends[several].tolist(), strict=True):
         members = entries["document"][begin:end].astype(np.int64)
         if bucket[begin] & np.uint64(1):
             pairs.append(_exact_pairs(members, files, starts))
@@ -138,7 +149,7 @@ def _partition_pairs(
     with whole_file(result, "wb") as file:
         np.save(file, found)
     path.unlink()
-    return found
+    return result
 
 
 def _exact_pairs(members: np.ndarray, files: Sequence[np.ndarray], starts: np.ndarray) -> np.ndarray:
@@ -155,15 +166,22 @@ def _near_pairs(
 
     A bucket of more than 64 groups holds boilerplate; what is left then can still meet in another band.
     """
-    signatures = _gather(members, files, starts, "minhash")
     pairs = [np.empty((0, 3), dtype=np.int64)]
-    for _ in range(_MAX_LEADERS):
-        if len(members) < 2:
-            break
-        alike = (signatures == signatures[0]).mean(axis=1) >= options.threshold
-        joined = members[alike][1:]
-        pairs.append(np.stack([np.full(len(joined), members[0]), joined, np.zeros(len(joined), np.int64)], axis=1))
-        members, signatures = members[~alike], signatures[~alike]
+    leaders: list[tuple[int, np.ndarray]] = []
+    for begin in range(0, len(members), _GATHERED):
+        rest = members[begin : begin + _GATHERED]
+        signatures = _gather(rest, files, starts, "minhash")
+        number = 0
+        while len(rest) and number < _MAX_LEADERS:
+            if number == len(leaders):
+                leaders.append((int(rest[0]), signatures[0].copy()))
+                rest, signatures = rest[1:], signatures[1:]
+            leader, signature = leaders[number]
+            alike = (signatures == signature).mean(axis=1) >= options.threshold
+            joined = rest[alike]
+            pairs.append(np.stack([np.full(len(joined), leader), joined, np.zeros(len(joined), np.int64)], axis=1))
+            rest, signatures = rest[~alike], signatures[~alike]
+            number += 1
     return np.concatenate(pairs)
 
 
@@ -175,26 +193,26 @@ def _gather(members: np.ndarray, files: Sequence[np.ndarray], starts: np.ndarray
     )
 
 
-def _union(num_documents: int, pairs: Sequence[np.ndarray], start: np.ndarray | None = None) -> np.ndarray:
-    """Return the smallest document of each document's component, by hooking and pointer jumping."""
-    roots = np.arange(num_documents, dtype=np.int64) if start is None else start.copy()
-    edges = np.concatenate([np.empty((0, 2), dtype=np.int64), *pairs])
+def _union(num_documents: int, pairs: Iterable[np.ndarray]) -> np.ndarray:
+    """Return the smallest document of each document's component; `pairs` are int64 [pairs, 2], in any number of arrays."""
+    roots = np.arange(num_documents, dtype=np.int64)
+    for edges in pairs:
+        left, right = edges[:, 0], edges[:, 1]
+        while len(left):
+            left, right = _roots_of(roots, left), _roots_of(roots, right)
+            unequal = left != right
+            left, right = np.minimum(left, right)[unequal], np.maximum(left, right)[unequal]
+            np.minimum.at(roots, right, left)  # roots hook onto smaller ones only, so there is no circle
+    return _roots_of(roots, roots)
+
+
+def _roots_of(roots: np.ndarray, documents: np.ndarray) -> np.ndarray:
+    """Return the end of each document's chain, and shorten the chains to it."""
+    ends = roots[documents]
     while True:
-        left, right = roots[edges[:, 0]], roots[edges[:, 1]]
-        unequal = left != right
-        if not unequal.any():
-            return roots
-        low, high = np.minimum(left, right)[unequal], np.maximum(left, right)[unequal]
-        np.minimum.at(roots, high, low)
-        while True:
-            jumped = roots[roots]
-            if np.array_equal(jumped, roots):
-                break
-            roots = jumped
-
-
-def _logged(partitions: Sequence[Path]) -> Iterator[Path]:
-    progress = Progress("clusters", len(partitions), "partitions")
-    for path in partitions:
-        yield path
-        progress.add(1)
+        further = roots[ends]
+        if np.array_equal(further, ends):
+            break
+        ends = roots[further]
+    roots[documents] = ends
+    return ends

@@ -4,19 +4,16 @@ A source's signatures are written whole, so a run that was killed goes on with t
 """
 
 import hashlib
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from megatron_cpt.data.documents import Source
-from megatron_cpt.data.record_files import Reading, prompt_of, read_records, text_of
+from megatron_cpt.data.record_files import Reading, Record, prompt_of, read_records, text_of
 from megatron_cpt.data.shingles import shingle_hashes
+from megatron_cpt.data.source_pool import map_files
 from megatron_cpt.files import whole_file
-from megatron_cpt.log import Progress
 
 _BATCH = 4096
 
@@ -48,34 +45,30 @@ def write_signatures(
 ) -> list[Path]:
     """Write the signatures of every source that has none yet; return all files in the order of the sources.
 
-    Raises: DataError for a bad line; the failure of a worker ends the call.
+    Raises: DataError for a bad line, and when a worker dies.
     """
     paths = [folder / f"signatures_{number:06d}.npy" for number in range(len(sources))]
     missing = [(source, path) for source, path in zip(sources, paths, strict=True) if not path.exists()]
-    progress = Progress("signatures", sum(source.size for source, _ in missing) / 1e6, "MB")
-    if workers <= 1 or len(missing) <= 1:
-        for source, path in missing:
-            _write_source(source, reading, options, path)
-            progress.add(source.size / 1e6)
-        return paths
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        jobs = [pool.submit(_write_source, source, reading, options, path) for source, path in missing]
-        for job, (source, _) in zip(jobs, missing, strict=True):
-            job.result()
-            progress.add(source.size / 1e6)
+    map_files(
+        _write_source,
+        [(source, reading, options, path) for source, path in missing],
+        [source.size for source, _ in missing],
+        workers,
+        "signatures",
+    )
     return paths
 
 
-def document_text(value: dict[str, Any], reading: Reading, options: MinHashOptions) -> str:
+def document_text(record: Record, reading: Reading, options: MinHashOptions) -> str:
     """Return the part of a document that is compared."""
-    found = value["text"] if reading.key not in value else value[reading.key]
+    found = reading.value(record)
     return prompt_of(found) if options.is_prompt else text_of(found)
 
 
 def _write_source(source: Source, reading: Reading, options: MinHashOptions, path: Path) -> None:
     blocks, texts = [], []
     for record in read_records(source, reading):
-        texts.append(document_text(record.value, reading, options))
+        texts.append(document_text(record, reading, options))
         if len(texts) == _BATCH:
             blocks.append(_signatures(texts, options))
             texts = []

@@ -1,15 +1,18 @@
 """Word n-grams of a text as 64-bit hashes, the same on every machine and in every run.
 
-A word is a run of letters, digits and underscores, in lower case; each Han character and kana is a word of its own,
-since those scripts write no spaces. A text shorter than n words has one shingle, all of it.
+A text is taken in Unicode's compatibility form (NFKC: composed accents, no ligatures or full-width letters), without soft
+hyphens and zero-width characters, in lower case. A word is a run of letters, digits and underscores; each Han character and
+kana is a word of its own, since those scripts write no spaces. A text shorter than n words has one shingle, all of it.
 """
 
 import functools
 import re
+import unicodedata
 
 import numpy as np
 
 _IDEOGRAPH = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_INVISIBLE = re.compile("[\u00ad\u200b-\u200d\u2060\ufeff]")
 _WORD = re.compile(f"[{_IDEOGRAPH}]|[^\\W{_IDEOGRAPH}]+")
 _MULTIPLIER = 0x9E3779B97F4A7C15
 _SEPARATOR, _LETTER, _WHOLE_WORD = 0, 1, 2
@@ -18,14 +21,24 @@ _MAX_WORD = 1 << 12
 
 def words_of(text: str) -> list[str]:
     """Return the words of a text in order."""
-    return _WORD.findall(text.lower())
+    return _WORD.findall(normal_form(text))
 
 
-def shingle_hashes(text: str, ngram: int) -> np.ndarray:
-    """Return a hash per n-gram of words in order, uint64; empty for a text without words."""
+def normal_form(text: str) -> str:
+    """Return a text as its words are compared."""
+    if text.isascii():
+        return text.lower()
+    return unicodedata.normalize("NFKC", _INVISIBLE.sub("", text)).lower()
+
+
+def shingle_hashes(text: str, ngram: int, exactly: bool = False) -> np.ndarray:
+    """Return a hash per n-gram of words in order, uint64; empty for a text without words.
+
+    A shorter text has one shingle, or none where an n-gram must have `exactly` n words.
+    """
     ids = _word_hashes(text)
-    if not len(ids):
-        return ids
+    if not len(ids) or (exactly and len(ids) < ngram):
+        return np.empty(0, dtype=np.uint64)
     size = min(ngram, len(ids))
     hashes = np.full(len(ids) - size + 1, size, dtype=np.uint64)
     for offset in range(size):
@@ -36,7 +49,7 @@ def shingle_hashes(text: str, ngram: int) -> np.ndarray:
 
 def _word_hashes(text: str) -> np.ndarray:
     """Return a hash per word in order, uint64: a polynomial over its characters."""
-    codes = np.frombuffer(text.lower().encode("utf-32-le", "surrogatepass"), dtype="<u4")
+    codes = np.frombuffer(normal_form(text).encode("utf-32-le", "surrogatepass"), dtype="<u4")
     kinds = _kinds()[codes]
     is_begin = kinds == _WHOLE_WORD
     is_letter = kinds == _LETTER

@@ -1,7 +1,8 @@
 """Remove training documents that share a passage of 13 words with an evaluation set.
 
-NAME=PATH names a corpus or an evaluation set; several inputs of a name belong together. The report says how many
-documents each evaluation set removed, with examples.
+NAME=PATH names a corpus or an evaluation set; several inputs of a name belong together. Case, punctuation and Unicode's
+spellings of a character make no difference. The report (also in OUTPUT/report.json) says how many documents each evaluation
+set removed, with examples. A killed run goes on when the same command is given again.
 
 Example: megatron-cpt data decontaminate web=clean/web --against gsm8k=eval/gsm8k.jsonl --output decontaminated
 """
@@ -22,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min-matches", type=int, default=1, help="passages from which a document goes (default: 1)")
     parser.add_argument("--compress", action="store_true", help="write .zst")
     parser.add_argument("--skip-bad-lines", action="store_true", help="leave out lines that hold no document")
+    parser.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -37,9 +39,13 @@ def run(arguments: argparse.Namespace) -> None:
     )
     passages = read_passages(named_corpora(arguments.against), Reading(key=arguments.against_key), options)
     reading = Reading(key=arguments.key, skip_bad_lines=arguments.skip_bad_lines)
-    report = decontaminate(named_corpora(arguments.inputs), passages, arguments.output, reading, options)
+    report = decontaminate(
+        named_corpora(arguments.inputs), passages, arguments.output, reading, options, arguments.workers
+    )
     for corpus, row in report["corpora"].items():
         sys.stdout.write(f"{corpus}: {row['removed']:,} of {row['documents']:,} removed ({row['removed_share']:.2%})\n")
+        for kind, count in row["rejects"].items():
+            sys.stdout.write(f"  left out {count:,} lines: {kind}\n")
     for name, removed in report["removed_by_evaluation"].items():
         short = report["too_short"][name]
         note = f"; {short:,} texts too short to be looked for" if short else ""

@@ -2,7 +2,8 @@
 
 The same documents are drawn whatever the order or number of files: a document's hash and the seed decide. Conditions:
 lang=ja, lang!=ja, score>=3.5, conversation_id^=translation_ (starts with), id!^=x (does not). With --score and --edges
-each bucket goes to a folder of its own, and --number counts per bucket.
+each bucket goes to a folder of its own, and --number counts per bucket. What was read, fitted and drawn is printed and
+written to OUTPUT/report.json.
 
 Example: megatron-cpt data sample raw/chat --where 'conversation_id!^=translation_' --number 1M --output chat-1M
 """
@@ -31,24 +32,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from megatron_cpt.data.documents import list_sources  # heavy: the readers
     from megatron_cpt.data.record_files import Reading
-    from megatron_cpt.data.sample import SampleOptions, parse_condition, sample
+    from megatron_cpt.data.sample import SampleOptions, sample
 
     try:
         number = None if arguments.number is None else parse_count(arguments.number)
     except ValueError as problem:
         raise DataError(f"--number: {problem}.") from None
-    counts = sample(
+    report = sample(
         list_sources(arguments.inputs),
         arguments.output,
         Reading(key=arguments.key, skip_bad_lines=arguments.skip_bad_lines),
         SampleOptions(
             number=number,
-            conditions=tuple(parse_condition(text) for text in arguments.where),
+            conditions=tuple(arguments.where),
             score=arguments.score,
             edges=tuple(arguments.edges),
             seed=arguments.seed,
             is_compressed=arguments.compress,
         ),
     )
-    for name, row in counts.items():
+    for name, row in report["buckets"].items():
         sys.stdout.write(f"{arguments.output / name}: {row['drawn']:,} of {row['found']:,} documents\n")
+    outside = f", {report['in_no_bucket']:,} of them in no bucket" if report["in_no_bucket"] else ""
+    sys.stdout.write(f"{report['documents']:,} documents read, {report['fit']:,} fit{outside}\n")
+    for kind, count in report["rejects"].items():
+        sys.stdout.write(f"left out {count:,} lines: {kind}\n")

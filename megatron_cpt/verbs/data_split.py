@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--key", default="text", help="field with the text or the chat messages (default: text)")
     parser.add_argument("--compress", action="store_true", help="write .zst")
     parser.add_argument("--skip-bad-lines", action="store_true", help="leave out lines that hold no document")
+    parser.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -29,9 +30,9 @@ def run(arguments: argparse.Namespace) -> None:
     from megatron_cpt.data.record_files import Reading
     from megatron_cpt.data.sample import split_validation
 
-    if not 0 < arguments.fraction < 1 or arguments.name == "train":
+    if not 0 < arguments.fraction < 1 or arguments.name in ("train", "", ".", "..") or "/" in arguments.name:
         raise DataError(
-            f"--fraction {arguments.fraction} --name {arguments.name}: a part between 0 and 1 and a name other than train are needed."
+            f"--fraction {arguments.fraction} --name {arguments.name}: a part between 0 and 1 and a file name other than train are needed."
         )
     counts = split_validation(
         named_corpora(arguments.inputs),
@@ -40,8 +41,11 @@ def run(arguments: argparse.Namespace) -> None:
         name=arguments.name,
         fraction=arguments.fraction,
         is_compressed=arguments.compress,
+        workers=arguments.workers,
     )
     for corpus, row in counts.items():
-        total = max(sum(row.values()), 1)
+        total = max(row["documents"], 1)
         held_out = row[arguments.name]
         sys.stdout.write(f"{corpus}: {held_out:,} of {total:,} documents held out ({held_out / total:.3%})\n")
+        for kind, count in row["rejects"].items():
+            sys.stdout.write(f"  left out {count:,} lines: {kind}\n")

@@ -46,7 +46,8 @@ def run(folder, **options):
 def test_documents_with_a_passage_or_a_whole_short_item_go(material):
     report, removed = run(material)
     assert removed == {3, 9}
-    assert report["corpora"]["web"] == {"documents": 40, "removed": 2, "removed_share": 0.05}
+    lines = {"lines": 40, "documents": 40, "blank_lines": 0, "rejects": {}}
+    assert report["corpora"]["web"] == {**lines, "removed": 2, "removed_share": 0.05}
     assert report["removed_by_evaluation"] == {"quiz": 1, "short": 1}
     assert report["too_short"] == {"quiz": 0, "short": 1}
     assert report["examples"][0]["line"] == 4 and report["examples"][0]["evaluation"] == "quiz"

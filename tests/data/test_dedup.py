@@ -50,8 +50,10 @@ def run(folder, output, options=None, reading=None, **more):
 
 def test_exact_and_near_duplicates_go_and_the_first_of_a_cluster_stays(corpora):
     report = run(corpora, "out")
-    assert report["corpora"]["a"] == {"documents": 60, "exact": 0, "near": 0, "kept": 60, "removed_share": 0.0}
-    assert report["corpora"]["b"] == {"documents": 20, "exact": 10, "near": 10, "kept": 0, "removed_share": 1.0}
+    lines = {"blank_lines": 0, "rejects": {}}
+    a = {"documents": 60, "exact": 0, "near": 0, "kept": 60, "removed_share": 0.0, "lines": 60, **lines}
+    b = {"documents": 20, "exact": 10, "near": 10, "kept": 0, "removed_share": 1.0, "lines": 20, **lines}
+    assert report["corpora"] == {"a": a, "b": b}
     assert report["clusters"] == 20 and report["largest_cluster"] == 2
     assert texts(corpora / "out/a/a.jsonl") == texts(corpora / "in/a.jsonl")
     assert (corpora / "out/b/b.jsonl").read_text() == ""
@@ -125,15 +127,17 @@ def test_a_killed_run_goes_on_and_gives_the_same(corpora, monkeypatch):
         calls.append(arguments)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        real(*arguments)
+        return real(*arguments)
 
     monkeypatch.setattr(dedup_module, "_write_kept", fail_second)
     with pytest.raises(KeyboardInterrupt):
         run(corpora, "out")
     with pytest.raises(DataError, match="other inputs or with other options"):
         run(corpora, "out", DedupOptions(keep="longest"))
-    run(corpora, "out")
-    assert len(calls) == 3
+    stamp = (corpora / "out/a/a.jsonl").stat().st_mtime_ns
+    report = run(corpora, "out")
+    assert (corpora / "out/a/a.jsonl").stat().st_mtime_ns == stamp
+    assert run(corpora, "out") == report and len(calls) == 4  # done: nothing is written again
     for name in ("a/a.jsonl", "b/b.jsonl", "report.json"):
         assert (corpora / "out" / name).read_bytes() == (corpora / "whole" / name).read_bytes()
 
