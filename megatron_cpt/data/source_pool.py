@@ -1,8 +1,8 @@
 """Work on many files in worker processes, the results in the order of the files."""
 
-import ctypes
 import os
-import signal
+import select
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -12,7 +12,6 @@ from typing import Any
 from megatron_cpt.errors import DataError
 from megatron_cpt.log import Progress
 
-_PR_SET_PDEATHSIG = 1
 _shared: tuple[Any, ...] = ()
 
 
@@ -57,12 +56,19 @@ def map_files[T](
 
 
 def _start(main_process: int, shared: tuple[Any, ...]) -> None:
-    """Die with the fork server, which dies with the main process; take what all jobs share."""
+    """Take what all jobs share; end this worker when the main process ends, since the pool's pipes do not tell it."""
     global _shared
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if not os.path.exists(f"/proc/{main_process}"):
-        os._exit(1)
     _shared = shared
+    threading.Thread(target=_end_with, args=(main_process,), daemon=True).start()
+
+
+def _end_with(process: int) -> None:
+    try:
+        descriptor = os.pidfd_open(process)
+    except ProcessLookupError:
+        os._exit(1)
+    select.select([descriptor], [], [])
+    os._exit(1)
 
 
 def _call[T](function: Callable[..., T], job: tuple[Any, ...]) -> T:
