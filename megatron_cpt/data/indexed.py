@@ -14,6 +14,7 @@ megatron-core's IndexedDatasetBuilder writes for the same ids, byte for byte.
 Source: NVIDIA/Megatron-LM, megatron/core/datasets/indexed_dataset.py, core_v0.19.
 """
 
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ import numpy as np
 from megatron_cpt.errors import DataError
 from megatron_cpt.files import read_json, whole_file
 
+PART = re.compile(r"(?P<base>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<rest>_.*_document)")
+"""Name of a part of a shard that `tokenize --shard I/N` writes."""
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")

@@ -1,8 +1,12 @@
-"""Merge: several shards become one; indexes are rewritten, bytes are moved by the kernel (`copy_file_range`)."""
+"""Merge: several shards become one; indexes are rewritten, bytes are moved by the kernel (`copy_file_range`).
+
+A merge that is killed, or finds the disk full, keeps what it has joined and goes on when it is given again.
+"""
 
 import errno
+import fcntl
+import logging
 import os
-import re
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -12,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from megatron_cpt.data.indexed import (
+    PART,
     ShardIndex,
     bin_path,
     idx_path,
@@ -20,14 +25,16 @@ from megatron_cpt.data.indexed import (
     read_shard_manifest,
     write_index,
 )
+from megatron_cpt.data.list_formats import shard_path
 from megatron_cpt.data.masked import has_mask, mask_prefix, read_mask
 from megatron_cpt.data.shard_writer import provenance_path, rejects_path
 from megatron_cpt.data.tokenizer import same_tokenizer
 from megatron_cpt.errors import DataError
-from megatron_cpt.files import whole_file, write_json
+from megatron_cpt.files import read_json, sync_dir, whole_file, write_json
 from megatron_cpt.log import Progress
 
-_PART = re.compile(r"(?P<base>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<rest>_.*_document)")
+logger = logging.getLogger(__name__)
+
 _MAX_COPY_BYTES = 1 << 30
 
 
@@ -38,7 +45,7 @@ def find_parts(output_prefix: Path) -> list[Path]:
     """
     parts: dict[int, dict[int, Path]] = {}
     for path in output_prefix.parent.glob("*.json"):
-        match = _PART.fullmatch(path.name.removesuffix(".json"))
+        match = PART.fullmatch(path.name.removesuffix(".json"))
         if match and match["base"] + match["rest"] == output_prefix.name:
             prefix = path.with_name(path.name.removesuffix(".json"))
             parts.setdefault(int(match["count"]), {})[int(match["number"])] = prefix
@@ -57,44 +64,160 @@ def find_parts(output_prefix: Path) -> list[Path]:
 def merge_shards(prefixes: Sequence[Path], output_prefix: Path) -> dict[str, Any]:
     """Join shards in the given order under `output_prefix`; return the manifest.
 
-    Raises: DataError when one is damaged, or they differ in tokenizer, token type or options.
+    What was killed goes on with the shard that it was at; what is there already, of the same shards, is kept.
+
+    Raises: DataError when a shard is damaged, they differ in tokenizer, token type or options, hold the same source, or
+    the output is something else.
     """
     if not prefixes:
         raise DataError(f"{output_prefix}: no shards to merge.")
-    if output_prefix.absolute() in [prefix.absolute() for prefix in prefixes]:
+    if shard_path(os.fspath(output_prefix)) in [shard_path(os.fspath(prefix)) for prefix in prefixes]:
         raise DataError(f"{output_prefix}: is one of the shards to merge. Choose another output.")
     indexes = [read_index(prefix) for prefix in prefixes]
     manifests = [read_shard_manifest(prefix) for prefix in prefixes]
     _check_alike(prefixes, indexes, manifests)
+    _check_apart(prefixes, manifests)
     masks = [has_mask(prefix) for prefix in prefixes]
     if all(masks):
         for index in indexes:
             read_mask(index)
-    manifest_path(output_prefix).unlink(missing_ok=True)
-    progress = Progress("merge", sum(index.num_tokens * index.dtype.itemsize for index in indexes) / 1e6, "MB")
-    if all(masks):
-        _join(mask_prefix(output_prefix), [mask_prefix(prefix) for prefix in prefixes], indexes, np.uint8, progress)
-    _join(output_prefix, prefixes, indexes, indexes[0].dtype, progress)
-    _merge_provenance(prefixes, manifests, output_prefix)
-    _merge_rejects(prefixes, manifests[0]["key"], output_prefix)
     manifest = _joined_manifest(manifests)
-    write_json(manifest_path(output_prefix), manifest)
+    if manifest_path(output_prefix).exists():
+        if read_shard_manifest(output_prefix) != manifest:
+            raise DataError(
+                f"{output_prefix}: exists already, of other shards or documents. Remove it or choose another output."
+            )
+        read_index(output_prefix)
+        return manifest
+    progress = Progress("merge", sum(index.num_tokens * index.dtype.itemsize for index in indexes) / 1e6, "MB")
+    with _Journal(output_prefix, prefixes) as journal:
+        if all(masks):
+            names = [mask_prefix(prefix) for prefix in prefixes]
+            _join(mask_prefix(output_prefix), names, indexes, np.uint8, journal, progress)
+        _join(output_prefix, prefixes, indexes, indexes[0].dtype, journal, progress)
+        _merge_provenance(prefixes, manifests, output_prefix)
+        _merge_rejects(prefixes, manifests[0].get("key"), output_prefix)
+        write_json(manifest_path(output_prefix), manifest)
     return manifest
 
 
+def remove_shards(prefixes: Sequence[Path]) -> None:
+    """Remove shards and what stands beside them, the manifest first: a shard without it does not exist."""
+    for prefix in prefixes:
+        key = read_shard_manifest(prefix).get("key")
+        beside = [rejects_path(_base_path(prefix, key))] if key else []
+        masks = [bin_path(mask_prefix(prefix)), idx_path(mask_prefix(prefix))]
+        for path in (
+            manifest_path(prefix),
+            *masks,
+            idx_path(prefix),
+            bin_path(prefix),
+            provenance_path(prefix),
+            *beside,
+        ):
+            path.unlink(missing_ok=True)
+
+
+class _Journal:
+    """How far a merge is, in `.<name>.merge.json` beside its output: the shards it joins and how many are on disk.
+
+    Locked while a merge works; removed when it is done, kept when it is killed or fails.
+    """
+
+    def __init__(self, output: Path, prefixes: Sequence[Path]):
+        self.output = output
+        self.path = output.with_name(f".{output.name}.merge.json")
+        self.lock_path = output.with_name(f".{output.name}.merge.lock")
+        self.inputs = [_input_record(prefix) for prefix in prefixes]
+        self.num_joined: dict[str, int] = {}
+        """Shards whose bytes are on disk, by the name of the file that they are joined in."""
+
+    def __enter__(self) -> "_Journal":
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        self.lock = self.lock_path.open("w")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.lock.close()
+            raise DataError(f"{self.output}: another process is merging it. Let it finish.") from None
+        before = read_json(self.path, DataError) if self.path.exists() else None
+        if before is not None and before["inputs"] == self.inputs:
+            self.num_joined = before["num_joined"]
+        elif before is None and (bin_path(self.output).exists() or idx_path(self.output).exists()):
+            self.lock.close()
+            raise DataError(f"{self.output}: exists already, without a manifest. Remove it or choose another output.")
+        self.write()
+        return self
+
+    def write(self) -> None:
+        """Put on disk how far the merge is."""
+        write_json(self.path, {"inputs": self.inputs, "num_joined": self.num_joined})
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.path.unlink()
+            self.lock_path.unlink(missing_ok=True)
+        self.lock.close()
+
+
+def _input_record(prefix: Path) -> list[Any]:
+    status = bin_path(prefix).stat()
+    return [os.path.realpath(bin_path(prefix)), status.st_size, status.st_mtime_ns]
+
+
 def _join(
-    output: Path, prefixes: Sequence[Path], indexes: Sequence[ShardIndex], dtype: Any, progress: Progress
+    output: Path,
+    prefixes: Sequence[Path],
+    indexes: Sequence[ShardIndex],
+    dtype: Any,
+    journal: _Journal,
+    progress: Progress,
 ) -> None:
     """Write the pair of several pairs that have these indexes (a mask has those of its tokens)."""
-    with whole_file(bin_path(output), "wb") as file:
-        for prefix in prefixes:
-            _append(file.fileno(), bin_path(prefix), progress)
-    write_index(
-        idx_path(output),
-        np.dtype(dtype),
-        np.concatenate([index.sequence_lengths for index in indexes]),
-        _joined_documents(indexes),
-    )
+    path, partial = bin_path(output), output.with_name(f".{output.name}.bin.merging")
+    num_joined = journal.num_joined.get(path.name, 0)
+    sizes = [bin_path(prefix).stat().st_size for prefix in prefixes]
+    try:
+        if num_joined < len(prefixes) or not path.exists():
+            descriptor = os.open(partial, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                if os.fstat(descriptor).st_size < sum(sizes[:num_joined]):
+                    num_joined = 0
+                os.ftruncate(descriptor, os.lseek(descriptor, sum(sizes[:num_joined]), os.SEEK_SET))
+                progress.add(sum(sizes[:num_joined]) / 1e6)
+                for number, prefix in enumerate(prefixes[num_joined:], num_joined + 1):
+                    _append(descriptor, bin_path(prefix), progress)
+                    os.fsync(descriptor)
+                    journal.num_joined[path.name] = number
+                    journal.write()
+            finally:
+                os.close(descriptor)
+            os.replace(partial, path)
+            sync_dir(path.parent)
+        write_index(
+            idx_path(output),
+            np.dtype(dtype),
+            np.concatenate([index.sequence_lengths for index in indexes]),
+            _joined_documents(indexes),
+        )
+    except OSError as problem:
+        raise DataError(
+            f"{path}: cannot be written ({problem.strerror}). Make room and give the command again; it goes on."
+        ) from None
+
+
+def _check_apart(prefixes: Sequence[Path], manifests: Sequence[dict[str, Any]]) -> None:
+    """Refuse shards that hold the same source: parts of a job array whose members saw different files."""
+    owners: dict[tuple[Any, ...], Path] = {}
+    for prefix, manifest in zip(prefixes, manifests, strict=True):
+        for source in manifest["sources"]:
+            key = (source["path"], source.get("size"), source.get("mtime_ns"))
+            owner = owners.setdefault(key, prefix)
+            if owner is not prefix:
+                raise DataError(
+                    f"{prefix}: holds {source['path']}, which {owner} holds as well. Files were added between the parts. "
+                    "Tokenize all parts again, or name shards of different documents."
+                )
 
 
 def _check_alike(prefixes: Sequence[Path], indexes: Sequence[ShardIndex], manifests: Sequence[dict[str, Any]]) -> None:
@@ -108,8 +231,8 @@ def _check_alike(prefixes: Sequence[Path], indexes: Sequence[ShardIndex], manife
             )
         if (
             index.dtype != indexes[0].dtype
-            or manifest["options"] != first["options"]
-            or manifest["key"] != first["key"]
+            or manifest.get("options") != first.get("options")
+            or manifest.get("key") != first.get("key")
         ):
             raise DataError(f"{prefix}: was tokenized with other options than {prefixes[0]}. They must not be mixed.")
         if has_mask(prefix) != has_mask(prefixes[0]) or _form(manifest) != _form(first):
@@ -135,7 +258,7 @@ def _append(descriptor: int, path: Path, progress: Progress) -> None:
                 moved = os.copy_file_range(source.fileno(), descriptor, min(remaining, _MAX_COPY_BYTES))
             except OSError as problem:
                 if problem.errno not in (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
-                    raise DataError(f"{path}: cannot be copied ({problem.strerror}). Make room.") from None
+                    raise
                 with os.fdopen(os.dup(descriptor), "wb") as target:
                     shutil.copyfileobj(source, target, 1 << 22)
                 moved = remaining
@@ -155,7 +278,10 @@ def _joined_documents(indexes: Sequence[ShardIndex]) -> np.ndarray:
 
 
 def _merge_provenance(prefixes: Sequence[Path], manifests: Sequence[dict[str, Any]], output_prefix: Path) -> None:
-    if not all(provenance_path(prefix).exists() for prefix in prefixes):
+    without = [prefix for prefix in prefixes if not provenance_path(prefix).exists()]
+    if without:
+        if len(without) < len(prefixes):
+            logger.warning("%s: no provenance, as %s has none", output_prefix, without[0])
         return
     rows, sources = [], 0
     for prefix, manifest in zip(prefixes, manifests, strict=True):
@@ -167,7 +293,9 @@ def _merge_provenance(prefixes: Sequence[Path], manifests: Sequence[dict[str, An
         np.save(file, np.concatenate(rows))
 
 
-def _merge_rejects(prefixes: Sequence[Path], key: str, output_prefix: Path) -> None:
+def _merge_rejects(prefixes: Sequence[Path], key: str | None, output_prefix: Path) -> None:
+    if key is None:
+        return  # adopted shards have none
     files = [rejects_path(_base_path(prefix, key)) for prefix in prefixes]
     files = [path for path in files if path.exists()]
     if files:
@@ -179,9 +307,12 @@ def _merge_rejects(prefixes: Sequence[Path], key: str, output_prefix: Path) -> N
 def _joined_manifest(manifests: Sequence[dict[str, Any]]) -> dict[str, Any]:
     joined = dict(manifests[0])
     for name in ("documents", "tokens", "bytes", "lines"):
-        joined[name] = sum(manifest[name] for manifest in manifests)
+        if name in joined:
+            counts = [manifest[name] for manifest in manifests]
+            joined[name] = None if None in counts else sum(counts)  # adopted shards may not know their bytes
     for name in ("rejects", "notes"):
-        joined[name] = dict(sum((Counter(manifest[name]) for manifest in manifests), Counter()))
+        if name in joined:
+            joined[name] = dict(sum((Counter(manifest[name]) for manifest in manifests), Counter()))
     joined["sources"] = [source for manifest in manifests for source in manifest["sources"]]
     if "mask" in joined:
         joined["mask"] = _sums([manifest["mask"] for manifest in manifests])
@@ -190,8 +321,8 @@ def _joined_manifest(manifests: Sequence[dict[str, Any]]) -> dict[str, Any]:
         joined["inputs"] = [entry for manifest in manifests for entry in manifest["inputs"]]
         joined |= {"held_out_shards": [], "held_out": {"bounds": {}}}
     if "packed" in joined:
-        counts = ("real_tokens", "lost_tokens", "split_documents", "truncated_documents", "dropped_documents")
-        totals = {name: sum(manifest["packed"].get(name, 0) for manifest in manifests) for name in counts}
+        fields = ("real_tokens", "lost_tokens", "split_documents", "truncated_documents", "dropped_documents")
+        totals = {name: sum(manifest["packed"].get(name, 0) for manifest in manifests) for name in fields}
         joined["packed"] = {key: joined["packed"][key] for key in ("seq_length", "method")} | totals
         joined["packed"]["fill"] = totals["real_tokens"] / max(joined["tokens"], 1)
     return joined

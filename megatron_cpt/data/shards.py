@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_cpt.data.indexed import manifest_path, read_index, read_shard_manifest
+from megatron_cpt.data.indexed import PART, manifest_path, read_index, read_shard_manifest
 from megatron_cpt.data.masked import is_mask
 from megatron_cpt.data.shard_form import read_shard_form
 from megatron_cpt.errors import DataError
@@ -51,6 +51,11 @@ def find_shards(patterns: Sequence[str], data_dir: Path) -> tuple[list[str], lis
         elif not prefixes:
             problems.append(f"{path}: matches no .bin or .idx file. Tokenize the corpus or correct the pattern.")
         found |= prefixes
+    whole = {f"{part['base']}{part['rest']}" for prefix in found if (part := PART.fullmatch(prefix))} & found
+    problems += [
+        f"{prefix}: is here and its parts are too, so that every document counts twice. Remove the parts, or name one of both."
+        for prefix in sorted(whole)
+    ]
     return sorted(found), problems
 
 

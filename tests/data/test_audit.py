@@ -1,19 +1,29 @@
 """Audit finds every way a shard can differ from its sources; trace and merge agree with it."""
 
 import json
+import multiprocessing
+import os
+import resource
 import shutil
+import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from megatron_cpt.data import merge
+from megatron_cpt.data.adopt import adopt
 from megatron_cpt.data.audit import audit_shard, shard_prefixes
 from megatron_cpt.data.indexed import bin_path, idx_path, manifest_path, read_index, write_index
-from megatron_cpt.data.merge import find_parts, merge_shards
+from megatron_cpt.data.merge import find_parts, merge_shards, remove_shards
+from megatron_cpt.data.shards import find_shards
 from megatron_cpt.data.tokenization import tokenize
 from megatron_cpt.data.tokenizer import load_tokenizer
 from megatron_cpt.data.trace import trace_document, trace_token
 from megatron_cpt.errors import DataError
 from tests.data.conftest import SENTENCES
+
+_APPEND = merge._append
 
 
 def write_jsonl(path, texts):
@@ -121,6 +131,97 @@ def test_merged_parts_equal_the_undivided_run(corpus, bpe_dir, tmp_path):
     for path in (tmp_path / "whole").iterdir():
         assert (tmp_path / "parts" / path.name).read_bytes() == path.read_bytes(), path.name
     assert audit_shard(output, load_tokenizer(bpe_dir)).problems == []
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_any_number_of_parts_gives_the_bytes_of_one_run_also_where_members_have_no_file(
+    corpus, bpe_dir, tmp_path, count
+):
+    write_jsonl(corpus / "empty.jsonl", [])
+    tokenize([corpus], bpe_dir, output_prefix=tmp_path / "whole/x", on_bad_line="skip")
+    for i in reversed(range(count)):
+        tokenize([corpus], bpe_dir, output_prefix=tmp_path / "parts/x", part=(i, count), on_bad_line="skip")
+    output = tmp_path / "parts/x_text_document"
+    parts = find_parts(output)
+    merge_shards(parts, output)
+    assert find_shards([str(tmp_path / "parts")], Path())[1][0].startswith(f"{output}: is here and its parts are too")
+    remove_shards(parts)
+    assert find_shards([str(tmp_path / "parts")], Path()) == ([str(output)], [])
+    for folder, other in (("whole", "parts"), ("parts", "whole")):
+        for path in (tmp_path / folder).iterdir():
+            assert (tmp_path / other / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_a_merge_that_was_killed_goes_on_and_one_that_is_done_is_left(corpus, bpe_dir, tmp_path, monkeypatch):
+    for i in range(2):
+        tokenize([corpus], bpe_dir, output_prefix=tmp_path / "x", part=(i, 2), on_bad_line="skip")
+    output = tmp_path / "x_text_document"
+    parts = find_parts(output)
+    appended = []
+
+    def append(descriptor, path, progress):
+        appended.append(path)
+        os.write(descriptor, path.read_bytes()[:50] if len(appended) == 2 else path.read_bytes())
+        if len(appended) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    process = multiprocessing.get_context("fork").Process(
+        target=lambda: (monkeypatch.setattr(merge, "_append", append), merge_shards(parts, output))
+    )
+    process.start()
+    process.join(30)
+    assert process.exitcode == -signal.SIGKILL
+    assert not bin_path(output).exists() and not manifest_path(output).exists()
+    monkeypatch.setattr(merge, "_append", lambda *words: appended.append(words[1]) or _APPEND(*words))
+    manifest = merge_shards(parts, output)
+    assert appended == [bin_path(parts[1])]  # the first is on disk
+    assert bin_path(output).read_bytes() == b"".join(bin_path(part).read_bytes() for part in parts)
+    assert not list(tmp_path.glob(".x*"))
+    before = bin_path(output).stat().st_mtime_ns
+    assert merge_shards(parts, output) == manifest and bin_path(output).stat().st_mtime_ns == before
+    with pytest.raises(DataError, match="exists already, of other shards"):
+        merge_shards(parts[:1], output)
+
+
+def test_a_full_disk_keeps_what_is_joined_and_says_so(corpus, bpe_dir, tmp_path):
+    for i in range(2):
+        tokenize([corpus], bpe_dir, output_prefix=tmp_path / "x", part=(i, 2), on_bad_line="skip")
+    output = tmp_path / "x_text_document"
+    parts = find_parts(output)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bin_path(parts[0]).stat().st_size + 9, limits[1]))
+    try:
+        with pytest.raises(DataError, match="Make room and give the command again"):
+            merge_shards(parts, output)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not bin_path(output).exists()
+    merge_shards(parts, output)
+    assert read_index(output).num_documents == 15
+
+
+def test_nothing_that_is_there_is_replaced_and_no_source_is_joined_twice(shard, corpus, bpe_dir, tmp_path):
+    tokenize([corpus / "a.jsonl"], bpe_dir, output_prefix=tmp_path / "a", on_bad_line="skip")
+    with pytest.raises(DataError, match=r"holds .*a.jsonl, which .* holds as well"):
+        merge_shards([shard, tmp_path / "a_text_document"], tmp_path / "z")
+    tokenize([corpus / "b.jsonl"], bpe_dir, output_prefix=tmp_path / "b", on_bad_line="skip")
+    foreign = tmp_path / "z"
+    shutil.copy(bin_path(shard), bin_path(foreign))
+    with pytest.raises(DataError, match="exists already, without a manifest"):
+        merge_shards([tmp_path / "a_text_document", tmp_path / "b_text_document"], foreign)
+    assert bin_path(foreign).read_bytes() == bin_path(shard).read_bytes()
+
+
+def test_adopted_shards_are_merged(corpus, bpe_dir, tmp_path):
+    tokenizer = load_tokenizer(bpe_dir)
+    prefixes = []
+    for name in ("a", "b"):
+        tokenize([corpus / f"{name}.jsonl"], bpe_dir, output_prefix=tmp_path / name, on_bad_line="skip")
+        prefixes.append(tmp_path / f"{name}_text_document")
+        manifest_path(prefixes[-1]).unlink()
+        adopt(prefixes[-1], tokenizer, count_bytes=name == "a")
+    manifest = merge_shards(prefixes, tmp_path / "z")
+    assert (manifest["documents"], manifest["bytes"], manifest["sources"]) == (15, None, [])
 
 
 def test_missing_parts_are_named(corpus, bpe_dir, tmp_path):
