@@ -11,12 +11,16 @@ import torch
 
 
 def substitute_kernels() -> None:
-    """Give megatron's optimizer these kernels, unless Transformer Engine or Apex gave it theirs."""
+    """Give megatron's optimizer these kernels, unless Transformer Engine or Apex gave it theirs; compile RoPE on a GPU."""
     # imported here: on CPU other substitutions come before the first import of megatron's parts
     from megatron.core import optimizer
+    from megatron.core.models.common.embeddings import rope_utils
     from megatron.core.optimizer import clip_grads, distrib_optimizer
     from megatron.core.optimizer import optimizer as mixed_precision
 
+    if torch.cuda.is_available():
+        # eight passes over queries and keys become one; a graph for each of few shapes, no dynamic ones
+        rope_utils._apply_rotary_pos_emb_bshd = torch.compile(rope_utils._apply_rotary_pos_emb_bshd, dynamic=False)
     if not optimizer.USING_PYTORCH_OPTIMIZER:
         return
     optimizer.Adam = distrib_optimizer.Adam = FusedAdam

@@ -5,7 +5,9 @@ kept in this one file.
 """
 
 import importlib.util
+import logging
 import math
+import os
 from typing import Any
 
 import torch
@@ -23,8 +25,16 @@ from megatron_cpt.config.megatron import megatron_arguments
 from megatron_cpt.config.schema import ModelConfig, RunConfig
 from megatron_cpt.errors import ConfigError
 from megatron_cpt.train import cpu
-from megatron_cpt.train.layer_spec import build_layer_spec, has_transformer_engine
+from megatron_cpt.train.layer_spec import (
+    build_layer_spec,
+    has_transformer_engine,
+    uses_transformer_engines_attention,
+)
+from megatron_cpt.train.loss import vocab_parallel_loss
 from megatron_cpt.train.neftune import add_embedding_noise
+from megatron_cpt.train.visibility import reason_for_mask
+
+logger = logging.getLogger(__name__)
 
 
 class CptGPTModel(GPTModel):
@@ -46,12 +56,21 @@ class CptGPTModel(GPTModel):
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Return the loss per token `[b, s]` from labels `[b, s]` and logits `[s, b, v/tp]`."""
+        if logits.is_cuda:
+            loss = vocab_parallel_loss(
+                logits,
+                labels.transpose(0, 1),
+                vocab_size=self.vocab_size_unpadded,
+                z_loss_coeff=self.z_loss_coeff,
+                group=parallel_state.get_tensor_model_parallel_group(),
+            )
+            return loss.transpose(0, 1).contiguous()
         first_row = parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
         num_real = min(max(self.vocab_size_unpadded - first_row, 0), logits.shape[-1])
         if num_real < logits.shape[-1]:
             logits[..., num_real:] = torch.finfo(logits.dtype).min
         z_loss = self.z_loss_coeff * log_normalizer(logits).square() if self.z_loss_coeff else None
-        loss: Tensor = super().compute_language_model_loss(labels, logits)
+        loss = super().compute_language_model_loss(labels, logits)
         return loss if z_loss is None else loss + z_loss.transpose(0, 1)
 
 
@@ -99,6 +118,8 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
 
 def build_model_chunks(config: RunConfig, megatron_config: TransformerConfig | None = None) -> list[torch.nn.Module]:
     """Return this rank's model chunks, one per virtual pipeline stage, without DDP, on the training device."""
+    if config.training.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by cuBLAS, before its first product
     megatron_config = megatron_config or transformer_config(config)
     num_chunks = config.parallel.virtual_pipeline_model_parallel_size or 1
     chunks = []
@@ -137,6 +158,7 @@ def build_training_model(config: RunConfig) -> tuple[list[DistributedDataParalle
             "use optimizer.name=adam."
         )
     megatron_config = transformer_config(config)
+    _say_what_attends(config)
     chunks = build_model_chunks(config, megatron_config)
     ddp_config = DistributedDataParallelConfig(
         **megatron_arguments(config, "DistributedDataParallelConfig")
@@ -171,6 +193,17 @@ def build_training_model(config: RunConfig) -> tuple[list[DistributedDataParalle
         starts = [chunk.start_param_sync for chunk in model]
         megatron_config.param_sync_func = starts if len(starts) > 1 else starts[0]
     return model, optimizer
+
+
+def _say_what_attends(config: RunConfig) -> None:
+    if not config.data.reset_attention_mask and config.model.window_size is None:
+        return
+    if uses_transformer_engines_attention(config):
+        logger.info("windows end in Transformer Engine's attention")
+    elif reason := reason_for_mask(config):
+        logger.info("documents or windows end by a mask of sequence x sequence: %s", reason)
+    else:
+        logger.info("documents or windows end by their bounds, without a mask")
 
 
 def unwrap(chunk: torch.nn.Module) -> CptGPTModel:

@@ -55,6 +55,44 @@ def test_z_loss_is_the_same_under_tensor_parallelism(ranks, tmp_path):
     assert one[0][0] > without[0][0] + 0.1
 
 
+def split_loss(config, vocab_size):
+    """Return losses `[s, b]` and this rank's gradient of the vocabulary-parallel loss, and those of the whole vocabulary."""
+    import torch
+    from megatron.core import parallel_state
+
+    from megatron_cpt.train.loss import vocab_parallel_loss
+    from megatron_cpt.train.parallel import finish_parallel, initialize_parallel
+
+    initialize_parallel(config)
+    group = parallel_state.get_tensor_model_parallel_group()
+    generator = torch.Generator().manual_seed(0)
+    whole = (torch.randn(5, 3, 24, generator=generator) * 4).requires_grad_()
+    labels = torch.randint(vocab_size, (5, 3), generator=generator)
+    weight = torch.rand(5, 3, generator=generator)
+    part = whole.detach().chunk(group.size(), -1)[group.rank()].clone().requires_grad_()
+    loss = vocab_parallel_loss(part, labels, vocab_size=vocab_size, z_loss_coeff=0.1, group=group)
+    (loss * weight).sum().backward()
+    real = whole[..., :vocab_size]
+    plain = torch.nn.functional.cross_entropy(real.permute(0, 2, 1), labels, reduction="none")
+    plain = plain + 0.1 * real.logsumexp(-1).square()
+    (plain * weight).sum().backward()
+    expected = whole.grad.chunk(group.size(), -1)[group.rank()]
+    halves = vocab_parallel_loss(part.detach().bfloat16(), labels, vocab_size=vocab_size, z_loss_coeff=0.1, group=group)
+    finish_parallel()
+    return [tensor.detach().numpy() for tensor in (loss, part.grad, plain, expected, halves)]
+
+
+def test_the_loss_of_a_gpu_is_that_of_the_whole_vocabulary(ranks):
+    """It computes what it does without compilation on CPU too; a rank may have padded rows only."""
+    for world_size, vocab_size in ((1, 24), (1, 19), (2, 19), (2, 11)):
+        config = tiny_config(tensor_model_parallel_size=world_size)
+        for loss, gradient, plain, expected, halves in ranks.run(split_loss, world_size, config, vocab_size):
+            np.testing.assert_allclose(loss, plain, rtol=1e-5)
+            np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-6)
+            assert halves.dtype == np.float32
+            np.testing.assert_allclose(halves, plain, rtol=2e-2)
+
+
 def poisoned_step(config):
     """Return whether a step with an infinite weight updated anything, and whether the parameters stayed."""
     import torch

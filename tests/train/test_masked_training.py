@@ -10,6 +10,7 @@ import torch
 from megatron_cpt.data.masked import PIECE
 from megatron_cpt.train.neftune import embedding_noise
 from megatron_cpt.train.shard_samples import loss_of_bits
+from tests.train.test_attention import with_bounds
 from tests.train.test_masked import write_conversations, write_packs
 from tests.train.tiny import BATCH, EOD, SEQ, run_steps, tiny_config
 
@@ -139,6 +140,11 @@ def test_masks_and_noise_are_the_same_under_every_layout(ranks, data, without_no
     ):
         for result in ranks.run(masked_steps, 2, config, *data):
             np.testing.assert_allclose(result, expected, **TOLERANCE)
+
+
+def test_chat_packs_and_documents_learn_the_same_by_bounds_as_by_masks(ranks, data, without_noise):
+    (steps,) = ranks.run(with_bounds, 1, masked_steps, tiny_config(), *data)
+    np.testing.assert_allclose(steps, without_noise, **TOLERANCE)
 
 
 def test_noise_is_uniform_seeded_by_sample_and_scaled_as_published():
