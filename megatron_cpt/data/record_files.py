@@ -220,12 +220,11 @@ def _content(message: dict[str, Any]) -> str:
 def _lines(source: Source) -> Iterator[tuple[int, bytes, Problem | None]]:
     number = 0
     for block, _, problem in stream_blocks(source, PIECE_BYTES, MAX_DOCUMENT_BYTES):
-        lines = block.split(b"\n")
-        if lines and not lines[-1]:
+        lines = (block if number else block.removeprefix(_BOM)).split(b"\n")
+        if not lines[-1]:
             lines.pop()
         for raw in lines:
             number += 1
-            raw = raw.removeprefix(_BOM) if number == 1 else raw
             if len(raw) > MAX_DOCUMENT_BYTES:
                 yield number, b"", Problem(0, records.TOO_LONG, f"{len(raw):,} bytes")
             else:

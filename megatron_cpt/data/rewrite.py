@@ -2,37 +2,40 @@
 
 All four read sources as lines and judge each line with the rules of `data/records.py`; validate only counts, the others
 write plain lines (optionally compressed) with a newline after every document. Repair also splits two objects that share
-a line, and drops byte-order marks, blank lines and what cannot be mended (kept in a reject file). Records with a list
-of `conversations` in place of the text pass through. Tables become JSON lines. Sources are worked on in parallel; an
-output whose sources are unchanged is kept.
+a line, and drops byte-order marks, blank lines, empty texts and what cannot be mended (kept in a reject file). Records with
+a list of `conversations` or `messages` in place of the text pass through. Tables become JSON lines. A text file that is one document is
+copied as it is. Sources are worked on in parallel; an output whose sources are unchanged is kept.
+
+Lines = documents + blank lines + empty texts + rejects, but that two objects which repair splits are one line.
 """
 
 import contextlib
+import glob
 import gzip
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import IO, Any
 
-import orjson
-
 from megatron_cpt.data import records
+from megatron_cpt.data.chat_records import MESSAGE_KEYS
 from megatron_cpt.data.documents import Source, plain_name
+from megatron_cpt.data.plain_reader import PlainReader
+from megatron_cpt.data.record_files import json_line, reject_writer
 from megatron_cpt.data.records import Problem
 from megatron_cpt.data.shard_writer import bad_line
+from megatron_cpt.data.source_pool import map_files
 from megatron_cpt.data.streams import MAX_DOCUMENT_BYTES, PIECE_BYTES, stream_blocks
 from megatron_cpt.errors import ConfigError, DataError
 from megatron_cpt.files import read_json, whole_file, write_json
-from megatron_cpt.log import Progress
 
 COMPRESSIONS = ("none", "gz", "zst")
 _BOM = b"\xef\xbb\xbf"
+_EXAMPLES = 5
+Reject = Callable[[dict[str, Any]], Any]
 
 
 @dataclass
@@ -52,9 +55,7 @@ class Findings:
         summary = f"{self.path}: {self.documents:,} documents in {self.lines:,} lines" + "".join(
             f"; {part}" for part in odd
         )
-        shown = [
-            f"  line {entry['line']}: {entry['reason']} ({entry.get('detail', '')})" for entry in self.examples[:5]
-        ]
+        shown = [f"  line {entry['line']}: {entry['reason']} ({entry.get('detail', '')})" for entry in self.examples]
         return "\n".join([summary, *shown])
 
 
@@ -69,6 +70,18 @@ class Rewriting:
     on_bad_line: str = "skip"
     compression: str = "none"
     max_document_bytes: int = MAX_DOCUMENT_BYTES
+    txt_documents: str = "line"
+    """Whether a .txt file holds a document per `line` or is one document (`file`)."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return what an output is made of and how."""
+        return {
+            "sources": [source.identity() for source in self.sources],
+            "keys": list(self.keys),
+            "on_bad_line": self.on_bad_line,
+            "max_document_bytes": self.max_document_bytes,
+            "txt_documents": self.txt_documents,
+        }
 
 
 def plan_tree_of_files(
@@ -76,11 +89,16 @@ def plan_tree_of_files(
 ) -> list[Rewriting]:
     """Return one rewriting per source, mirroring the tree, or per group of about `target_bytes` of a folder and format.
 
-    Raises: DataError when two sources would have the same output.
+    Raises: DataError when two sources would have the same output, an output exists that is not ours, or an earlier run with
+    another target size or compression left files of the same sources beside.
     """
     compression = settings.get("compression", "none")
     if compression not in COMPRESSIONS:
         raise ConfigError(f"compression is {compression!r}. Choose one of {', '.join(COMPRESSIONS)}.")
+    if target_bytes is not None and settings.get("txt_documents") == "file" and any(s.format == "txt" for s in sources):
+        raise ConfigError(
+            "text files that are one document each (--txt-documents file) cannot be merged. Leave them out."
+        )
     suffix = "" if compression == "none" else f".{compression}"
     groups: dict[tuple[Path, str], list[list[Source]]] = {}
     for source in sources:
@@ -103,7 +121,31 @@ def plan_tree_of_files(
             if any(output.absolute() == source.path.absolute() for source in group):
                 raise DataError(f"{output}: is its own source. Choose another --output-dir.")
             rewritings[output] = Rewriting(sources=tuple(group), output=output, **settings)
+    _check_folders(rewritings)
     return list(rewritings.values())
+
+
+def _check_folders(rewritings: Mapping[Path, Rewriting]) -> None:
+    """Refuse outputs that are not ours, and outputs of the same sources that would stay beside."""
+    makers = {os.path.abspath(source.path): work.output for work in rewritings.values() for source in work.sources}
+    for output in rewritings:
+        if output.exists() and not _record_path(output).exists():
+            raise DataError(f"{output}: exists already, from other work. Remove it or choose another --output-dir.")
+    for folder in {output.parent for output in rewritings}:
+        for path in sorted(folder.glob(".*.sources.json")):
+            output = path.with_name(path.name[1:].removesuffix(".sources.json"))
+            if output in rewritings or not output.exists():
+                continue
+            for entry in read_json(path, DataError)["identity"]["sources"]:
+                if entry["path"] in makers:
+                    raise DataError(
+                        f"{output}: holds {entry['path']} from an earlier run, which would go to "
+                        f"{makers[entry['path']]} as well. Remove it or choose another --output-dir."
+                    )
+
+
+def _record_path(output: Path) -> Path:
+    return output.with_name(f".{output.name}.sources.json")
 
 
 def rewrite_all(rewritings: Sequence[Rewriting], workers: int, label: str) -> list[Findings]:
@@ -111,51 +153,34 @@ def rewrite_all(rewritings: Sequence[Rewriting], workers: int, label: str) -> li
 
     Raises: DataError at the first bad line where the policy is to fail, and when a worker dies.
     """
-    progress = Progress(label, sum(source.size for work in rewritings for source in work.sources) / 1e6, "MB")
-    results: dict[int, list[Findings]] = {}
-    with ProcessPoolExecutor(max(1, min(workers, len(rewritings))), mp_context=get_context("forkserver")) as pool:
-        numbers = {pool.submit(rewrite, work): number for number, work in enumerate(rewritings)}
-        try:
-            for future in as_completed(numbers):
-                results[numbers[future]] = future.result()
-                progress.add(sum(source.size for source in rewritings[numbers[future]].sources) / 1e6)
-        except BrokenProcessPool:
-            raise DataError(
-                f"{label}: a worker process was killed, usually because memory ran out. "
-                "Run the same command again with fewer --workers; finished files are kept."
-            ) from None
-        finally:
-            pool.shutdown(cancel_futures=True)
-    return [findings for number in sorted(results) for findings in results[number]]
+    sizes = [sum(source.size for source in work.sources) for work in rewritings]
+    found = map_files(rewrite, [(work,) for work in rewritings], sizes, workers, label)
+    return [findings for group in found for findings in group]
 
 
 def rewrite(work: Rewriting) -> list[Findings]:
     """Do one rewriting and return what was found in each of its sources; a finished one is read from its record."""
     if work.output is None:
-        return [findings for findings, _ in (_look(source, work, lambda _: None) for source in work.sources)]
-    record_path = work.output.with_name(f".{work.output.name}.sources.json")
-    identity = {
-        "sources": [source.identity() for source in work.sources],
-        "keys": list(work.keys),
-        "on_bad_line": work.on_bad_line,
-    }
+        return [_look(source, work, None, None) for source in work.sources]
+    record_path, identity = _record_path(work.output), work.identity()
     if work.output.exists() and record_path.exists():
         record = read_json(record_path, DataError)
         if record["identity"] == identity and record["size"] == work.output.stat().st_size:
             return [Findings(**(found | _counters(found))) for found in record["findings"]]
-    rejects: list[dict[str, Any]] = []
-    findings = []
-    with whole_file(work.output, "wb") as file, _compressed(file, work.compression) as target:
-        for source in work.sources:
-            found, rejected = _look(source, work, target.write)
-            findings.append(found)
-            rejects += rejected
-    reject_path = work.output.with_name(work.output.name + ".rejects")
-    if rejects:
-        with whole_file(reject_path) as file:
-            file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in rejects)
-    else:
-        reject_path.unlink(missing_ok=True)
+    # written first, so that an output of ours is known as such also when the record of its findings is missing
+    write_json(record_path, {"identity": identity, "size": None, "findings": []})
+    for partial in work.output.parent.glob(f".{glob.escape(work.output.name)}.*.partial"):
+        partial.unlink(missing_ok=True)
+    with (
+        whole_file(work.output, "wb") as file,
+        _compressed(file, work.compression) as target,
+        reject_writer(work.output) as reject,
+    ):
+        findings = [_look(source, work, target.write, reject) for source in work.sources]
+    for source in work.sources:
+        status = source.path.stat()
+        if (status.st_size, status.st_mtime_ns) != (source.size, source.mtime_ns):
+            raise DataError(f"{source.path}: changed while it was read. Run the command again when it is at rest.")
     record = {"identity": identity, "size": work.output.stat().st_size, "findings": [vars(found) for found in findings]}
     write_json(record_path, record)
     return findings
@@ -165,10 +190,12 @@ def _counters(found: dict[str, Any]) -> dict[str, Any]:
     return {"notes": Counter(found["notes"]), "problems": Counter(found["problems"])}
 
 
-def _look(source: Source, work: Rewriting, write: Callable[[bytes], Any]) -> tuple[Findings, list[dict[str, Any]]]:
-    """Pass the good lines of a source to `write`; return what was found, and the rejects if lines are written."""
+def _look(source: Source, work: Rewriting, write: Callable[[bytes], Any] | None, reject: Reject | None) -> Findings:
+    """Pass the good lines of a source to `write` and the bad ones to `reject`, where given; return what was found."""
     found = Findings(str(source.path))
-    rejects: list[dict[str, Any]] = []
+    if source.format == "txt" and work.txt_documents == "file":
+        _look_at_text(source, work, write, reject, found)
+        return found
     is_start = True
     for data, is_end, damage in _blocks(source, work.max_document_bytes):
         if is_start and data.startswith(_BOM):
@@ -182,80 +209,128 @@ def _look(source: Source, work: Rewriting, write: Callable[[bytes], Any]) -> tup
             found.notes[records.NO_FINAL_NEWLINE] += 1
         good: list[bytes] = []
         for line in lines:
-            problem = _judge(line.removesuffix(b"\r"), source, work, found, good)
-            if problem:
-                _reject(source, problem, found, rejects, work)
+            if problem := _judge(line.removesuffix(b"\r"), source, work, found, good):
+                _reject(source, problem, found, reject, work)
             found.lines += 1
         if damage:
-            _reject(source, damage, found, rejects, work)
+            _reject(source, damage, found, reject, work)
             found.lines += 1
-        found.documents += len(good)
-        if good:
+        if good and write:
             write(b"\n".join(good) + b"\n")
-    found.examples = rejects[:5]
-    return found, rejects if work.output else []
+    return found
+
+
+def _look_at_text(
+    source: Source, work: Rewriting, write: Callable[[bytes], Any] | None, reject: Reject | None, found: Findings
+) -> None:
+    """Judge a text file that is one document, and write its bytes."""
+    with PlainReader(source.path, source.compression) as stream:
+        data, damage = stream.read_block(work.max_document_bytes + 1)
+    problem = Problem(0, records.DAMAGED, damage) if damage else None
+    if data.startswith(_BOM):
+        found.notes[records.BYTE_ORDER_MARK] += 1
+        data = data[len(_BOM) :]
+    if len(data) > work.max_document_bytes:
+        problem = Problem(0, records.TOO_LONG, f"over {work.max_document_bytes:,} bytes")
+    elif problem is None:
+        try:
+            data.decode()
+        except UnicodeDecodeError as error:
+            problem = Problem(0, records.INVALID_UTF8, f"byte {error.start}", data)
+    if problem:
+        _reject(source, problem, found, reject, work)
+    elif not data:
+        found.notes[records.EMPTY_TEXT] += 1
+    else:
+        found.documents += 1
+        if write:
+            write(data)
+    found.lines += 1
 
 
 def _judge(line: bytes, source: Source, work: Rewriting, found: Findings, good: list[bytes]) -> Problem | None:
-    """Add the documents of a line to `good`, or return why there are none."""
+    """Count and add the documents of a line to `good`, or return why there are none."""
     if not line.strip():
         found.notes[records.BLANK_LINE] += 1
         return None
     if len(line) > work.max_document_bytes:
         return Problem(0, records.TOO_LONG, f"{len(line):,} bytes")
-    if source.format == "txt":
-        try:
-            line.decode()
-        except UnicodeDecodeError as problem:
-            return Problem(0, records.INVALID_UTF8, f"byte {problem.start}", line)
-        good.append(line)
-        return None
-    if not work.keys:
+    if source.format == "txt" or not work.keys:
+        if source.format == "txt":
+            try:
+                line.decode()
+            except UnicodeDecodeError as problem:
+                return Problem(0, records.INVALID_UTF8, f"byte {problem.start}", line)
+        found.documents += 1
         good.append(line)
         return None
     try:
         record = records.object_of_line(line)
     except (ValueError, RecursionError):
-        kind, detail = records.line_problem(line)
-        parts = _objects_of_line(line) if kind == records.TWO_OBJECTS else None
-        if parts is None or any(_record_problem(part, work.keys) for part in parts):
-            return Problem(0, kind, detail, line)
-        found.notes[kind] += 1
-        good += [json.dumps(part, ensure_ascii=False).encode() for part in parts]
-        return None if work.output else Problem(0, kind, detail, line)
+        return _mend(line, work, found, good)
     if found_wrong := _record_problem(record, work.keys):
         return Problem(0, *found_wrong, line)
+    if _is_empty(record, work.keys):
+        found.notes[records.EMPTY_TEXT] += 1
+        return None
+    found.documents += 1
     good.append(line)
     return None
 
 
-def _objects_of_line(line: bytes) -> list[Any] | None:
-    """Return the JSON objects that share a line, separated by nothing, spaces or commas."""
+def _mend(line: bytes, work: Rewriting, found: Findings, good: list[bytes]) -> Problem | None:
+    """Add the objects of a line that is not one JSON value, or return what is wrong with it; without output it is only judged."""
+    if work.output is not None and line.startswith(_BOM):  # files with one were put together
+        found.notes[records.BYTE_ORDER_MARK] += 1
+        line = line[len(_BOM) :]
+        if not line.strip():
+            found.notes[records.BLANK_LINE] += 1
+            return None
+        with contextlib.suppress(ValueError, RecursionError):
+            record = records.object_of_line(line)
+            if found_wrong := _record_problem(record, work.keys):
+                return Problem(0, *found_wrong, line)
+            found.documents += 1
+            good.append(line)
+            return None
+    kind, detail = records.line_problem(line)
+    parts = _objects_of_line(line) if kind == records.TWO_OBJECTS else None
+    if work.output is None or parts is None or any(_record_problem(part, work.keys) for part, _ in parts):
+        return Problem(0, kind, detail, line)
+    found.notes[kind] += 1
+    found.documents += len(parts)
+    good += [raw for _, raw in parts]
+    return None
+
+
+def _objects_of_line(line: bytes) -> list[tuple[Any, bytes]] | None:
+    """Return the JSON objects that share a line, separated by nothing, spaces or commas, each with its bytes."""
     text, found = line.decode().strip(), []
     decoder = json.JSONDecoder()
     while text:
         try:
             value, end = decoder.raw_decode(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
-        found.append(value)
+        found.append((value, text[:end].encode()))
         text = text[end:].lstrip(" \t\r,")
     return found
+
+
+def _is_empty(record: dict[str, Any], keys: Sequence[str]) -> bool:
+    return all(record.get(key) == "" for key in keys)
 
 
 def _record_problem(record: Any, keys: Sequence[str]) -> tuple[str, str] | None:
     if not isinstance(record, dict):
         return records.NOT_AN_OBJECT, f"a {type(record).__name__}"
-    if isinstance(record.get("conversations"), list) and not any(
-        key in record for key in keys if key != "conversations"
-    ):
-        turns = record["conversations"]
+    chat_key = next((key for key in MESSAGE_KEYS if isinstance(record.get(key), list)), None)
+    if chat_key and not any(key in record for key in keys if key not in MESSAGE_KEYS):
+        turns = record[chat_key]
         for number, turn in enumerate(turns):
-            if not isinstance(turn, dict) or (
-                not {"role", "content"} <= turn.keys() and not {"from", "value"} <= turn.keys()
-            ):
-                return records.NOT_TEXT, f"turn {number} of 'conversations' has no role and content"
-        return None if turns else (records.EMPTY_TEXT, "'conversations' has no turns")
+            if found := _turn_problem(turn):
+                return found, f"turn {number} of {chat_key!r} has no role and content"
+        return None if turns else (records.EMPTY_TEXT, f"{chat_key!r} has no turns")
     for key in keys:
         if key not in record:
             return records.MISSING_KEY, f"no {key!r}; the keys are {', '.join(map(repr, list(record)[:8]))}"
@@ -264,12 +339,28 @@ def _record_problem(record: Any, keys: Sequence[str]) -> tuple[str, str] | None:
     return None
 
 
-def _reject(source: Source, problem: Problem, found: Findings, rejects: list[dict[str, Any]], work: Rewriting) -> None:
+def _turn_problem(turn: Any) -> str | None:
+    if not isinstance(turn, dict) or not any(turn.get(key) is not None for key in ("role", "from")):
+        return records.NOT_TEXT
+    content = next((turn[key] for key in ("content", "value") if turn.get(key) is not None), None)
+    if isinstance(content, list):
+        return None if all(isinstance(part, dict) for part in content) else records.NOT_TEXT
+    if "content" not in turn and "value" not in turn:
+        return records.NOT_TEXT
+    return records.value_problem(content)
+
+
+def _reject(source: Source, problem: Problem, found: Findings, reject: Reject | None, work: Rewriting) -> None:
     if work.on_bad_line == "fail":
         raise bad_line(source, found.lines + 1, problem, "fail")
     found.problems[problem.kind] += 1
-    if work.output or len(rejects) < 5:
-        rejects.append(problem.record(os.path.abspath(source.path), found.lines + 1))
+    if reject is None and len(found.examples) >= _EXAMPLES:
+        return
+    entry = problem.record(os.path.abspath(source.path), found.lines + 1)
+    if reject:
+        reject(entry)
+    if len(found.examples) < _EXAMPLES:
+        found.examples.append(entry)
 
 
 def _blocks(source: Source, max_document_bytes: int) -> Iterator[tuple[bytes, bool, Problem | None]]:
@@ -282,7 +373,7 @@ def _blocks(source: Source, max_document_bytes: int) -> Iterator[tuple[bytes, bo
 
     try:
         for batch in read_batches(source, None, PIECE_BYTES):
-            rows = [orjson.dumps(row, default=str) for row in batch.to_pylist()]
+            rows = [json_line(row) for row in batch.to_pylist()]
             yield b"\n".join(rows) + b"\n" if rows else b"", False, None
     except (pa.ArrowException, OSError) as problem:
         yield b"", True, Problem(0, records.DAMAGED, " ".join(str(problem).split())[:300])

@@ -13,7 +13,10 @@ from megatron_cpt.verbs.rewriting_arguments import add_rewriting_arguments, run_
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_rewriting_arguments(parser)
     parser.add_argument(
-        "--json-keys", nargs="+", default=["text"], help="keys a record needs; chat records need conversations instead"
+        "--json-keys",
+        nargs="+",
+        default=["text"],
+        help="keys a record needs; chat records need conversations or messages instead",
     )
 
 

@@ -13,7 +13,10 @@ from megatron_cpt.verbs.tokenize import add_input_arguments
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_input_arguments(parser)
     parser.add_argument(
-        "--json-keys", nargs="+", default=["text"], help="keys a record needs; chat records need conversations instead"
+        "--json-keys",
+        nargs="+",
+        default=["text"],
+        help="keys a record needs; chat records need conversations or messages instead",
     )
     parser.add_argument(
         "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: all cores)"
@@ -32,6 +35,7 @@ def run(arguments: argparse.Namespace) -> int | None:
             output=None,
             keys=tuple(arguments.json_keys),
             max_document_bytes=arguments.max_document_bytes,
+            txt_documents=arguments.txt_documents,
         )
         for source in sources
     ]

@@ -37,6 +37,7 @@ def run_rewriting(
         on_bad_line=on_bad_line,
         compression=arguments.compress,
         max_document_bytes=arguments.max_document_bytes,
+        txt_documents=arguments.txt_documents,
     )
     findings = rewrite_all(work, arguments.workers, label)
     sys.stdout.write("".join(f"{found}\n" for found in findings))

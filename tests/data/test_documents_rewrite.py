@@ -116,6 +116,75 @@ def test_a_second_run_keeps_files_of_unchanged_sources_and_redoes_the_others(tmp
     assert second[0] == first[0] and second[1].documents == 2
 
 
+def test_an_output_of_other_work_is_never_replaced(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.jsonl").write_text(GOOD)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/a.jsonl").write_text("mine")
+    with pytest.raises(DataError, match="exists already, from other work"):
+        rewrite([tmp_path / "in"], tmp_path / "out")
+    assert (tmp_path / "out/a.jsonl").read_text() == "mine"
+
+
+@pytest.mark.parametrize("change", [{"target_bytes": 1000}, {"compression": "zst"}])
+def test_files_of_an_earlier_run_with_other_sizes_do_not_stay_beside(tmp_path, change):
+    (tmp_path / "in").mkdir()
+    for name in "abc":
+        (tmp_path / f"in/{name}.jsonl").write_text(GOOD)
+    common = {"target_bytes": 1, "keys": (), "on_bad_line": "fail"}
+    rewrite([tmp_path / "in"], tmp_path / "out", **common)
+    with pytest.raises(DataError, match=r"from an earlier run, which would go to .* as well"):
+        rewrite([tmp_path / "in"], tmp_path / "out", **(common | change))
+
+
+def test_a_run_that_was_killed_before_its_record_goes_on(tmp_path, monkeypatch):
+    from megatron_cpt.data import rewrite as module
+
+    (tmp_path / "a.jsonl").write_text(GOOD)
+    real = module.write_json
+
+    def killed(path, value):
+        if value["size"] is not None:
+            raise KeyboardInterrupt
+        real(path, value)
+
+    monkeypatch.setattr(module, "write_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        rewrite([tmp_path / "a.jsonl"], tmp_path / "out")
+    assert (tmp_path / "out/a.jsonl").exists()
+    monkeypatch.setattr(module, "write_json", real)
+    assert rewrite([tmp_path / "a.jsonl"], tmp_path / "out")[0].documents == 1
+
+
+def test_repair_drops_a_byte_order_mark_within_a_file_and_keeps_two_objects_byte_for_byte(tmp_path):
+    lines = GOOD + "\ufeff" + GOOD + "\ufeff\n" + '{"text":  "\\u00e9", "x": "\\ud800"} , {"text": "b", "n": 1.50}\n'
+    (tmp_path / "a.jsonl").write_text(lines)
+    (found,) = rewrite([tmp_path / "a.jsonl"], tmp_path / "out")
+    assert (found.lines, found.documents, found.problems.total()) == (4, 4, 0)
+    two = '{"text":  "\\u00e9", "x": "\\ud800"}\n{"text": "b", "n": 1.50}\n'
+    assert (tmp_path / "out/a.jsonl").read_text() == GOOD * 2 + two
+
+
+@pytest.mark.parametrize(
+    ("turns", "is_good"),
+    [
+        ([{"role": "user", "content": "a"}], True),
+        ([{"from": "human", "value": "a", "role": None, "content": None}], True),
+        ([{"role": "user", "content": [{"type": "text", "text": "a"}]}], True),
+        ([{"role": "user", "content": None}], False),
+        ([{"role": "user", "content": 3}], False),
+        ([{"role": "user", "content": "\ud800"}], False),
+        ([{"content": "a"}], False),
+        (["a"], False),
+        ([], False),
+    ],
+)
+@pytest.mark.parametrize("key", ["conversations", "messages"])
+def test_chats_pass_through_and_bad_turns_are_named(tmp_path, key, turns, is_good):
+    (tmp_path / "a.jsonl").write_text(json.dumps({key: turns}) + "\n")
+    assert run("validate", "--input", tmp_path, "--workers", 1) == (0 if is_good else 1)
+
+
 def test_outputs_that_would_collide_or_replace_their_source_are_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text(GOOD)
     with pytest.raises(DataError, match="is its own source"):
