@@ -31,6 +31,7 @@ from megatron_cpt.data.datalist import DataEntry, read_data_list
 from megatron_cpt.data.replay import append_stage
 from megatron_cpt.data.shard_form import packing_problem, read_shard_form
 from megatron_cpt.data.shards import Shard, tokenizer_problems
+from megatron_cpt.data.skip_list import unread_prefixes
 from megatron_cpt.errors import DataError
 from megatron_cpt.log import format_count
 
@@ -168,6 +169,8 @@ def plan_blend(config: RunConfig, begun: Path | None = None, order: ContinuedOrd
     _refuse(config, problems)
 
     samples = spread_samples([entry.tokens or 0 for entry in entries], num_samples)
+    if unread := unread_prefixes(config, [shard.prefix for shard in shards]):
+        notes.append(f"the skip list names {len(unread)} shards that this stage does not read: {', '.join(unread[:3])}")
     empty: dict[str, list[str]] = {}
     for entry, count in zip(entries, samples, strict=True):
         if not count:

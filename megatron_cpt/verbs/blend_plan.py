@@ -10,6 +10,7 @@ import sys
 
 from megatron_cpt.config.load import add_run_arguments
 from megatron_cpt.data.epochs import load_run
+from megatron_cpt.errors import DataError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,14 +20,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from megatron_cpt.data.blend import plan_blend  # heavy: numpy
-    from megatron_cpt.data.datalist import write_data_list
+    from megatron_cpt.data.datalist import read_data_list, write_data_list
     from megatron_cpt.launch.parent_order import stage_order
+    from megatron_cpt.launch.progress import last_checkpoint
     from megatron_cpt.launch.run_dir import run_dir
 
     config = load_run(arguments).config
-    plan = plan_blend(config, order=stage_order(config))
+    run = run_dir(config)
+    path = run.data_list_path
+    plan = plan_blend(config, path, stage_order(config))
     sys.stdout.write(plan.table())
-    if arguments.write:
-        path = run_dir(config).data_list_path
-        write_data_list(path, plan.entries)
-        sys.stdout.write(f"written: {path}\n")
+    if not arguments.write:
+        return
+    if path.exists() and last_checkpoint(run) and list(read_data_list(path)) != list(plan.entries):
+        raise DataError(
+            f"{path}: the run has begun with this list, and the plan is another one. Give the plan another --variant."
+        )
+    write_data_list(path, plan.entries)
+    sys.stdout.write(f"written: {path}\n")

@@ -123,6 +123,19 @@ def test_build_index_with_several_processes_builds_what_one_builds(project, caps
     assert files[0] == files[1] and files[0]
 
 
+def test_the_list_of_a_run_that_has_begun_is_not_rewritten(project, capsys):
+    run(capsys, "plan", *STAGE, "--write")
+    path = project / "runs/task/tiny/6K/main/train_data.yaml"
+    before = path.read_text()
+    checkpoints = path.parent / "checkpoints"
+    (checkpoints / "iter_0000002").mkdir(parents=True)
+    (checkpoints / "latest_checkpointed_iteration.txt").write_text("2")
+    assert run(capsys, "plan", *STAGE, "--write")[0] == 0
+    code, _, err = run(capsys, "plan", *STAGE, "--write", "data.mix={D0: 0.5, D1: 0.5}")
+    assert code == 2 and "the run has begun with this list" in err
+    assert path.read_text() == before
+
+
 def test_replay_plans_from_lists_and_buffer_and_appends(project, capsys):
     run(capsys, "list", "data/tok/D0", "--output", "D0.yaml")
     run(capsys, "list", "data/tok/D1", "--output", "D1.yaml")

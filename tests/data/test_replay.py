@@ -142,6 +142,13 @@ def test_skipped_documents_count_as_not_available(data_dir):
     (data_dir / "skip.txt").write_text("# bad scans\nD1_text_document 0 99\nD1_text_document 50 149\n")
     plan = plan_blend(stage(data_dir, "one", {"D0": 0.9, "D1": 0.1}, skip_list="skip.txt"))
     assert [row.available for row in plan.corpora] == [64 * 200, 32 * 50]
+    (data_dir / "skip.txt").write_text("./D1_text_document 0 149\r\nD2_text_document 0 0\n")
+    plan = plan_blend(stage(data_dir, "one", {"D0": 0.9, "D1": 0.1}, skip_list="skip.txt"))
+    assert [row.available for row in plan.corpora] == [64 * 200, 32 * 50]
+    assert "the skip list names 1 shards that this stage does not read: D2_text_document" in plan.table()
+    (data_dir / "skip.txt").write_text("D7_text_document 0 9\n")
+    with pytest.raises(DataError, match="skip.txt: D7_text_document is no shard"):
+        plan_blend(stage(data_dir, "one", {"D0": 0.9, "D1": 0.1}, skip_list="skip.txt"))
     (data_dir / "skip.txt").write_text("D1_text_document 199 200\n")
     with pytest.raises(DataError, match="documents 199 to 200 of a shard that has 200"):
         plan_blend(stage(data_dir, "one", {"D0": 0.9, "D1": 0.1}, skip_list="skip.txt"))
