@@ -8,12 +8,16 @@ Ours is the whole program, `megatron-cpt train` in a process of its own, with da
 number comes from its `metrics.jsonl`. The others run in processes of their own too. Variants take turns; every number is the
 median over `--runs` of the median over the steps after the first two. Ratios are of tokens per second, above 1 where ours is
 faster. `ours` reads plain causal samples as the others do; `isolated` is ours with documents that do not see each other.
+
+On a GPU nothing is saved at the end (17 GB a run), `unfused` recomputes its attention in the backward pass (its scores do not
+fit otherwise), and a variant that runs out of memory is left out with a line that says so.
 """
 
 import argparse
 import json
 import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -93,6 +97,7 @@ def case(shape: dict[str, Any], *, seq_length: int, micro: int, batch: int, prec
     """Return one model and its batch."""
     return {
         "shape": shape,
+        "model": shape | {"max_position_embeddings": seq_length},
         "training": {
             "seq_length": seq_length,
             "micro_batch_size": micro,
@@ -107,8 +112,17 @@ def measure(name: str, case: dict[str, Any], folder: Path, arguments: argparse.N
     write_experiment(folder, case, arguments.steps)
     results: dict[str, list[dict[str, Any]]] = {variant: [] for variant in arguments.variants}
     for run in range(arguments.runs):
-        for variant in arguments.variants:
-            measured = run_plain(case, arguments) if variant == "plain" else run_ours(folder, variant, run, arguments)
+        for variant in list(results):
+            try:
+                measured = (
+                    run_plain(case, arguments)
+                    if variant == "plain"
+                    else run_ours(folder, case, variant, run, arguments)
+                )
+            except MemoryError:
+                sys.stderr.write(f"{name} run {run} {variant}: out of memory, left out\n")
+                del results[variant]
+                continue
             results[variant].append(measured)
             sys.stderr.write(
                 f"{name} run {run} {variant}: {statistics.median(measured['seconds']) * 1000:.1f} ms a step\n"
@@ -128,9 +142,8 @@ def write_experiment(folder: Path, case: dict[str, Any], steps: int) -> None:
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(texts, vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False)
     tokenizer.save(str(folder / "data" / "tokenizer" / "tokenizer.json"))
-    length = case["training"]["seq_length"]
     params = {
-        "model": case["shape"] | {"max_position_embeddings": length},
+        "model": case["model"],
         "training": case["training"],
         "optimizer": {"lr": 1e-3},
     }
@@ -157,12 +170,25 @@ def environment() -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(cores), **os.environ, "PYTHONPATH": str(ROOT)}
 
 
-def run_ours(folder: Path, variant: str, run: int, arguments: argparse.Namespace) -> dict[str, Any]:
+def check_answer(variant: str, answer: subprocess.CompletedProcess[str]) -> None:
+    """End the benchmark where a process failed. Raises: MemoryError where the GPU had too little memory."""
+    if answer.returncode and "OutOfMemoryError" in answer.stderr:
+        raise MemoryError(variant)
+    if answer.returncode:
+        sys.exit(f"{variant}: exit code {answer.returncode}\n{answer.stdout[-3000:]}{answer.stderr[-3000:]}")
+
+
+def run_ours(
+    folder: Path, case: dict[str, Any], variant: str, run: int, arguments: argparse.Namespace
+) -> dict[str, Any]:
     """Train with megatron-cpt and return what its metrics say."""
     runs = f"runs-{variant}-{run}"
     words = ["train", "--task", "task", "--params", "params.yaml", "--size", "short", f"paths.runs_dir={runs}"]
     words.append(f"data.reset_attention_mask={'true' if variant == 'isolated' else 'false'}")
-    patches = [name for name, wanted in (("unfused", variant == "unfused"), ("compile", arguments.compile)) if wanted]
+    if variant == "unfused" and arguments.gpu:
+        words.append("parallel.recompute_granularity=selective")
+    wanted = {"unfused": variant == "unfused", "compile": arguments.compile, "unsaved": arguments.gpu}
+    patches = [name for name, is_wanted in wanted.items() if is_wanted]
     program = (
         [str(ROOT / "benchmarks" / "train.py"), "--patched", "+".join(patches)] if patches else ["-m", "megatron_cpt"]
     )
@@ -170,14 +196,12 @@ def run_ours(folder: Path, variant: str, run: int, arguments: argparse.Namespace
     answer = subprocess.run(
         [sys.executable, *program, *words], cwd=folder, env=environment(), capture_output=True, text=True
     )
-    if answer.returncode:
-        sys.exit(f"{variant}: exit code {answer.returncode}\n{answer.stdout[-3000:]}{answer.stderr[-3000:]}")
+    check_answer(variant, answer)
     (metrics,) = (folder / runs).glob("**/metrics.jsonl")
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     steps = [record for record in records if record["kind"] == "train"]
     measured = steps[IGNORED_STEPS:]
-    (manifest,) = (folder / runs).glob("**/iter_*/manifest.json")
-    parameters = json.loads(manifest.read_text())["model"]
+    shutil.rmtree(folder / runs)
     return {
         "seconds": [step["step_seconds"] for step in measured],
         "outside": [
@@ -191,7 +215,7 @@ def run_ours(folder: Path, variant: str, run: int, arguments: argparse.Namespace
         "peak_bytes": steps[-1]["memory_bytes"],
         "tflops": [step["tflops_per_gpu"] for step in measured],
         "mfu": [step["mfu"] for step in measured],
-        "model": parameters,
+        "model": case["model"],
     }
 
 
@@ -206,20 +230,22 @@ def run_plain(case: dict[str, Any], arguments: argparse.Namespace) -> dict[str, 
     }
     command = [sys.executable, str(ROOT / "benchmarks" / "train_plain.py"), json.dumps(description)]
     answer = subprocess.run(command, env=environment(), capture_output=True, text=True)
-    if answer.returncode:
-        sys.exit(f"plain: exit code {answer.returncode}\n{answer.stderr[-3000:]}")
+    check_answer("plain", answer)
     result: dict[str, Any] = json.loads(answer.stdout.splitlines()[-1])
     return result | {"seconds": result["seconds"][IGNORED_STEPS:]}
 
 
 def run_patched(patches: str, words: list[str]) -> None:
-    """Be `megatron-cpt` with megatron-core's own attention, or with compiled layers."""
+    """Be `megatron-cpt` with megatron-core's own attention, with compiled layers, or without checkpoints."""
     import torch
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
     from megatron_cpt.cli import main as megatron_cpt
     from megatron_cpt.train import layer_spec, stage
+    from megatron_cpt.train.saving import Saver
 
+    if "unsaved" in patches:
+        Saver.save = lambda *_, **__: None  # type: ignore[method-assign]
     if "unfused" in patches:
         layer_spec.SdpaCoreAttention = DotProductAttention  # type: ignore[misc]
     if "compile" in patches:

@@ -106,6 +106,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         "masked_softmax_fusion": False,  # attention is SDPA's or Transformer Engine's
         "apply_rope_fusion": False,
         "moe_permute_fusion": False,
+        "moe_grouped_gemm": config.model.num_moe_experts is not None and has_transformer_engine(),
         # gloo matches two opposite sends between one pair of ranks in posting order: batched, VPP is silently wrong
         "batch_p2p_comm": on_gpu,
         "attention_softmax_in_fp32": True,
