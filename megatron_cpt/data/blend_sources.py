@@ -65,16 +65,30 @@ def parts_from_rules(config: RunConfig, begun: Mapping[str, int | None], problem
 
     The replay buffer takes part where a rule names the corpus `buffer`.
     """
+    parts = available_parts(config, begun, problems)
+    if problems:
+        return parts, dict.fromkeys(parts, Fraction(0))
+    return drawn_by_rules(config, parts, derived.train_tokens(config.training))
+
+
+def available_parts(config: RunConfig, begun: Mapping[str, int | None], problems: list[str]) -> Parts:
+    """Return the shards of every corpus that has token files, each weighted by its tokens, for `drawn_by_rules`."""
     data = config.data
     names = [name for name, corpus in data.corpora.items() if corpus.tokens]
     names += [replay.CORPUS] if replay.CORPUS in data.rules and replay.CORPUS not in names else []
-    parts = _corpus_parts(config, names, begun, problems)
+    return _corpus_parts(config, names, begun, problems)
+
+
+def drawn_by_rules(config: RunConfig, parts: Parts, budget: int) -> tuple[Parts, Shares]:
+    """Return what `data.rules` draw of available parts for a stage of `budget` tokens: the parts and shares.
+
+    Raises: DataError when the rules cannot meet the budget.
+    """
+    data = config.data
     found = [(corpus, part) for corpus, group in parts.items() for part in group]
     entries = [DataEntry(prefix=part.shard.prefix, tokens=part.available, corpus=corpus) for corpus, part in found]
-    if problems:
-        return parts, dict.fromkeys(parts, Fraction(0))
     rules = [
-        Rule(pattern=pattern, kind=kind, value=value, is_corpus=pattern in names)  # type: ignore[arg-type]
+        Rule(pattern=pattern, kind=kind, value=value, is_corpus=pattern in parts)  # type: ignore[arg-type]
         for pattern, (kind, value) in ((pattern, parse_rule(text)) for pattern, text in data.rules.items())
     ]
     drawn = {
@@ -82,7 +96,7 @@ def parts_from_rules(config: RunConfig, begun: Mapping[str, int | None], problem
         for entry in rescale(
             entries,
             rules,
-            derived.train_tokens(config.training),
+            budget,
             base=data.base_pool,
             base_ratio=None if data.base_ratio is None else exact(data.base_ratio),
             cap=None if data.cap_epochs is None else exact(data.cap_epochs),

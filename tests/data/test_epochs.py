@@ -75,3 +75,38 @@ def test_a_length_in_epochs_is_held_against_the_schedule(tmp_path):
 def test_uncounted_epochs_have_no_iterations(tmp_path):
     with pytest.raises(ConfigError, match="the token files have not been counted"):
         train_iters(loaded(tmp_path, 1.0, {"chat": 1.0}).config.training)
+
+
+def by_rules(tmp_path, epochs, rules, **shards):
+    case = loaded(tmp_path, epochs, dict.fromkeys(shards, 1.0), **shards)
+    data = dataclasses.replace(case.config.data, mix={}, rules=rules, max_epochs=100.0)
+    return LoadedConfig(dataclasses.replace(case.config, data=data), case.origins)
+
+
+@pytest.mark.parametrize(
+    ("rules", "iterations", "corpus"),
+    [
+        ({"chat": "share 0.8", "D0": "share 0.2"}, 50, "chat"),  # as data.mix gives it
+        ({"chat": "weight 4", "D0": "weight 1"}, 50, "chat"),
+        ({"D0": "epochs 0.25", "chat": "weight 1"}, 46, "chat"),  # 160 samples of chat and 25 of D0, whole batches of 4
+        ({"chat": "epochs 2", "D0": "weight 1"}, 90, "D0"),  # the longer the stage, the more of it is D0
+    ],
+)
+def test_rules_give_the_longest_stage_with_the_largest_corpus_read_so_often(tmp_path, rules, iterations, corpus):
+    result = with_iterations(by_rules(tmp_path, 2.0, rules, chat=[64] * 80, D0=[640] * 10))
+    assert result.config.training.train_iters == iterations
+    assert result.origins["training.train_iters"].startswith(f"2 epochs of {corpus}, ")
+    plan = {row.corpus: row for row in plan_blend(result.config).corpora}
+    assert plan[corpus].epochs <= 2 and plan[corpus].share == max(row.share for row in plan.values())
+    longer = dataclasses.replace(result.config.training, train_iters=iterations + 1)
+    after = {row.corpus: row for row in plan_blend(dataclasses.replace(result.config, training=longer)).corpora}
+    assert after[corpus].epochs > 2
+
+
+def test_rules_that_fit_no_length_are_refused_with_their_reason(tmp_path):
+    case = by_rules(tmp_path, 1.0, {"*": "epochs 3"}, chat=[64] * 81)
+    with pytest.raises(DataError, match="no length fits data.rules.*must make up 1"):
+        with_iterations(case)
+    case = by_rules(tmp_path, 0.01, {"*": "weight 1"}, chat=[64] * 81)
+    with pytest.raises(DataError, match="chat would be read more often in 1 iterations"):
+        with_iterations(case)

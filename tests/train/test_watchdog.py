@@ -1,9 +1,16 @@
 """A rank that hangs says where and ends; one that works is left alone."""
 
+import os
 import subprocess
 import sys
+import time
+from pathlib import Path
+
+import pytest
 
 from megatron_cpt.train.watchdog import HANG_EXIT_CODE
+from tests.distributed import RankFailure
+from tests.train.test_loop import PP2, run_stage
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:
@@ -24,3 +31,35 @@ def test_beats_keep_a_rank_alive():
 
 def test_no_time_out_means_no_watch():
     assert run("Watchdog(0)\ntime.sleep(0.3)\nprint('done')").stdout == "done\n"
+
+
+def stage_that_stalls(task: str, folder: str, rank: str, where: str, overrides: tuple[str, ...]) -> str:
+    """Train a stage of which one rank stalls in its third step or while it reads; its stderr goes to a file."""
+    from megatron_cpt.train import loop
+
+    log = os.open(Path(folder, f"rank_{os.environ['RANK']}.log"), os.O_WRONLY | os.O_CREAT, 0o644)
+    os.dup2(log, 2)
+    original, calls = getattr(loop, where), []
+
+    def stuck():
+        time.sleep(300)
+
+    def stalling(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 3 and os.environ["RANK"] == rank:
+            stuck()
+        return original(*arguments, **options)
+
+    setattr(loop, where, stalling)
+    return run_stage(task, "base", ("launch.hang_timeout=3", *overrides))
+
+
+@pytest.mark.parametrize(("stalled", "where"), [("0", "train_step"), ("1", "microbatches")])
+def test_a_stall_in_one_rank_shows_the_stacks_of_all_and_ends_all(ranks, experiment, tmp_path, stalled, where):
+    with pytest.raises(RankFailure) as failure:
+        ranks.run(stage_that_stalls, 2, str(experiment), str(tmp_path), stalled, where, PP2)
+    assert f"died with exit code {HANG_EXIT_CODE}" in str(failure.value)
+    for rank in ("0", "1"):
+        log = (tmp_path / f"rank_{rank}.log").read_text()
+        assert f"watchdog: rank {rank} has made no step for" in log and "_train_stage" in log
+        assert ("in stuck" in log) == (rank == stalled)
