@@ -262,7 +262,9 @@ def _tokenize_stages(config: RunConfig, num_array_tasks: int, run: RunDir) -> li
         parts.append((f"tokenize-{name}-validation", corpus.validation_documents, corpus.validation))
         for label, documents, tokens in parts:
             if documents and tokens:
-                stages.append(_tokenize_stage(config, label, documents, tokens[0], num_array_tasks, run))
+                # a validation set is small: one job
+                tasks = 1 if label.endswith("-validation") else num_array_tasks
+                stages += _tokenize_corpus(config, label, documents, tokens[0], tasks, run)
             elif documents and not tokens and not label.endswith("validation"):
                 raise ConfigError(_no_tokens(name, corpus))
     return stages
@@ -275,29 +277,36 @@ def _no_tokens(name: str, corpus: CorpusConfig) -> str:
     )
 
 
-def _tokenize_stage(
+def _tokenize_corpus(
     config: RunConfig, label: str, documents: tuple[str, ...], tokens: str, num_array_tasks: int, run: RunDir
-) -> Stage:
+) -> list[Stage]:
+    """Return the job that makes a corpus's token files; an array that makes parts of one shard needs one that joins them."""
     data_dir = Path(config.paths.data_dir)
     arguments = ["tokenize", "--input", *(str(data_dir / pattern) for pattern in documents)]
     arguments += ["--tokenizer", str(data_dir / (config.data.tokenizer or ""))]
     target = data_dir / tokens
-    if tokens.endswith(TOKENS_SUFFIX):
+    is_one_shard = tokens.endswith(TOKENS_SUFFIX)
+    if is_one_shard:
         arguments += ["--output-prefix", str(target).removesuffix(TOKENS_SUFFIX)]
-        files = [target.with_name(target.name + suffix) for suffix in (".bin", ".idx", ".json")]
-        return Stage(
-            name=label, stage="tokenize", arguments=tuple(arguments), is_done=all(path.is_file() for path in files)
-        )
-    arguments += ["--output-dir", str(target).split("*", 1)[0].rstrip("/")]
-    if num_array_tasks > 1:
+    else:
+        arguments += ["--output-dir", str(target).split("*", 1)[0].rstrip("/")]
+    files = [target.with_name(target.name + suffix) for suffix in (".bin", ".idx", ".json")]
+    is_whole = is_one_shard and all(path.is_file() for path in files)
+    is_array = num_array_tasks > 1
+    if is_array:
         arguments += ["--shard", "{array_index}/{num_array_tasks}"]
-    return Stage(
+    stage = Stage(
         name=label,
         stage="tokenize",
         arguments=tuple(arguments),
-        is_done=_has_finished(run, label),
-        num_array_tasks=num_array_tasks if num_array_tasks > 1 else None,
+        is_done=is_whole or ((is_array or not is_one_shard) and _has_finished(run, label)),
+        num_array_tasks=num_array_tasks if is_array else None,
     )
+    if not (is_array and is_one_shard):
+        return [stage]
+    join = ("data", "merge", "--output-prefix", str(target), "--remove-inputs")
+    name = label.replace("tokenize-", "merge-", 1)
+    return [stage, Stage(name=name, stage="tokenize", arguments=join, needs=(label,), is_done=is_whole)]
 
 
 def _soup_stage(config: RunConfig, run: RunDir, output: Path, soup_last: int, iterations: int) -> Stage:

@@ -105,12 +105,14 @@ def test_the_graph_knows_what_needs_what_and_what_is_there(task):
     chosen = submission(task)
     stages = {stage.name: stage for stage in pipeline_stages(chosen, num_array_tasks=4, soup_last=2)}
     assert list(stages) == [
-        "tokenize-D0", "tokenize-D0-validation", "tokenize-D1", "build-index", "convert-in", "train", "convert-out",
-        "soup", "evaluate", "report",
+        "tokenize-D0", "merge-D0", "tokenize-D0-validation", "tokenize-D1", "build-index", "convert-in", "train",
+        "convert-out", "soup", "evaluate", "report",
     ]  # fmt: skip
     assert stages["train"].needs == ("build-index", "convert-in")
-    assert stages["build-index"].needs == ("tokenize-D0", "tokenize-D0-validation", "tokenize-D1")
-    assert stages["tokenize-D1"].num_array_tasks == 4 and stages["tokenize-D0"].num_array_tasks is None
+    assert stages["build-index"].needs == ("tokenize-D0", "merge-D0", "tokenize-D0-validation", "tokenize-D1")
+    assert stages["tokenize-D1"].num_array_tasks == stages["tokenize-D0"].num_array_tasks == 4
+    assert stages["tokenize-D0-validation"].num_array_tasks is None
+    assert stages["merge-D0"].needs == ("tokenize-D0",) and stages["merge-D0"].arguments[:2] == ("data", "merge")
     assert stages["tokenize-D1"].arguments[-2:] == ("--shard", "{array_index}/{num_array_tasks}")
     assert [Path(word).name for word in stages["soup"].arguments[2:4]] == ["iter_0000080", "iter_0000100"]
     assert not any(stage.is_done for stage in stages.values())
