@@ -10,6 +10,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -20,17 +21,20 @@ ENGINES = ("fastokens", "gigatoken", "reference")
 """In the order in which `auto` tries them. The first two are about equally fast (benchmarks/tokenizing.py); fastokens was
 never seen to differ from the reference, gigatoken was (added tokens that strip spaces), and reads SentencePiece BPE."""
 
-EncodeFlat = Callable[[list[str]], tuple[np.ndarray, np.ndarray]]
-"""Texts to (ids of all texts one after the other, number of ids of each text)."""
+Encoded = tuple[np.ndarray, np.ndarray]
+"""Ids of all texts one after the other, and the number of ids of each text."""
+EncodeFlat = Callable[[list[str]], Encoded]
 
 LONG_DOCUMENT_CHARACTERS = 1 << 20
 _SHORT_TEXT_CHARACTERS = 1000
-"""Below this mean length gigatoken's batch call pays for itself; it imports awkward, a quarter of a second."""
+_FEW_CHARACTERS = 1 << 20
+"""Below the first mean length, and above the second sum, gigatoken's batch call pays for itself: it imports awkward, a
+quarter of a second, whose pyarrow starts a thread (and workers cannot be forked from a process with threads)."""
 _REMEMBERED_CHARACTERS = 1 << 26
 """After so many, gigatoken is loaded anew: it remembers every word it has met, without end (1.3 bytes a character were measured)."""
 _REFERENCE_BATCH_CHARACTERS = 1 << 19
 _CUT_CONTEXT_CHARACTERS = 512
-_SAMPLE_CHARACTERS = 8192
+_SAMPLE_CHARACTERS = 4096
 _SAMPLE_MARGIN_TOKENS = 64
 _CUT = re.compile(r"(?<=\w)(?=[ \n]\w)|(?<=[。、！？\n])(?=\w)|(?<=\w)(?=\W)")
 
@@ -48,7 +52,7 @@ class Engine:
         self._reference = _reference_encoder(tokenizer)
         self._encode = _ENCODERS[name](tokenizer)
 
-    def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, texts: list[str]) -> Encoded:
         """Return the ids of all texts one after the other, and the number of ids of each."""
         if all(len(text) <= LONG_DOCUMENT_CHARACTERS for text in texts):
             return self._encode(texts) if texts else (np.empty(0, np.uint32), np.empty(0, np.int64))
@@ -64,7 +68,7 @@ class Engine:
     def check_sample(self, texts: Sequence[str], ids: np.ndarray, lengths: np.ndarray, seed: int) -> str | None:
         """Compare one text of an encoded batch with the reference; return what differs, or None.
 
-        Of a long text its first 8,192 characters are compared, and the whole where those differ.
+        Of a long text its first 4,096 characters are compared, and the whole where those differ.
         """
         if self.name == "reference" or not texts:
             return None
@@ -80,24 +84,21 @@ class Engine:
         expected, _ = self._reference([text])
         return None if np.array_equal(expected, found) else _difference(text, expected, found)
 
-    def check_adversarial(self, part: int = 0, parts: int = 1) -> str | None:
-        """Compare every `parts`-th text of the adversarial set with the reference; return what differs, or None."""
-        if self.name == "reference":
-            return None
-        texts = adversarial_texts(self.tokenizer)[part::parts]
-        expected_ids, expected_lengths = self._reference(texts)
+    def check_adversarial(self, texts: list[str], expected: Encoded) -> str | None:
+        """Compare the ids of the adversarial set with the reference's; return what differs, or None."""
+        expected_ids, expected_lengths = expected
         ids, lengths = self._encode(texts)
         if np.array_equal(ids, expected_ids) and np.array_equal(lengths, expected_lengths):
             return None
         expected_ends, ends = np.cumsum(expected_lengths), np.cumsum(lengths)
         for i, text in enumerate(texts):
-            expected = expected_ids[expected_ends[i] - expected_lengths[i] : expected_ends[i]]
+            expected_text = expected_ids[expected_ends[i] - expected_lengths[i] : expected_ends[i]]
             found = ids[ends[i] - lengths[i] : ends[i]]
-            if not np.array_equal(expected, found):
-                return _difference(text, expected, found)
+            if not np.array_equal(expected_text, found):
+                return _difference(text, expected_text, found)
         return "the number of ids differs"
 
-    def _encode_long(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+    def _encode_long(self, text: str) -> Encoded:
         """Encode one text part by part, keeping the ids in their narrowest type: they are what memory goes to."""
         dtype = np.uint16 if self.tokenizer.vocab_size <= 1 << 16 else np.uint32
         ids = np.concatenate([self._encode([part])[0].astype(dtype) for part in self._parts(text)])
@@ -149,8 +150,29 @@ def load_engine(tokenizer: Tokenizer, name: str) -> Engine:
         raise EngineRefusal(f"{name} refuses the tokenizer ({type(problem).__name__}: {problem})") from None
 
 
+def load_checked_engine(tokenizer: Tokenizer, name: str) -> Engine:
+    """Return the engine `name` after it gave the reference's ids on the adversarial set.
+
+    The reference works on the set while a thread loads the engine: both let go of the interpreter's lock.
+
+    Raises: EngineRefusal when the engine cannot be used, or gives other ids.
+    """
+    if name == "reference":
+        return load_engine(tokenizer, name)
+    with ThreadPoolExecutor(1) as loader:
+        loading = loader.submit(load_engine, tokenizer, name)
+        texts = adversarial_texts(tokenizer)
+        expected = _reference_encoder(tokenizer)(texts)
+        engine = loading.result()
+        # in the thread too: an engine's caches belong to a thread, and those of this one would be copied by every fork
+        difference = loader.submit(engine.check_adversarial, texts, expected).result()
+    if difference:
+        raise EngineRefusal(f"{name} gives other ids: {difference}")
+    return engine
+
+
 def _reference_encoder(tokenizer: Tokenizer) -> EncodeFlat:
-    def encode(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    def encode(texts: list[str]) -> Encoded:
         ids, lengths = [np.empty(0, np.uint32)], []
         for batch in _batches(texts, _REFERENCE_BATCH_CHARACTERS):
             for found in tokenizer.encode_batch(batch):
@@ -179,14 +201,14 @@ def _gigatoken_encoder(tokenizer: Tokenizer) -> EncodeFlat:
     backend = gigatoken.Tokenizer.from_json(definition).backend
     remembered = 0
 
-    def encode(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    def encode(texts: list[str]) -> Encoded:
         nonlocal backend, remembered
         characters = sum(map(len, texts))
         remembered += characters
         if remembered > _REMEMBERED_CHARACTERS:
             backend = gigatoken.Tokenizer.from_json(definition).backend
             remembered = characters
-        if characters > _SHORT_TEXT_CHARACTERS * len(texts):
+        if characters > _SHORT_TEXT_CHARACTERS * len(texts) or characters < _FEW_CHARACTERS:
             found = [backend.encode(text) for text in texts]
             return np.concatenate(found), np.array([len(ids) for ids in found], dtype=np.int64)
         layout = backend.encode_batch(texts, parallel=False).layout
@@ -208,7 +230,7 @@ def _fastokens_encoder(tokenizer: Tokenizer) -> EncodeFlat:
     backend.no_truncation()
     backend.no_padding()
 
-    def encode(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    def encode(texts: list[str]) -> Encoded:
         ids, offsets = backend.encode_batch_flat(texts)
         return np.frombuffer(ids, np.uint32), np.diff(np.frombuffer(offsets, np.uint64).astype(np.int64))
 

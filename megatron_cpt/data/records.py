@@ -34,6 +34,7 @@ POLICIES = ("fail", "skip", "strict")
 
 _BOM = b"\xef\xbb\xbf"
 _MAX_KEPT_BYTES = 1 << 20
+_LONG_LINE_BYTES = 2048
 _DROPPED = b"\x00"
 
 
@@ -99,10 +100,8 @@ def parse_lines(
         data = data[len(_BOM) :]
     if not data:
         return parsed
-    lines = data.split(b"\n")
-    if not lines[-1]:
-        lines.pop()
-    elif is_end:
+    lines = _split_lines(data, as_views=format == "jsonl")
+    if is_end and not data.endswith(b"\n"):
         parsed.note(len(lines) - 1, NO_FINAL_NEWLINE)
     parsed.num_lines = len(lines)
     if len(data) > max_document_bytes:
@@ -171,8 +170,21 @@ def line_problem(line: bytes) -> tuple[str, str]:
     return INVALID_JSON, f"extra text after character {end}"
 
 
-def _parse_json_lines(lines: list[bytes], key: str, parsed: Parsed) -> None:
-    loads: Callable[[bytes], Any] = orjson.loads
+def _split_lines(data: bytes, *, as_views: bool) -> list[bytes] | list[memoryview]:
+    """Return the lines of a block without their newlines; long ones as views where the parser takes them, to copy nothing."""
+    if not as_views or len(data) < _LONG_LINE_BYTES * data.count(b"\n"):
+        return data.removesuffix(b"\n").split(b"\n")
+    view, lines, start = memoryview(data), [], 0
+    while start < len(data):
+        end = data.find(b"\n", start)
+        end = len(data) if end < 0 else end
+        lines.append(view[start:end])
+        start = end + 1
+    return lines
+
+
+def _parse_json_lines(lines: list[bytes] | list[memoryview], key: str, parsed: Parsed) -> None:
+    loads: Callable[[bytes | memoryview], Any] = orjson.loads
     (texts,), numbers = parsed.texts, parsed.lines
     for number, line in enumerate(lines):
         try:
@@ -187,15 +199,16 @@ def _parse_json_lines(lines: list[bytes], key: str, parsed: Parsed) -> None:
             _parse_odd_line(line, number, (key,), parsed)
 
 
-def _parse_json_lines_of_keys(lines: list[bytes], keys: Sequence[str], parsed: Parsed) -> None:
+def _parse_json_lines_of_keys(lines: list[bytes] | list[memoryview], keys: Sequence[str], parsed: Parsed) -> None:
     for number, line in enumerate(lines):
         _parse_odd_line(line, number, keys, parsed)
 
 
-def _parse_odd_line(line: bytes, number: int, keys: Sequence[str], parsed: Parsed) -> None:
+def _parse_odd_line(line: bytes | memoryview, number: int, keys: Sequence[str], parsed: Parsed) -> None:
     """Add one line's document, or say why there is none: the long way, used when the short one failed."""
     if line is _DROPPED:
         return
+    line = bytes(line)
     if not line.strip():
         parsed.note(number, BLANK_LINE)
         return

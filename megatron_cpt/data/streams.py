@@ -21,6 +21,7 @@ from megatron_cpt.errors import DataError
 PIECE_BYTES = 8 << 20
 MAX_DOCUMENT_BYTES = 256 << 20
 _READ_BYTES = 1 << 20
+_EDGE_BYTES = 1 << 14
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,35 +119,40 @@ def piece_bytes(piece: Piece, max_document_bytes: int) -> tuple[bytes, bool, Pro
 def read_range(piece: Piece, max_document_bytes: int) -> tuple[bytes, bool, bool]:
     """Return the whole lines that start in a byte range, whether the file ends there, and whether one was too long.
 
-    A line longer than the limit can only be the last of a range; it is left out.
+    A line longer than the limit can only be the last of a range; it is left out. The edges are looked up first, so that
+    the lines are read once, straight to their place.
     """
     with Path(piece.path).open("rb", buffering=0) as file:
-        lead = 1 if piece.start else 0
-        file.seek(piece.start - lead)
-        data = _read_exactly(file, piece.end - piece.start + lead, piece.path)
-        if lead:
-            first = data.find(b"\n", 0, len(data) - 1)
-            if first < 0:
-                return b"", False, False
-            data = data[first + 1 :]
-        if not data or data.endswith(b"\n"):
-            return data, piece.is_end, False
-        tail_start = data.rfind(b"\n") + 1
-        parts, length = [data], len(data) - tail_start
-        while more := file.read(_READ_BYTES):
-            newline = more.find(b"\n")
-            if newline >= 0:
-                parts.append(more[: newline + 1])
-                length += newline
-                break
-            length += len(more)
-            if length > max_document_bytes:
-                break
-            parts.append(more)
-        is_end = not more
-        if length > max_document_bytes:
-            return data[:tail_start], False, True
-        return b"".join(parts), is_end, False
+        size = os.fstat(file.fileno()).st_size
+        if size < piece.end:
+            raise _shorter(piece.path)
+        start = _behind_newline(file, piece.start - 1, piece.end - 1) if piece.start else 0
+        if start < 0:
+            return b"", False, False
+        limit = piece.end + max_document_bytes
+        end = _behind_newline(file, piece.end - 1, limit) if piece.end else 0
+        is_too_long = end < 0 and size > limit
+        is_end = end < 0 or (end == piece.end and piece.is_end)
+        if end < 0:
+            end = piece.end if is_too_long else size
+        file.seek(start)
+        data = _read_exactly(file, end - start, piece.path)
+    tail_start = data.rfind(b"\n", 0, max(len(data) - 1, 0)) + 1
+    if is_too_long or len(data) - tail_start - data.endswith(b"\n") > max_document_bytes:
+        return data[:tail_start], False, True
+    return data, is_end, False
+
+
+def _behind_newline(file: io.FileIO, start: int, end: int) -> int:
+    """Return the position behind the first newline among the bytes `start` to `end`; -1 if there is none."""
+    file.seek(start)
+    size = _EDGE_BYTES
+    while start < end and (data := file.read(min(size, end - start))):
+        newline = data.find(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        start, size = start + len(data), _READ_BYTES
+    return -1
 
 
 def stream_blocks(
@@ -260,6 +266,10 @@ def _read_exactly(file: io.FileIO, size: int, path: str) -> bytes:
     while len(data) < size:
         more = file.read(size - len(data))
         if not more:
-            raise DataError(f"{path}: is shorter than when it was listed. Files must not change while they are read.")
+            raise _shorter(path)
         data += more
     return data
+
+
+def _shorter(path: str) -> DataError:
+    return DataError(f"{path}: is shorter than when it was listed. Files must not change while they are read.")

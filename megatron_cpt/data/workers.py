@@ -6,10 +6,12 @@ worker writes with `pwrite`. So no ids travel between processes, nothing is merg
 depend on who is faster. Messages to a worker are small, so that no two processes can wait for each other's pipes.
 """
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
 import signal
+import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_cpt.data.engines import Engine, EngineRefusal, load_engine
+from megatron_cpt.data.engines import Engine, EngineRefusal, load_checked_engine, load_engine
 from megatron_cpt.data.records import Parsed, Problem
 from megatron_cpt.data.streams import Layout, Piece, parse_piece
 from megatron_cpt.data.tokenizer import Tokenizer, load_tokenizer
@@ -29,6 +31,7 @@ from megatron_cpt.errors import CptError, DataError
 ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "FASTOKENS_BPE_THREADS": "1"}
 """Environment that keeps the engines to one thread in each worker; fastokens has threads of its own besides rayon's."""
 
+_THREAD_END_SECONDS = 1.0
 _PR_SET_PDEATHSIG = 1
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
@@ -83,21 +86,17 @@ class WorkerPool:
     """
 
     def __init__(self, num_workers: int, job: Job, tokenizer: Tokenizer):
-        can_fork = len(os.listdir("/proc/self/task")) == 1
+        engine, can_fork = _prepare(job, tokenizer)
         context: Any = multiprocessing.get_context("fork" if can_fork else "forkserver")
         if not can_fork:
             context.set_forkserver_preload([__name__])
-        own_tokenizer = tokenizer if can_fork else None
         pipes = [context.Pipe() for _ in range(num_workers)]
         self.connections: list[Connection] = [ours for ours, _ in pipes]
         self.processes = []
-        for rank, (_, theirs) in enumerate(pipes):
+        for _, theirs in pipes:
             others = [end for pair in pipes for end in pair if end is not theirs] if can_fork else []
-            process = context.Process(
-                target=_work,
-                args=(theirs, others, job, rank, num_workers, os.getpid() if can_fork else None, own_tokenizer),
-                daemon=True,
-            )
+            arguments = (theirs, others, job, os.getpid() if can_fork else None, engine if can_fork else None)
+            process = context.Process(target=_work, args=arguments, daemon=True)
             process.start()
             self.processes.append(process)
         for _, theirs in pipes:
@@ -150,16 +149,43 @@ class WorkerPool:
         )
 
 
+def _prepare(job: Job, tokenizer: Tokenizer) -> tuple[Engine, bool]:
+    """Return a checked engine, and whether workers may be forked from this process with it: it has one thread."""
+    was_alone = _num_threads() == 1
+    with _one_thread():
+        try:
+            engine = load_checked_engine(tokenizer, job.engine)
+        except EngineRefusal as refusal:
+            raise EngineDifference(str(refusal)) from None
+    deadline = time.monotonic() + _THREAD_END_SECONDS
+    while was_alone and _num_threads() > 1 and time.monotonic() < deadline:
+        time.sleep(0.0005)  # a thread that was joined is still listed for a moment
+    return engine, _num_threads() == 1
+
+
+def _num_threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep the engines that are loaded here to one thread: a process that has others cannot be forked."""
+    before = {name: os.environ.get(name) for name in ONE_THREAD}
+    os.environ.update(ONE_THREAD)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
 def _work(
-    connection: Connection,
-    others: Sequence[Connection],
-    job: Job,
-    rank: int,
-    num_workers: int,
-    parent: int | None,
-    tokenizer: Tokenizer | None,
+    connection: Connection, others: Sequence[Connection], job: Job, parent: int | None, engine: Engine | None
 ) -> None:
-    """Serve tasks until the parent goes away."""
+    """Serve tasks until the parent goes away; a forked worker has the parent's engine, which was checked there."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if parent is not None and os.getppid() != parent:
         return
@@ -169,11 +195,7 @@ def _work(
     os.environ.update(ONE_THREAD)
     _keep_freed_memory()
     try:
-        tokenizer = tokenizer or load_tokenizer(job.tokenizer_path, job.eod_token)
-        engine = load_engine(tokenizer, job.engine)
-        difference = engine.check_adversarial(rank, num_workers)
-        if difference:
-            raise EngineRefusal(f"{job.engine} gives other ids: {difference}")
+        engine = engine or load_engine(load_tokenizer(job.tokenizer_path, job.eod_token), job.engine)
         connection.send(("ready",))
         _serve(connection, job, engine)
     except EngineRefusal as refusal:
@@ -190,7 +212,7 @@ def _keep_freed_memory() -> None:
     """Let glibc use the memory of one task again for the next: fresh pages cost a tenth of the time. musl has no such knob."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
         libc.mallopt(_M_TRIM_THRESHOLD, 1 << 28)
 
 

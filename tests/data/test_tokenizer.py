@@ -8,7 +8,7 @@ import pytest
 
 from megatron_cpt.data import engines
 from megatron_cpt.data.adversarial import adversarial_texts
-from megatron_cpt.data.engines import Engine, EngineRefusal, load_engine
+from megatron_cpt.data.engines import Engine, EngineRefusal, load_checked_engine, load_engine
 from megatron_cpt.data.tokenizer import load_tokenizer, same_tokenizer
 from megatron_cpt.errors import DataError
 from tests.data.conftest import SENTENCES, build_bpe, save_tokenizer
@@ -114,8 +114,7 @@ def split(ids, lengths):
 @pytest.mark.parametrize("engine", ["gigatoken", "fastokens"])
 def test_accelerated_engines_give_the_references_ids(bpe_dir, engine):
     tokenizer = load_tokenizer(bpe_dir)
-    loaded = load_engine(tokenizer, engine)
-    assert loaded.check_adversarial() is None
+    loaded = load_checked_engine(tokenizer, engine)
     texts = SENTENCES + ["x" * 3000 + text for text in SENTENCES]
     for found, expected in zip(split(*loaded.encode(texts)), reference_ids(tokenizer, texts), strict=True):
         assert np.array_equal(found, expected)
@@ -123,8 +122,7 @@ def test_accelerated_engines_give_the_references_ids(bpe_dir, engine):
 
 def test_gigatoken_reads_sentencepiece_bpe_and_takes_control_symbols_for_text(sentencepiece_model):
     tokenizer = load_tokenizer(sentencepiece_model)
-    engine = load_engine(tokenizer, "gigatoken")
-    assert engine.check_adversarial() is None
+    engine = load_checked_engine(tokenizer, "gigatoken")
     texts = ["a </s> b <s>", *SENTENCES]
     for found, expected in zip(split(*engine.encode(texts)), reference_ids(tokenizer, texts), strict=True):
         assert np.array_equal(found, expected)
@@ -147,17 +145,14 @@ def test_the_adversarial_set_catches_the_known_differences_of_gigatoken(tmp_path
     for name, tokenizer in (("nfc", with_nfc), ("strip", with_strip)):
         loaded = load_tokenizer(save_tokenizer(tokenizer, tmp_path / name))
         try:
-            engine = load_engine(loaded, "gigatoken")
+            engine = load_checked_engine(loaded, "gigatoken")
         except EngineRefusal:
             continue
         texts = [
             f"{a}{b}{c}" for a in ("a ", "e\u0301") for b in ("<mark>", "\u212b", "\u0323\u0301") for c in ("  b", "")
         ]
-        agrees = all(
-            np.array_equal(found, expected)
-            for found, expected in zip(split(*engine.encode(texts)), reference_ids(loaded, texts), strict=True)
-        )
-        assert agrees or engine.check_adversarial() is not None
+        for found, expected in zip(split(*engine.encode(texts)), reference_ids(loaded, texts), strict=True):
+            assert np.array_equal(found, expected), name
 
 
 def test_a_lying_engine_is_caught_by_both_checks(bpe_dir, monkeypatch):
@@ -172,8 +167,9 @@ def test_a_lying_engine_is_caught_by_both_checks(bpe_dir, monkeypatch):
         return encode
 
     monkeypatch.setitem(engines._ENCODERS, "gigatoken", lying)
+    with pytest.raises(EngineRefusal, match="gives other ids"):
+        load_checked_engine(tokenizer, "gigatoken")
     engine = load_engine(tokenizer, "gigatoken")
-    assert engine.check_adversarial() is not None
     text = [SENTENCES[0]]
     assert engine.check_sample(text, *engine.encode(text), 0) is not None
 
