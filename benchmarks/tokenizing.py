@@ -115,6 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=WORK, help="folder for corpora, tokenizers and outputs")
     parser.add_argument("--megabytes", type=int, default=400, help="size of the mixed corpus")
+    parser.add_argument("--cjk-share", type=float, default=0.3, help="share of Chinese and Japanese in its bytes (0.3)")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--corpora", nargs="+", default=["mixed", "small", "large"])
@@ -123,8 +124,9 @@ def main() -> None:
     parser.add_argument("--datatrove-python", type=Path, help="a Python that has datatrove[processing]")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    corpora = build_corpora(arguments.work / "corpora", arguments.megabytes)
-    tokenizers = train_tokenizers(arguments.work / "tokenizers", corpora["mixed"])
+    folder = arguments.work / f"corpora-{arguments.megabytes}-{arguments.cjk_share:g}"
+    corpora = build_corpora(folder, arguments.megabytes, arguments.cjk_share)
+    tokenizers = train_tokenizers(folder / "tokenizers", corpora["mixed"])
     print("| corpus | tokenizer | tool | wall s | processor s | peak MB | MB/s |\n|---|---|---|---|---|---|---|")
     for corpus in arguments.corpora:
         for tokenizer in arguments.tokenizers:
@@ -248,14 +250,15 @@ def text_bytes(corpus: Path) -> int:
     return int((corpus.parent / "text_bytes").read_text())
 
 
-def build_corpora(folder: Path, megabytes: int) -> dict[str, Path]:
+def build_corpora(folder: Path, megabytes: int, cjk_share: float) -> dict[str, Path]:
     """Write the three corpora unless they are there; return their files."""
     paths = {name: folder / name / "documents.jsonl" for name in ("mixed", "small", "large")}
     if all((path.parent / "text_bytes").exists() for path in paths.values()):
         return paths
     texts = []
     size = 0
-    for text in [*natural_texts(megabytes * 700_000), *cjk_texts(megabytes * 300_000)]:
+    cjk_bytes = round(megabytes * 1e6 * cjk_share)
+    for text in [*natural_texts(megabytes * 1_000_000 - cjk_bytes), *cjk_texts(cjk_bytes)]:
         texts.append(text)
         size += len(text.encode())
     random.Random(2).shuffle(texts)

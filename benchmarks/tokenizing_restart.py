@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--kill-after", type=float, nargs="+", default=[0.3, 0.6], help="shares of the shards")
     arguments = parser.parse_args()
-    corpora = build_corpora(arguments.work / "corpora", min(arguments.megabytes, 400))
+    corpora = build_corpora(arguments.work / "corpora", min(arguments.megabytes, 400), 0.3)
     tokenizer = train_tokenizers(arguments.work / "tokenizers", corpora["mixed"])["bpe"]
     folder = arguments.work / f"restart-{arguments.megabytes}"
     size = build_mixed(folder / "in", corpora["mixed"], arguments.megabytes * 1_000_000)
