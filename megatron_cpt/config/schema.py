@@ -315,7 +315,8 @@ class DataConfig:
     not trained on and not counted per corpus. `<run>/skip_iterations.txt` adds to it, one range a line."""
     fim_rate: float = 0.0
     """Fill in the middle (code): share of the documents within a sample that are rearranged, 0 to 1 (arXiv:2207.14255;
-    0.5 to 0.9 is usual); 0: off. Shards with a loss mask and validation sets stay as they are."""
+    0.5 to 0.9 is usual); 0: off. Cut between characters where the tokenizer gives the text again, else between tokens.
+    Shards with a loss mask and validation sets stay as they are."""
     fim_spm_rate: float = 0.5
     """Of the rearranged documents, the share in the order suffix, prefix, middle; the others: prefix, suffix, middle."""
     fim_prefix_token: str | None = None

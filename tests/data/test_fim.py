@@ -17,10 +17,75 @@ from tests.data.test_blend import run_config
 EOD, PRE, MID, SUF = 0, 1, 2, 3
 
 
-def fim(rate=1.0, spm_rate=0.0, **other):
+class NoText:
+    """A tokenizer whose tokens are no text, so that cuts fall between tokens."""
+
+    def decode(self, ids):
+        return "\ufffd" * len(ids)
+
+    def encode_batch(self, texts):
+        return [[1] * len(text) for text in texts]
+
+
+def fim(rate=1.0, spm_rate=0.0, tokenizer=None, **other):
     return FillInMiddle(
-        rate=rate, spm_rate=spm_rate, prefix=PRE, middle=MID, suffix=SUF, eod=EOD, seed=1, corpora=(), **other
-    )
+        rate=rate, spm_rate=spm_rate, seed=1, corpora=(), tokenizer=tokenizer or NoText(),
+        **({"prefix": PRE, "middle": MID, "suffix": SUF, "eod": EOD} | other),
+    )  # fmt: skip
+
+
+CODE = "def tokenise(größe: int) -> str:\n    return f'{größe} 語' * 3  # naïve\n" * 3
+
+
+def with_sentinels(tokenizer):
+    """Return the settings for a tokenizer, with ids beyond its own as sentinels."""
+    size = tokenizer.vocab_size
+    return {"prefix": size, "middle": size + 1, "suffix": size + 2, "eod": tokenizer.eod_id, "tokenizer": tokenizer}
+
+
+def text_parts(ids, settings):
+    """Return the texts of prefix, middle and suffix of a rearranged document in PSM order, and their ids."""
+    places = [int(np.flatnonzero(ids == settings[part])[0]) for part in ("prefix", "suffix", "middle")]
+    prefix, suffix, middle = (part[1:] for part in np.split(ids, places)[1:])
+    return [settings["tokenizer"].decode(part) for part in (prefix, middle, suffix)], (prefix, middle, suffix)
+
+
+def test_cuts_fall_between_characters_and_parts_are_tokenized_as_prompts_are(bpe_dir):
+    tokenizer = load_tokenizer(bpe_dir)
+    settings = with_sentinels(tokenizer)
+    (document,) = map(np.array, tokenizer.encode_batch([CODE]))
+    starts, inside = set(np.cumsum([len(tokenizer.decode([id])) for id in document]).tolist()), 0
+    for sample in range(40):
+        ids = fim(**settings).rearrange(document, "s", sample)
+        assert len(ids) == len(document)
+        (prefix, middle, suffix), (prefix_ids, middle_ids, _) = text_parts(ids, settings)
+        kept = (prefix + middle + suffix).rstrip("\ufffd")  # the end may be cut within a character
+        assert CODE.startswith(kept) and len(tokenizer.encode_batch([CODE[len(kept) :]])[0]) <= 12
+        if suffix:  # nothing was cut off these
+            assert [prefix_ids.tolist(), middle_ids.tolist()] == tokenizer.encode_batch([prefix, middle])
+        inside += len(prefix) not in starts
+    assert inside > 10
+
+
+def test_a_sample_that_begins_within_a_character_is_cut_between_tokens(bpe_dir):
+    tokenizer = load_tokenizer(bpe_dir)
+    settings = with_sentinels(tokenizer)
+    (whole,) = map(np.array, tokenizer.encode_batch(["語" + CODE]))
+    document = whole[1:]
+    assert tokenizer.decode(document).startswith("\ufffd")
+    for sample in range(10):
+        _, ids = text_parts(fim(**settings).rearrange(document, "s", sample), settings)
+        assert np.array_equal(np.concatenate(ids), document[:-3])
+
+
+def test_sentencepiece_puts_no_space_into_a_word(sentencepiece_model):
+    tokenizer = load_tokenizer(sentencepiece_model)
+    settings = with_sentinels(tokenizer)
+    (document,) = map(np.array, tokenizer.encode_batch(["the cat sat on the mat and looked at the other cats"]))
+    for sample in range(20):
+        _, ids = text_parts(fim(**settings).rearrange(document, "s", sample), settings)
+        joined = np.concatenate(ids)
+        assert tokenizer.decode(document).startswith(tokenizer.decode(joined))
 
 
 def parts(ids):
