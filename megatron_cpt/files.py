@@ -1,16 +1,20 @@
 """Files that appear under their final name only when they are whole: write beside, fsync, rename."""
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from megatron_cpt.errors import CptError
+
+_LEFTOVER_SECONDS = 86400
 
 
 @contextlib.contextmanager
@@ -41,11 +45,12 @@ def whole_dir(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; on success rename it to `path`, which must not exist.
 
     An exception inside the block removes the temporary folder. One that a killed process left behind is
-    named `.<name>.*.partial` and never mistaken for a result.
+    named `.<name>.*.partial` and never mistaken for a result; after a day it is removed.
     """
     if path.exists():
         raise CptError(f"{path}: exists already. A result is never overwritten. Remove it or choose another name.")
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     try:
         os.chmod(temporary, 0o777 & ~_umask())
@@ -106,6 +111,14 @@ def sync_dir(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove the temporary folders of `path` that nothing has been written into for a day."""
+    for folder in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        with contextlib.suppress(OSError):  # another process removes it too, or finishes it
+            if time.time() - max(file.stat().st_mtime for file in (folder, *folder.rglob("*"))) > _LEFTOVER_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _umask() -> int:

@@ -9,11 +9,13 @@ Megatron-Core's own blending places each sample by the largest error so far: at 
 off (measured: one large and 19 or 499 small shards), and the errors of a corpus's shards add up.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 import numpy as np
 
 _GOLDEN = 0.6180339887498949
+_WINDOW = 1 << 21
+"""Samples that are put in order at a time."""
 
 
 def blend_order(
@@ -24,33 +26,71 @@ def blend_order(
     `num_samples` and `corpora` are per entry of the data list. With `shuffle_seed` a corpus's samples are shuffled among
     its shards instead of spread evenly.
     """
-    names = list(dict.fromkeys(corpora))
-    members = [np.array([i for i, corpus in enumerate(corpora) if corpus == name]) for name in names]
+    members: dict[Hashable, list[int]] = {}
+    for entry, corpus in enumerate(corpora):
+        members.setdefault(corpus, []).append(entry)
+    groups = [np.array(group, dtype=np.int32) for group in members.values()]
     counts = np.array(num_samples, dtype=np.int64)
-    corpus_order = _spread(np.array([counts[group].sum() for group in members]), np.full(len(names), 0.5))
-    entry_index = np.empty(len(corpus_order), dtype=np.int32)
-    for number, group in enumerate(members):
+    of_corpus = np.array([counts[group].sum() for group in groups])
+    total = int(counts.sum())
+    inside = np.empty(total, dtype=np.int32)
+    """The entries of the first corpus in its order, then those of the second ..."""
+    starts = np.cumsum(of_corpus) - of_corpus
+    for number, group in enumerate(groups):
+        part = inside[starts[number] : starts[number] + of_corpus[number]]
         if shuffle_seed is None:
-            inside = _spread(counts[group], (np.arange(1, len(group) + 1) * _GOLDEN) % 1.0)
+            _fill(part, _spread(counts[group], (np.arange(1, len(group) + 1) * _GOLDEN) % 1.0), group)
         else:
-            inside = np.repeat(np.arange(len(group)), counts[group])
+            part[:] = np.repeat(group, counts[group])
             # RandomState's stream never changes between numpy versions; Generator's may.
-            np.random.RandomState(shuffle_seed + number).shuffle(inside)
-        entry_index[corpus_order == number] = group[inside]
-    return entry_index, _occurrences(entry_index, counts)
+            np.random.RandomState(shuffle_seed + number).shuffle(part)
+    entry_index = np.empty(total, dtype=np.int32)
+    sample_index = np.empty(total, dtype=np.int64)
+    given, drawn = starts.copy(), np.zeros(len(counts), dtype=np.int64)
+    done = 0
+    for order in _spread(of_corpus, np.full(len(groups), 0.5)):
+        window = slice(done, done := done + len(order))
+        entry_index[window] = inside[_occurrences(order, given)]
+        sample_index[window] = _occurrences(entry_index[window], drawn)
+    return entry_index, sample_index
 
 
-def _spread(counts: np.ndarray, phases: np.ndarray) -> np.ndarray:
-    """Return indices, each `counts[i]` times, spread evenly: item j of i stands at (j + phase) / count."""
-    ids = np.repeat(np.arange(len(counts)), counts)
-    places = (_ramps(counts) + phases[ids]) / counts[ids]
-    return ids[np.argsort(places, kind="stable")]
+def _spread(counts: np.ndarray, phases: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield indices, each `counts[i]` times, spread evenly: item j of i stands at (j + phase) / count.
+
+    They come in windows of about `_WINDOW` places, so that memory stays bounded; the order is that of one sort of all.
+    """
+    num_windows = max(1, int(counts.sum()) // _WINDOW)
+    divisors = np.maximum(counts, 1)
+    first = np.zeros_like(counts)
+    for window in range(1, num_windows + 1):
+        last = counts
+        if window < num_windows:
+            bound = window / num_windows
+            last = np.clip((bound * counts - phases).astype(np.int64) - 1, first, counts)
+            for _ in range(3):  # the very comparison that a sort would make, not the rounded bound, says what is below
+                last = last + ((last < counts) & ((last + phases) / divisors < bound))
+        ids = np.repeat(np.arange(len(counts)), last - first)
+        places = (first[ids] + _ramps(last - first) + phases[ids]) / counts[ids]
+        yield ids[np.argsort(places, kind="stable")]
+        first = last
 
 
-def _occurrences(index: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Return for each element how many equal ones precede it."""
+def _fill(target: np.ndarray, windows: Iterator[np.ndarray], values: np.ndarray) -> None:
+    """Put `values` of the indices of all windows into `target`, one after the other."""
+    done = 0
+    for window in windows:
+        target[done : done + len(window)] = values[window]
+        done += len(window)
+
+
+def _occurrences(index: np.ndarray, before: np.ndarray) -> np.ndarray:
+    """Return for each element how many equal ones precede it, plus `before[element]`, which grows by all of them."""
+    counts = np.bincount(index, minlength=len(before))
+    narrow = index.astype(np.uint16) if len(before) <= 1 << 16 else index  # sorted by radix
     occurrences = np.empty(len(index), dtype=np.int64)
-    occurrences[np.argsort(index, kind="stable")] = _ramps(counts)
+    occurrences[np.argsort(narrow, kind="stable")] = _ramps(counts) + np.repeat(before, counts)
+    before += counts
     return occurrences
 
 
