@@ -1,9 +1,11 @@
 """Audit: prove that token files hold exactly their sources' documents, from the files alone.
 
-For each shard: the index fits the `.bin` file and the manifest; lines add up (documents, rejects, blank lines and empty
-texts); every document ends with the end-of-document token; the sources, read again, hold the documents and bytes the
-manifest counts; sampled documents, encoded again by the reference tokenizer, give the ids on disk, and the ids decode to
-the text; documents whose ids repeat are counted.
+For each shard: the index fits the `.bin` file and the manifest, its offsets fit its lengths; every id is one of the tokenizer's;
+lines add up (documents, rejects, blank lines and empty texts); every document ends with the end-of-document token; the
+sources, read again, hold the documents, bytes, rejects and tokens the manifest counts, and the lines of the provenance
+sidecar; sampled documents (or all), encoded again by the reference tokenizer, give the ids on disk, and the ids decode to the
+text; documents whose ids repeat are counted. A damaged shard is reported like any other, and the next one is looked at. Of an
+adopted shard only the files can be checked.
 
 Of a masked shard (instruction data, packs) the files themselves are checked: the mask fits the tokens and the manifest, every
 document starts a piece, and ends with the end-of-document token or is a pack of the stated length, filled as it should be.
@@ -25,6 +27,7 @@ import numpy as np
 
 from megatron_cpt.data.chat_audit import check_conversations
 from megatron_cpt.data.documents import Source, list_sources
+from megatron_cpt.data.engines import EncodeFlat, load_engine
 from megatron_cpt.data.indexed import (
     ShardIndex,
     document_bounds,
@@ -35,10 +38,14 @@ from megatron_cpt.data.indexed import (
 )
 from megatron_cpt.data.masked import LEARNED, PIECE, has_mask, is_mask, read_mask
 from megatron_cpt.data.records import BLANK_LINE, EMPTY_TEXT, Parsed
+from megatron_cpt.data.shard_writer import provenance_path
 from megatron_cpt.data.streams import Layout, parse_piece, pieces_of
 from megatron_cpt.data.tokenizer import Tokenizer, same_tokenizer
 from megatron_cpt.errors import DataError
 from megatron_cpt.log import Progress
+
+_CHUNK_TOKENS = 1 << 24
+_DECODED_CHARACTERS = 1 << 20
 
 
 @dataclass
@@ -53,10 +60,14 @@ class Audit:
     samples: int = 0
     decoded: int = 0
     """Samples whose ids decode to exactly the text (all, unless the tokenizer normalizes)."""
+    too_long_to_decode: int = 0
+    """Samples of over a million characters, which are encoded again but not decoded: that takes a hundred times their size."""
     inner_eod: int = 0
     """Documents with the end-of-document token before their end, from texts that spell it."""
     masked: str = ""
     """What was found in a masked shard, whose texts are not encoded again."""
+    is_adopted: bool = False
+    """Whether its sources are unknown, since another program made it."""
     problems: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -70,16 +81,24 @@ class Audit:
             )
             return "\n".join([line, *(f"  {problem}" for problem in self.problems)]) + "\n"
         verdict = "holds its sources" if not self.problems else f"{len(self.problems)} problems"
+        if self.is_adopted and not self.problems:
+            verdict = "adopted, its sources are not known; the files fit"
+        not_decoded = f", {self.too_long_to_decode:,} too long to decode" if self.too_long_to_decode else ""
         line = (
             f"{self.prefix}: {verdict}; {self.documents:,} documents, {self.tokens:,} tokens, "
-            f"{self.samples:,} samples encode to the same ids ({self.decoded:,} decode to the same text), "
+            f"{self.samples:,} samples encode to the same ids ({self.decoded:,} decode to the same text{not_decoded}), "
             f"{self.duplicates:,} duplicate documents, {self.inner_eod:,} with an inner end-of-document token"
         )
         return "\n".join([line, *(f"  {problem}" for problem in self.problems)]) + "\n"
 
 
-def audit_shard(prefix: Path, tokenizer: Tokenizer, num_samples: int = 200, seed: int = 0) -> Audit:
-    """Return what is wrong with a shard, if anything; the sources are read again."""
+def audit_shard(prefix: Path, tokenizer: Tokenizer, num_samples: int | None = 200, seed: int = 0) -> Audit:
+    """Return what is wrong with a shard, if anything; the sources are read again.
+
+    `num_samples` documents are encoded again; None: all.
+
+    Raises: DataError when the shard is damaged beyond reading, or was made by another tokenizer.
+    """
     index, manifest = read_index(prefix), read_shard_manifest(prefix)
     found = Audit(prefix, index.num_documents, index.num_tokens)
     if not same_tokenizer(manifest["tokenizer"], tokenizer.identity):
@@ -98,34 +117,61 @@ def audit_shard(prefix: Path, tokenizer: Tokenizer, num_samples: int = 200, seed
                 if source is None
             ]
             found.samples, problems = check_conversations(
-                index, manifest, tokens, mask, sources, tokenizer.path, num_samples, seed
+                index, manifest, tokens, mask, sources, tokenizer.path, _number_of(num_samples, index), seed
             )
             found.problems += problems
         return found
-    _check_counts(index, manifest, found)
-    if manifest["options"]["append_eod"]:
+    _check_offsets(index, found)
+    _check_ids(tokens, tokenizer, found)
+    if manifest["options"].get("append_eod"):
         _check_ends(bounds, tokens, tokenizer.eod_id, found)
     found.duplicates = _duplicates(bounds, tokens)
-    chosen = set(random.Random(seed).sample(range(index.num_documents), min(num_samples, index.num_documents)))
+    if manifest["options"].get("adopted"):
+        found.is_adopted = True
+        return found
+    _check_counts(index, manifest, found)
+    chosen = set(random.Random(seed).sample(range(index.num_documents), _number_of(num_samples, index)))
+    encode = load_engine(tokenizer, "reference").encode
+    sidecar = provenance_path(prefix)
+    rows = np.load(sidecar, mmap_mode="r") if sidecar.exists() else None
+    if manifest["options"].get("provenance") and (rows is None or rows.shape != (index.num_documents, 2)):
+        found.problems.append(f"{sidecar}: does not hold a line for each of the {index.num_documents:,} documents")
+        rows = None
     number = 0
     for source_number, entry in enumerate(manifest["sources"]):
+        first, last = min(number, index.num_documents), min(number + entry["documents"], index.num_documents)
+        in_shard = int(bounds[last] - bounds[first])
+        if in_shard != entry["tokens"]:
+            found.problems.append(f"{entry['path']}: has {in_shard:,} tokens; the manifest counts {entry['tokens']:,}")
         source = source_of(entry, manifest)
         if source is None:
             found.problems.append(f"{entry['path']}: is gone or changed since; its documents cannot be compared")
             number += entry["documents"]
             continue
-        documents = text_bytes = 0
-        for _, parsed in read_source(source, source_number, layout_of(manifest)):
+        documents = text_bytes = rejects = 0
+        is_traced = True
+        for before, parsed in read_source(source, source_number, layout_of(manifest)):
             texts = parsed.texts[manifest["options"]["keys"].index(manifest["key"])]
-            for text in texts:
-                text_bytes += len(text) if text.isascii() else len(text.encode())
-                if number in chosen:
-                    _check_sample(number, text, tokens[bounds[number] : bounds[number + 1]], tokenizer, manifest, found)
-                number += 1
+            text_bytes += sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
+            rejects += len(parsed.problems)
+            numbers = [first + documents + i for i in range(len(texts)) if first + documents + i in chosen]
+            for sample in numbers:
+                ids = tokens[bounds[sample] : bounds[sample + 1]]
+                _check_sample(sample, texts[sample - first - documents], ids, tokenizer, encode, manifest, found)
+            if rows is not None and is_traced:
+                expected = before + 1 + np.array(parsed.lines, dtype=np.int64)
+                mine = rows[first + documents : first + documents + len(texts)]
+                is_traced = len(mine) == len(expected) and bool(
+                    (mine == np.stack([np.full_like(expected, source_number), expected], 1)).all()
+                )
             documents += len(texts)
-        for name, count in (("documents", documents), ("bytes", text_bytes)):
-            if count != entry[name]:
-                found.problems.append(f"{entry['path']}: holds {count:,} {name}; the manifest counts {entry[name]:,}")
+        if not is_traced:
+            found.problems.append(f"{sidecar}: tells other lines of {entry['path']} than hold its documents")
+        stated = {"documents": entry["documents"], "bytes": entry["bytes"], "rejects": sum(entry["rejects"].values())}
+        for name, count in (("documents", documents), ("bytes", text_bytes), ("rejects", rejects)):
+            if count != stated[name]:
+                found.problems.append(f"{entry['path']}: holds {count:,} {name}; the manifest counts {stated[name]:,}")
+        number += entry["documents"]
     return found
 
 
@@ -181,14 +227,43 @@ def read_source(source: Source, number: int, layout: Layout) -> Iterator[tuple[i
         before += parsed.num_lines
 
 
-def audit_all(prefixes: list[Path], tokenizer: Tokenizer, num_samples: int) -> list[Audit]:
-    """Audit several shards, with progress."""
+def audit_all(prefixes: list[Path], tokenizer: Tokenizer, num_samples: int | None) -> list[Audit]:
+    """Audit several shards, with progress; one that is damaged beyond reading does not keep the others from it."""
     progress = Progress("audit", len(prefixes), "shards")
     audits = []
     for prefix in prefixes:
-        audits.append(audit_shard(prefix, tokenizer, num_samples))
+        try:
+            audits.append(audit_shard(prefix, tokenizer, num_samples))
+        except DataError as problem:
+            audits.append(Audit(prefix, problems=[str(problem)]))
         progress.add(1)
     return audits
+
+
+def _number_of(num_samples: int | None, index: ShardIndex) -> int:
+    return index.num_documents if num_samples is None else min(num_samples, index.num_documents)
+
+
+def _check_offsets(index: ShardIndex, found: Audit) -> None:
+    expected = np.zeros(len(index.sequence_lengths), dtype=np.int64)
+    np.cumsum(index.sequence_lengths[:-1], dtype=np.int64, out=expected[1:])
+    expected *= index.dtype.itemsize
+    if not np.array_equal(expected, index.sequence_pointers):
+        found.problems.append("the offsets of the index do not follow from its lengths; training reads other tokens")
+    if len(index.document_indices) > 1 and int(np.diff(index.document_indices).min()) < 0:
+        found.problems.append("the documents of the index are not in order")
+
+
+def _check_ids(tokens: np.ndarray, tokenizer: Tokenizer, found: Audit) -> None:
+    for start in range(0, len(tokens), _CHUNK_TOKENS):
+        chunk = tokens[start : start + _CHUNK_TOKENS]
+        wrong = np.flatnonzero((chunk < 0) | (chunk >= tokenizer.vocab_size))
+        if len(wrong):
+            place = start + int(wrong[0])
+            found.problems.append(
+                f"token {place:,} is {int(tokens[place])}; the tokenizer has {tokenizer.vocab_size:,} tokens"
+            )
+            return
 
 
 def _check_counts(index: ShardIndex, manifest: dict[str, Any], found: Audit) -> None:
@@ -276,14 +351,25 @@ def _duplicates(bounds: np.ndarray, tokens: np.ndarray) -> int:
 
 
 def _check_sample(
-    number: int, text: str, ids: np.ndarray, tokenizer: Tokenizer, manifest: dict[str, Any], found: Audit
+    number: int,
+    text: str,
+    ids: np.ndarray,
+    tokenizer: Tokenizer,
+    encode: EncodeFlat,
+    manifest: dict[str, Any],
+    found: Audit,
 ) -> None:
-    expected = tokenizer.encode_batch([text])[0]
     if manifest["options"]["append_eod"]:
-        expected = [*expected, tokenizer.eod_id]
-    found.samples += 1
-    if expected != ids.tolist():
-        found.samples -= 1
+        ids, end = ids[:-1], ids[-1:]
+        is_same = len(end) == 1 and int(end[0]) == tokenizer.eod_id
+    else:
+        is_same = True
+    expected, _ = encode([text])
+    if not is_same or not np.array_equal(expected, ids):
         found.problems.append(f"document {number:,} is not what its source gives: {text[:60]!r}")
-    elif tokenizer.decode(ids[:-1] if manifest["options"]["append_eod"] else ids) == text:
+        return
+    found.samples += 1
+    if len(text) <= _DECODED_CHARACTERS and tokenizer.decode(ids) == text:
         found.decoded += 1
+    elif len(text) > _DECODED_CHARACTERS:
+        found.too_long_to_decode += 1
