@@ -33,6 +33,11 @@ class RunDir:
         return self.path / "data_order.json"
 
     @property
+    def superseded(self) -> Path:
+        """Settings and data lists of a run whose data were changed, per last iteration (`train/superseded.py`)."""
+        return self.path / "superseded"
+
+    @property
     def jobs(self) -> Path:
         """Rendered job scripts and the submission ledger."""
         return self.path / "jobs"

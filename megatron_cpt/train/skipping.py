@@ -48,21 +48,25 @@ def tokens_per_corpus(
     entries: list[DataEntry],
     dataset: BlendedSamples,
     sizes: BatchSizes,
-    iteration: int,
+    iterations: tuple[int, int],
     skipped: Ranges,
     seq_length: int,
+    before: dict[str, int],
 ) -> dict[str, int]:
-    """Return the tokens of each corpus in the first `iteration` iterations without the skipped ones.
+    """Return the tokens of each corpus up to the end of the last of `iterations`, without the skipped ones.
 
-    Counted from the blend's own index.
+    `before` are those of the first `iterations[0]`, which another blend may have given; the rest is counted from the
+    blend's own index.
     """
+    start, end = iterations
 
     def counts(first: int, last: int) -> Any:
         index = dataset.dataset_index[sizes.samples(first) : sizes.samples(last)]
         return numpy.bincount(index, minlength=len(entries))
 
-    trained = counts(0, iteration) - sum(counts(first - 1, last) for first, last in clipped(skipped, 1, iteration))
-    totals: dict[str, int] = {}
+    passed = clipped(skipped, start + 1, end)
+    trained = counts(start, end) - sum(counts(first - 1, last) for first, last in passed)
+    totals = dict(before)
     for entry, count in zip(entries, trained, strict=True):
         name = entry.corpus or entry.prefix
         totals[name] = totals.get(name, 0) + int(count) * seq_length

@@ -42,6 +42,7 @@ from megatron_cpt.train.revision import code_revision
 from megatron_cpt.train.samples import BlendedSamples
 from megatron_cpt.train.skipping import passed_ranges, skipped_ranges, tokens_per_corpus
 from megatron_cpt.train.step import layout_text
+from megatron_cpt.train.superseded import keep_superseded
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,8 @@ class Stage:
     """The run's own checkpoint that was loaded; None at a stage's start."""
     iteration: int
     """Iterations that this checkpoint has behind it."""
+    counted: dict[str, int]
+    """Tokens of each corpus in these."""
     recent_losses: list[float]
     """The spike detector's window at that iteration."""
     differences: list[str]
@@ -86,7 +89,13 @@ class Stage:
             "consumed_samples": samples,
             "consumed_tokens": samples * config.training.seq_length,
             "tokens_per_corpus": tokens_per_corpus(
-                self.entries, self.dataset, self.sizes, iteration, self.skipped, config.training.seq_length
+                self.entries,
+                self.dataset,
+                self.sizes,
+                (self.iteration, iteration),
+                self.skipped,
+                config.training.seq_length,
+                self.counted,
             ),
             "skipped_iterations": passed_ranges(self.skipped, iteration),
             "recent_losses": losses,
@@ -121,7 +130,11 @@ def prepare(loaded: LoadedConfig, *, from_start: bool = False) -> Stage | None:
         check_position(manifest, config, resume)
     order = on_rank_0(lambda: _order(config, run, manifest))
     may_change_list = own is None or may_change_data_list(config)
-    entries = on_rank_0(lambda: _prepare_run_dir(loaded, run, order, may_change_list=may_change_list))
+    is_changed = manifest is not None and reads_other_data(manifest["config"], config)
+    behind = None if from_start and own else iteration
+    entries = on_rank_0(
+        lambda: _prepare_run_dir(loaded, run, order, behind, is_changed=is_changed, may_change_list=may_change_list)
+    )
     data_dir = Path(config.paths.data_dir)
     tokenizer = load_tokenizer(data_dir / config.data.tokenizer) if config.data.tokenizer else None
     if tokenizer is None:
@@ -147,6 +160,7 @@ def prepare(loaded: LoadedConfig, *, from_start: bool = False) -> Stage | None:
         skipped=on_rank_0(lambda: skipped_ranges(config, run, manifest)),
         resume=resume,
         iteration=iteration,
+        counted=dict(manifest["tokens_per_corpus"]) if manifest else {},
         recent_losses=manifest.get("recent_losses", []) if manifest else [],
         differences=differences,
     )
@@ -160,6 +174,7 @@ def go_back(stage: Stage) -> None:
     set_hyperparameters(stage.optimizer, config)
     manifest = read_manifest(directory)
     stage.resume, stage.iteration = directory, int(manifest["iteration"])
+    stage.counted = dict(manifest["tokens_per_corpus"])
     stage.recent_losses = manifest.get("recent_losses", [])
     stage.skipped = on_rank_0(lambda: skipped_ranges(config, run, manifest))
 
@@ -223,20 +238,32 @@ def _order(config: RunConfig, run: RunDir, manifest: dict[str, Any] | None) -> C
 
 
 def _prepare_run_dir(
-    loaded: LoadedConfig, run: RunDir, order: ContinuedOrder | None, *, may_change_list: bool
+    loaded: LoadedConfig,
+    run: RunDir,
+    order: ContinuedOrder | None,
+    iteration: int | None,
+    *,
+    is_changed: bool,
+    may_change_list: bool,
 ) -> list[DataEntry]:
     """Write the run directory's configuration, revision, order and data list; return the list's entries.
+
+    What the run read in its first `iteration` iterations (None: it does not go on) is kept where another list, or the same
+    in another order (`is_changed`), follows.
 
     Raises: DataError when the data of a run that has begun would change.
     """
     plan = plan_blend(loaded.config, begun=run.data_list_path, order=order)
     run.path.mkdir(parents=True, exist_ok=True)
+    is_other = run.data_list_path.exists() and list(read_data_list(run.data_list_path)) != list(plan.entries)
+    if iteration is not None and (may_change_list or not is_other):
+        keep_superseded(run, iteration, is_changed=is_changed or is_other)
     if order is not None:  # before the list, which follows from it
         write_order(run.data_order_path, order)
     elif may_change_list:
         run.data_order_path.unlink(missing_ok=True)
     if run.data_list_path.exists() and not may_change_list:
-        if list(read_data_list(run.data_list_path)) != list(plan.entries):
+        if is_other:
             raise DataError(
                 f"{run.data_list_path}: the run began with this list, but its data now gives another one. "
                 "Restore the token files or the mix, or start a new variant."

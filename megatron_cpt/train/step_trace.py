@@ -30,6 +30,7 @@ from megatron_cpt.launch.run_dir import RunDir
 from megatron_cpt.train.batches import DatasetTokenizer, dataset_config
 from megatron_cpt.train.samples import BlendedSamples, build_train_samples
 from megatron_cpt.train.skipping import skipped_ranges
+from megatron_cpt.train.superseded import reading_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +68,19 @@ class SampleTrace:
         return "\n".join([head, *(f"  {part}" for part in self.parts)])
 
 
+class _Reading:
+    """The samples that a configuration, a data list and an order give."""
+
+    def __init__(self, folder: RunDir, cache: Path):
+        self.config = read_resolved(folder.config_path)
+        self.entries = read_data_list(folder.data_list_path)
+        order = read_order(folder.data_order_path) if folder.data_order_path.exists() else None
+        self.dataset = _samples(self.config, self.entries, cache, order)
+        self.sizes = batch_sizes(self.config.training)
+
+
 class RunTrace:
-    """A run's samples, as training drew them."""
+    """A run's samples, as training drew them, also where its data were changed on the way."""
 
     def __init__(self, path: Path):
         """Open a run directory.
@@ -80,10 +92,7 @@ class RunTrace:
             if not needed.is_file():
                 raise DataError(f"{needed}: no such file. A run that has begun has one. Name its directory with --run.")
         self.config = read_resolved(self.run.config_path)
-        self.entries = read_data_list(self.run.data_list_path)
-        order = read_order(self.run.data_order_path) if self.run.data_order_path.exists() else None
-        self.dataset = _samples(self.config, self.entries, self.run.cache, order)
-        self.sizes = batch_sizes(self.config.training)
+        self._readings: dict[Path, _Reading] = {}
         newest = last_checkpoint(self.run)
         manifest = read_manifest(self.run.checkpoints / f"iter_{newest:07d}") if newest else None
         self.skipped = skipped_ranges(self.config, self.run, manifest)
@@ -100,11 +109,12 @@ class RunTrace:
         last = train_iters(self.config.training)
         if not 1 <= iteration <= last:
             raise DataError(f"--iteration {iteration}: {self.run.path} has the iterations 1 to {last}.")
-        for sample in range(self.sizes.samples(iteration - 1), self.sizes.samples(iteration)):
-            number = int(self.dataset.dataset_index[sample])
-            shard = self.dataset.shards[number]
+        reading = self._reading(iteration)
+        for sample in range(reading.sizes.samples(iteration - 1), reading.sizes.samples(iteration)):
+            number = int(reading.dataset.dataset_index[sample])
+            shard = reading.dataset.shards[number]
             assert shard is not None, f"entry {number} gives no sample"
-            entry = self.entries[number]
+            entry = reading.entries[number]
             yield SampleTrace(
                 iteration=iteration,
                 sample=sample,
@@ -112,10 +122,16 @@ class RunTrace:
                 prefix=entry.prefix,
                 parts=[
                     part
-                    for span in shard.spans(int(self.dataset.sample_index[sample]))
+                    for span in shard.spans(int(reading.dataset.sample_index[sample]))
                     for part in _parts(Path(entry.prefix), *span)
                 ],
             )
+
+    def _reading(self, iteration: int) -> _Reading:
+        folder = reading_of(self.run, iteration)
+        if folder.path not in self._readings:
+            self._readings[folder.path] = _Reading(folder, self.run.cache)
+        return self._readings[folder.path]
 
 
 def _samples(config: RunConfig, entries: list[DataEntry], cache: Path, order: ContinuedOrder | None) -> BlendedSamples:

@@ -95,6 +95,59 @@ def test_a_step_is_traced_to_what_it_read(traced):
     assert {sample: row for sample, row in found.items() if sample in tokens} == tokens
 
 
+def traced_tokens(run: Path) -> dict[int, list[int]]:
+    """Return the tokens of every sample of a run, as its trace names them."""
+    from megatron_cpt.train.step_trace import RunTrace
+
+    trace, found = RunTrace(run), {}
+    for iteration in range(1, 9):
+        for sample in trace.samples(iteration):
+            index = read_index(Path(sample.prefix))
+            ids, bounds = read_tokens(index), document_bounds(index)
+            starts = [(int(bounds[part.document]) + part.first_token, part.num_tokens) for part in sample.parts]
+            found[sample.sample] = [int(token) for start, count in starts for token in ids[start : start + count]]
+    return found
+
+
+def test_ledger_and_trace_follow_a_run_whose_blend_was_changed(ranks, experiment, tmp_path):
+    run = run_path(experiment, "base")
+    mixes = ("data.mix={D0: 0.25, D1: 0.75}", "data.mix={D0: 0.75, D1: 0.25}", "data.mix={D0: 0.5, D1: 0.5}")
+    accept = "checkpoint.accept_changes=[data]"
+
+    def train(number: int, *more: str) -> list:
+        name = f"launch.walltime={number}00000"
+        ranks.run(recorded_stage, 1, str(experiment), str(tmp_path), (name, *more))
+        return pickle.loads((tmp_path / f"{name}-0.pickle").read_bytes())
+
+    def drop(*iterations: int, newest: int) -> None:
+        for iteration in iterations:
+            shutil.rmtree(run / "checkpoints" / f"iter_{iteration:07d}")
+        (run / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(f"{newest}\n")
+
+    def check(*parts: list) -> None:
+        seen = sorted(row for part in parts for row in part)
+        assert [sample for sample, _, _ in seen] == list(range(8 * BATCH))
+        corpora = Counter(("D0", "D1")[entry] for _, entry, _ in seen)
+        manifest = read_manifest(run / "checkpoints" / "iter_0000008")
+        assert manifest["tokens_per_corpus"] == {name: count * SEQ for name, count in corpora.items()}
+        assert traced_tokens(run) == {sample: row for sample, _, row in seen}
+
+    save = "checkpoint.save_interval=2"
+    first = train(1, mixes[0], save)
+    check(first)
+    drop(6, 8, newest=4)
+    second = train(2, mixes[1], save, accept)
+    check([row for row in first if row[0] < 4 * BATCH], second)
+    drop(8, newest=6)
+    third = train(3, mixes[2], save, accept)
+    check([r for r in first if r[0] < 4 * BATCH], [r for r in second if r[0] < 6 * BATCH], third)
+    assert sorted(path.name for path in (run / "superseded").iterdir()) == ["iter_0000004", "iter_0000006"]
+    drop(4, 6, 8, newest=2)  # back to before the first change
+    fourth = train(4, mixes[2], save, accept)
+    check([r for r in first if r[0] < 2 * BATCH], fourth)
+    assert [path.name for path in (run / "superseded").iterdir()] == ["iter_0000002"]
+
+
 def exit_code(*arguments: str) -> int:
     with pytest.raises(SystemExit) as ended:
         main(["data", "trace", *arguments])
