@@ -115,7 +115,7 @@ def process_command(arguments: argparse.Namespace, host: str, port: int, environ
     if arguments.processes == "node":
         node = [sys.executable, "-m", "megatron_cpt.launch.node", f"--nnodes={nodes}", f"--nproc-per-node={gpus}"]
         node += [f"--master-addr={host}", f"--master-port={port}", f"--shutdown-timeout={SHUTDOWN_SECONDS}"]
-        rank = [*node, "--no-python", *rank]
+        rank = [*node, "--no-python", "--", *rank]  # else torchrun takes `--max` of the program for its own, cut short
     return [*launcher, "env", *(f"{name}={value}" for name, value in variables.items()), *rank]
 
 

@@ -109,7 +109,7 @@ def _run_once(command: list[str], log_dir: Path, num_ranks: int, port: int | Non
     for _ in range(PORT_ATTEMPTS):
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={num_ranks}"]
         torchrun += ["--master-addr=127.0.0.1", f"--master-port={port or free_port()}"]
-        torchrun += [f"--shutdown-timeout={SHUTDOWN_SECONDS}", "--no-python"]
+        torchrun += [f"--shutdown-timeout={SHUTDOWN_SECONDS}", "--no-python", "--"]
         torchrun += [sys.executable, "-m", "megatron_cpt.launch.rank", str(log_dir), *command]
         outcome = run_watched(torchrun, log_dir, environment, signals, _signal_ranks)
         if not outcome.port_taken:

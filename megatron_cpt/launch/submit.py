@@ -144,8 +144,19 @@ def live_jobs(submission: Submission, stage: str, name: str | None = None) -> li
 
 def training_job(submission: Submission, link: int, *, must_finish: bool, max_failures: int) -> Job:
     """Return the job of one link of a chain."""
-    config, site = submission.loaded.config, submission.site
-    launch = config.launch
+    config = submission.loaded.config
+    options = ["--chain", submission.chain or submission.stamp, "--train-iters", str(train_iters(config.training))]
+    options += ["--max-failures", str(max_failures), *(["--must-finish"] if must_finish else [])]
+    words = ["train", *submission.run_arguments]
+    job = rank_job(submission, "train", f"train-{submission.stamp}-{link:03d}", words, options)
+    return dataclasses.replace(job, may_requeue=True)
+
+
+def rank_job(
+    submission: Submission, stage: str, label: str, words: Sequence[str], more_options: Sequence[str] = ()
+) -> Job:
+    """Return the job that runs `megatron-cpt WORDS` on every rank that a training job has, with its nodes and GPUs."""
+    site, launch = submission.site, submission.loaded.config.launch
     per_node = launch.gpus_per_node if site.processes == "rank" else 1
     if not site.launcher:
         raise LaunchError(
@@ -160,13 +171,11 @@ def training_job(submission: Submission, link: int, *, must_finish: bool, max_fa
     }
     launcher = shlex.join(word.format(**holes) for word in site.launcher)
     options = ["--launcher", launcher, "--processes", site.processes, "--nodes", str(launch.nodes)]
-    options += ["--gpus-per-node", str(launch.gpus_per_node), "--chain", submission.chain or submission.stamp]
-    options += ["--train-iters", str(train_iters(config.training)), "--max-failures", str(max_failures)]
-    options += ["--must-finish"] if must_finish else []
+    options += ["--gpus-per-node", str(launch.gpus_per_node), *more_options]
     options += ["--preflight"] if site.preflight else []
     options += ["--forward", ",".join(site.environment)] if site.environment else []
-    command = [submission.python, "-m", "megatron_cpt", "train", *submission.run_arguments]
-    job = _job(submission, "train", f"train-{submission.stamp}-{link:03d}", options, command)
+    command = [submission.python, "-m", "megatron_cpt", *words]
+    job = _job(submission, stage, label, options, command)
     excluded = read_excluded(submission.run.jobs)
     avoid = (f"--exclude={','.join(excluded)}",) if excluded and submission.scheduler == "slurm" else ()
     if excluded and submission.scheduler == "pbs" and launch.spare_nodes < len(excluded):
@@ -185,7 +194,6 @@ def training_job(submission: Submission, link: int, *, must_finish: bool, max_fa
         select=_filled(site.select, num_nodes, launch.gpus_per_node),
         options=(*(_filled(option, num_nodes, launch.gpus_per_node) for option in site.options), *avoid),
         signal_seconds=min(site.signal_seconds, launch.walltime // 2),
-        may_requeue=True,
     )
 
 

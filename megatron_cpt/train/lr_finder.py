@@ -1,7 +1,7 @@
 """Learning-rate range test: one short training from the stage's start, its learning rate rising from step to step.
 
 The rate rises exponentially from `lr_min` to `lr_max`; weight decay, clipping and batches are the stage's own. Nothing of it
-is kept but `<run>/lr_find/losses.csv` (iteration, lr, loss, smoothed) and `losses.png`. It ends early when the loss is not
+is kept but `<run>/lr_find/`: `losses.csv` (iteration, lr, loss, smoothed), `losses.png` and `suggestion.json`. It ends early when the loss is not
 finite or exceeds four times the lowest smoothed one.
 
 The suggestion is the smaller of the rate at which the smoothed loss falls fastest per decade and a tenth of the rate at its
@@ -17,12 +17,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megatron_cpt.config.load import LoadedConfig
-from megatron_cpt.errors import ConfigError
-from megatron_cpt.files import whole_file
+from megatron_cpt.config.range_test import check_range_test
+from megatron_cpt.files import whole_file, write_json
 from megatron_cpt.launch.run_dir import run_dir
 from megatron_cpt.train.batches import microbatches
 from megatron_cpt.train.parallel import finish_parallel, initialize_parallel
@@ -80,10 +81,7 @@ def find_learning_rate(loaded: LoadedConfig, lr_min: float, lr_max: float, itera
 
     Raises: CptError for what a user can mend.
     """
-    if not 0 < lr_min < lr_max or iterations < 10:
-        raise ConfigError(
-            f"lr-find: {lr_min:g} to {lr_max:g} in {iterations} iterations. 0 < --min < --max and at least 10 are needed."
-        )
+    check_range_test(loaded.config.training, lr_min, lr_max, iterations)
     initialize_parallel(loaded.config)
     try:
         return _range_test(loaded, lr_min, lr_max, iterations)
@@ -95,10 +93,6 @@ def _range_test(loaded: LoadedConfig, lr_min: float, lr_max: float, iterations: 
     config = loaded.config
     stage = prepare(loaded, from_start=True)
     assert stage is not None  # only a run's own checkpoint can say that it is finished
-    if iterations > stage.iterations:
-        raise ConfigError(
-            f"lr-find: --iterations {iterations}, and the stage has {stage.iterations}. Use fewer, or a longer stage."
-        )
     rates: list[float] = []
     losses: list[float] = []
     lowest = math.inf
@@ -128,6 +122,7 @@ def _range_test(loaded: LoadedConfig, lr_min: float, lr_max: float, iterations: 
 
 
 def _write(test: RangeTest) -> None:
+    write_json(test.folder / "suggestion.json", _suggestion(test))
     with whole_file(test.folder / "losses.csv") as file:
         writer = csv.writer(file)
         writer.writerow(["iteration", "lr", "loss", "smoothed"])
@@ -154,6 +149,14 @@ def _write(test: RangeTest) -> None:
     with whole_file(test.folder / "losses.png", "wb") as file:
         figure.savefig(file, format="png", dpi=120, bbox_inches="tight")
     pyplot.close(figure)
+
+
+def _suggestion(test: RangeTest) -> dict[str, Any]:
+    values: dict[str, Any] = {"iterations": len(test.rates), "lowest_smoothed_loss": min(test.smoothed)}
+    rates = _marks(test)
+    if not rates:
+        return values | {"suggested": None, "reason": "the loss never falls"}
+    return values | {"suggested": min(rates), "steepest": rates[0], "tenth_of_lowest": rates[1]}
 
 
 def _marks(test: RangeTest) -> tuple[float, ...]:

@@ -1,12 +1,14 @@
 """sweep the learning rate once from the stage's start and suggest a peak
 
-A range test (Smith, arXiv:1506.01186): the rate rises exponentially from --min to --max over --iterations steps, from the
-weights that the stage would start with. No checkpoint is written and no run is touched: the result is `lr_find/losses.csv`
-and `losses.png` in the run directory. The suggestion is the smaller of the rate of steepest descent and a tenth of the rate
+A range test (Smith, arXiv:1506.01186): the rate rises exponentially from --lr-min to --lr-max over --iterations steps, from the
+weights that the stage would start with. No checkpoint is written and no run is touched: the result is `lr_find/` in the run
+directory with `suggestion.json`, `losses.csv` and `losses.png`. `submit lr-find` starts it on every rank that training would
+have, here or through PBS or Slurm; by hand torchrun does. The suggestion is the smaller of the rate of steepest descent and a tenth of the rate
 with the lowest loss. It is where to begin a sweep, not the end of one: for continual pre-training start at or below it.
 
-Example:
-  torchrun --nproc-per-node 8 -m megatron_cpt lr-find --task tasks/ja --params 8b --size 50B --iterations 200
+Examples:
+  megatron-cpt submit lr-find --iterations 200 --task tasks/ja --params 8b --size 50B launch.gpus_per_node=8
+  torchrun --nproc-per-node 8 -m megatron_cpt lr-find --task tasks/ja --params 8b --size 50B launch.gpus_per_node=8
 """
 
 import argparse
@@ -17,11 +19,16 @@ from megatron_cpt.config.load import add_run_arguments
 from megatron_cpt.data.epochs import load_run
 
 
+def add_range_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the sweep's arguments."""
+    parser.add_argument("--lr-min", type=float, default=1e-7, metavar="LR", help="rate of the first step (1e-7)")
+    parser.add_argument("--lr-max", type=float, default=1.0, metavar="LR", help="rate of the last step (1)")
+    parser.add_argument("--iterations", type=int, default=100, metavar="N", help="steps (100)")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the run's arguments and the sweep's."""
-    parser.add_argument("--min", type=float, default=1e-7, metavar="LR", help="rate of the first step (1e-7)")
-    parser.add_argument("--max", type=float, default=1.0, metavar="LR", help="rate of the last step (1)")
-    parser.add_argument("--iterations", type=int, default=100, metavar="N", help="steps (100)")
+    add_range_arguments(parser)
     add_run_arguments(parser)
 
 
@@ -31,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     # imported here: torch and megatron take seconds
     from megatron_cpt.train.lr_finder import find_learning_rate, suggested_rate
 
-    test = find_learning_rate(loaded, arguments.min, arguments.max, arguments.iterations)
+    test = find_learning_rate(loaded, arguments.lr_min, arguments.lr_max, arguments.iterations)
     if os.environ.get("RANK", "0") != "0":
         return 0
     try:

@@ -7,7 +7,9 @@ Queue and account come from --queue and --account, MEGATRON_CPT_QUEUE and MEGATR
   pipeline   tokenize, build-index, convert in, train, convert out, evaluate, report: what is missing of it
   sweep      a small grid of settings, each point a run of its own, and one comparison: what is missing of it
   evaluate   a job per kept checkpoint: bits per byte on the held-out texts, or lm-evaluation-harness
-  job        any other verb as a job on one node, with a stage's resources: CPU preprocessing, publishing
+  lr-find    the learning-rate range test, on every rank that training would have
+  job        any other verb as a job on one node, with a stage's resources: CPU preprocessing, publishing; with --ranks on
+             every rank that training would have
 
 Example:
   megatron-cpt submit train --task tasks/demo --params demo-5m --size 300K --variant base launch.gpus_per_node=2
@@ -18,6 +20,7 @@ Example:
 
 import argparse
 import os
+import shlex
 import sys
 from typing import TYPE_CHECKING
 
@@ -27,7 +30,9 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add one sub-command per stage."""
-    from megatron_cpt.config.load import add_run_arguments  # yaml is not needed to list the verbs
+    # yaml is not needed to list the verbs
+    from megatron_cpt.config.load import add_run_arguments
+    from megatron_cpt.verbs.lr_find import add_range_arguments
 
     stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
     train = stages.add_parser("train", help="train one stage, or continue it from its last checkpoint")
@@ -59,11 +64,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     evaluate = stages.add_parser("evaluate", help="a job per kept checkpoint: bits per byte, or the harness")
     evaluate.add_argument("--harness", default="", metavar="TASK,TASK", help="tasks of lm-evaluation-harness instead")
     evaluate.add_argument("--every", type=int, metavar="N", help="only multiples of N iterations, and the last one")
-    job = stages.add_parser("job", help="any other verb as a job of its own on one node")
+    lr_find = stages.add_parser("lr-find", help="the learning-rate range test, on every rank that training would have")
+    add_range_arguments(lr_find)
+    job = stages.add_parser("job", help="any other verb as a job of its own, on one node or on every rank")
+    job.add_argument("--ranks", action="store_true", help="on every rank that training would have, with its resources")
     job.add_argument("--command", required=True, help="the verb and its arguments, quoted: 'data prepare-chat ...'")
     job.add_argument("--name", required=True, help="of the job, in the ledger and the logs")
     job.add_argument("--resources", default="tokenize", metavar="STAGE", help="of the site file's stages (tokenize)")
-    for stage in (train, pipeline, sweep, evaluate, job):
+    for stage in (train, pipeline, sweep, evaluate, lr_find, job):
         stage.add_argument("--depend", metavar="KIND:ID[:ID]", help="wait for jobs, such as afterok:123:124")
         stage.add_argument("--dry-run", action="store_true", help="print scripts and commands; write and queue nothing")
         stage.add_argument("--queue", metavar="NAME", help="queue or partition")
@@ -105,8 +113,10 @@ def run(arguments: argparse.Namespace) -> int:
         return _sweep(submission, arguments)
     if arguments.stage == "evaluate":
         return _evaluate(submission, arguments)
+    if arguments.stage == "lr-find":
+        return _lr_find(submission, arguments)
     if arguments.stage == "job":
-        return _job(submission, arguments)
+        return _job(submission, arguments.name, arguments.command, arguments.resources, on_ranks=arguments.ranks)
     only = [name for name in getattr(arguments, "only", "").split(",") if name]
     if config.launch.scheduler == "local":
         if arguments.stage == "pipeline":
@@ -127,13 +137,13 @@ def run(arguments: argparse.Namespace) -> int:
         ids = submit_pipeline(
             submission,
             num_links=arguments.chain,
-            max_failures=arguments.max_failures,
+            max_failures=arguments.lr_max_failures,
             num_array_tasks=arguments.array_tasks,
             soup_last=arguments.soup_last,
             only=only,
         )
     else:
-        ids = submit_chain(submission, num_links=arguments.chain, max_failures=arguments.max_failures)
+        ids = submit_chain(submission, num_links=arguments.chain, max_failures=arguments.lr_max_failures)
     sys.stdout.write("".join(f"{job}\n" for job in ids))
     return 0
 
@@ -164,13 +174,33 @@ def _sweep(submission: "Submission", arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _job(submission: "Submission", arguments: argparse.Namespace) -> int:
+def _lr_find(submission: "Submission", arguments: argparse.Namespace) -> int:
+    """Start the range test: what it needs is checked as for training."""
+    from megatron_cpt.config.range_test import check_range_test
+    from megatron_cpt.launch.validate import check_training
+
+    config = submission.loaded.config
+    check_range_test(config.training, arguments.lr_min, arguments.lr_max, arguments.iterations)
+    check_training(submission.loaded, submission.run)
+    options = [
+        "--lr-min",
+        repr(arguments.lr_min),
+        "--lr-max",
+        repr(arguments.lr_max),
+        "--iterations",
+        str(arguments.iterations),
+    ]
+    command = shlex.join(["lr-find", *options, *submission.run_arguments])
+    return _job(submission, "lr-find", command, "train", on_ranks=True)
+
+
+def _job(submission: "Submission", name: str, command: str, resources: str, *, on_ranks: bool) -> int:
     """Start one verb as a job of its own."""
     from megatron_cpt.launch.tool_job import run_tool_job, submit_tool_job
 
     if submission.scheduler == "local":
-        return run_tool_job(submission, arguments.command)
-    identifier = submit_tool_job(submission, arguments.name, arguments.command, arguments.resources)
+        return run_tool_job(submission, command, on_ranks=on_ranks)
+    identifier = submit_tool_job(submission, name, command, resources, on_ranks=on_ranks)
     sys.stdout.write(f"{identifier}\n" if identifier else "")
     return 0
 
