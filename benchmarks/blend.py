@@ -16,8 +16,8 @@ from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 
 from megatron_cpt.config.schema import CorpusConfig, DataConfig, ModelConfig, PathsConfig, RunConfig, TrainingConfig
 from megatron_cpt.data.blend import plan_blend
+from megatron_cpt.data.data_entry import DataEntry
 from megatron_cpt.data.indexed import bin_path, idx_path, manifest_path, read_index, write_index
-from megatron_cpt.data.list_formats import DataEntry
 from megatron_cpt.files import write_json
 from megatron_cpt.train.samples import build_blended_samples
 

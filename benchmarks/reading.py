@@ -59,7 +59,7 @@ def build(folder: Path, fim_rate: float, arguments: argparse.Namespace):
     from tokenizers import ByteLevelBPETokenizer
 
     from megatron_cpt.config.schema import DataConfig, ModelConfig, PathsConfig, RunConfig, TrainingConfig
-    from megatron_cpt.data.list_formats import DataEntry
+    from megatron_cpt.data.data_entry import DataEntry
     from megatron_cpt.data.tokenization import tokenize
     from megatron_cpt.data.tokenizer import load_tokenizer
     from megatron_cpt.files import write_json

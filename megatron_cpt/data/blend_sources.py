@@ -13,9 +13,9 @@ from megatron_cpt.config.schema import RunConfig
 from megatron_cpt.config.values import parse_rule
 from megatron_cpt.data import replay
 from megatron_cpt.data.budget import exact
+from megatron_cpt.data.data_entry import DataEntry, join_repeated, shard_path
 from megatron_cpt.data.datalist import read_data_list
 from megatron_cpt.data.indexed import bin_path, idx_path, read_index
-from megatron_cpt.data.list_formats import DataEntry, join_repeated, shard_path
 from megatron_cpt.data.rescale import Rule, rescale
 from megatron_cpt.data.shards import Shard, find_shards, read_shards
 from megatron_cpt.data.skip_list import kept_documents, stage_skip_list

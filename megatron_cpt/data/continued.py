@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_cpt.data.blend_order import blend_order
 from megatron_cpt.data.budget import spread_samples
-from megatron_cpt.data.list_formats import DataEntry
+from megatron_cpt.data.data_entry import DataEntry
 from megatron_cpt.errors import DataError
 from megatron_cpt.files import write_json
 

@@ -11,7 +11,8 @@ from fractions import Fraction
 from pathlib import Path
 
 from megatron_cpt.data import list_formats
-from megatron_cpt.data.list_formats import DataEntry, content_lines, is_number, without_comment
+from megatron_cpt.data.data_entry import DataEntry
+from megatron_cpt.data.list_formats import content_lines, is_number, without_comment
 from megatron_cpt.errors import DataError
 from megatron_cpt.files import write_text
 

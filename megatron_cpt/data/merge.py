@@ -4,7 +4,6 @@ A merge that is killed, or finds the disk full, keeps what it has joined and goe
 """
 
 import errno
-import fcntl
 import logging
 import os
 import shutil
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_cpt.data.data_entry import shard_path
 from megatron_cpt.data.indexed import (
     PART,
     ShardIndex,
@@ -25,12 +25,12 @@ from megatron_cpt.data.indexed import (
     read_shard_manifest,
     write_index,
 )
-from megatron_cpt.data.list_formats import shard_path
 from megatron_cpt.data.masked import has_mask, mask_prefix, read_mask
+from megatron_cpt.data.merge_journal import MergeJournal
 from megatron_cpt.data.shard_writer import provenance_path, rejects_path
 from megatron_cpt.data.tokenizer import same_tokenizer
 from megatron_cpt.errors import DataError
-from megatron_cpt.files import read_json, sync_dir, whole_file, write_json
+from megatron_cpt.files import sync_dir, whole_file, write_json
 from megatron_cpt.log import Progress
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ def merge_shards(prefixes: Sequence[Path], output_prefix: Path) -> dict[str, Any
         read_index(output_prefix)
         return manifest
     progress = Progress("merge", sum(index.num_tokens * index.dtype.itemsize for index in indexes) / 1e6, "MB")
-    with _Journal(output_prefix, prefixes) as journal:
+    with MergeJournal(output_prefix, prefixes) as journal:
         if all(masks):
             names = [mask_prefix(prefix) for prefix in prefixes]
             _join(mask_prefix(output_prefix), names, indexes, np.uint8, journal, progress)
@@ -118,59 +118,12 @@ def remove_shards(prefixes: Sequence[Path]) -> None:
             path.unlink(missing_ok=True)
 
 
-class _Journal:
-    """How far a merge is, in `.<name>.merge.json` beside its output: the shards it joins and how many are on disk.
-
-    Locked while a merge works; removed when it is done, kept when it is killed or fails.
-    """
-
-    def __init__(self, output: Path, prefixes: Sequence[Path]):
-        self.output = output
-        self.path = output.with_name(f".{output.name}.merge.json")
-        self.lock_path = output.with_name(f".{output.name}.merge.lock")
-        self.inputs = [_input_record(prefix) for prefix in prefixes]
-        self.num_joined: dict[str, int] = {}
-        """Shards whose bytes are on disk, by the name of the file that they are joined in."""
-
-    def __enter__(self) -> "_Journal":
-        self.output.parent.mkdir(parents=True, exist_ok=True)
-        self.lock = self.lock_path.open("w")
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.lock.close()
-            raise DataError(f"{self.output}: another process is merging it. Let it finish.") from None
-        before = read_json(self.path, DataError) if self.path.exists() else None
-        if before is not None and before["inputs"] == self.inputs:
-            self.num_joined = before["num_joined"]
-        elif before is None and (bin_path(self.output).exists() or idx_path(self.output).exists()):
-            self.lock.close()
-            raise DataError(f"{self.output}: exists already, without a manifest. Remove it or choose another output.")
-        self.write()
-        return self
-
-    def write(self) -> None:
-        """Put on disk how far the merge is."""
-        write_json(self.path, {"inputs": self.inputs, "num_joined": self.num_joined})
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.path.unlink()
-            self.lock_path.unlink(missing_ok=True)
-        self.lock.close()
-
-
-def _input_record(prefix: Path) -> list[Any]:
-    status = bin_path(prefix).stat()
-    return [os.path.realpath(bin_path(prefix)), status.st_size, status.st_mtime_ns]
-
-
 def _join(
     output: Path,
     prefixes: Sequence[Path],
     indexes: Sequence[ShardIndex],
     dtype: Any,
-    journal: _Journal,
+    journal: MergeJournal,
     progress: Progress,
 ) -> None:
     """Write the pair of several pairs that have these indexes (a mask has those of its tokens)."""

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import yaml
 
-from megatron_cpt.data.list_formats import DataEntry
+from megatron_cpt.data.data_entry import DataEntry
 from megatron_cpt.errors import DataError
 from megatron_cpt.files import write_text
 
@@ -100,8 +100,8 @@ def append_stage(
 
 def _write(path: Path, buffer: Buffer) -> None:
     rows = [
-        f"- {{prefix: {json.dumps(shard.prefix, ensure_ascii=False)}, corpus: {json.dumps(shard.corpus)}, "
-        f"added_by: {json.dumps(shard.added_by)}, drawn_tokens: {shard.drawn_tokens}}}\n"
+        f"- {{prefix: {json.dumps(shard.prefix, ensure_ascii=False)}, corpus: {json.dumps(shard.corpus, ensure_ascii=False)}, "
+        f"added_by: {json.dumps(shard.added_by, ensure_ascii=False)}, drawn_tokens: {shard.drawn_tokens}}}\n"
         for shard in buffer.shards.values()
     ]
     write_text(path, f"format: 1\nstages: {json.dumps(list(buffer.stages))}\nshards:\n{''.join(rows)}")

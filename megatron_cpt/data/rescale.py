@@ -20,7 +20,7 @@ from fractions import Fraction
 from typing import Literal
 
 from megatron_cpt.data.budget import apportion, scale_tokens
-from megatron_cpt.data.list_formats import DataEntry, join_repeated, shard_path
+from megatron_cpt.data.data_entry import DataEntry, join_repeated, shard_path
 from megatron_cpt.errors import DataError
 
 _TOLERANCE = Fraction(1, 10**9)

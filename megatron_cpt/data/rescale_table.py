@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
-from megatron_cpt.data.blend import align
-from megatron_cpt.data.list_formats import DataEntry
+from megatron_cpt.data.blend_table import align
+from megatron_cpt.data.data_entry import DataEntry
 from megatron_cpt.errors import DataError
 from megatron_cpt.log import format_count
 

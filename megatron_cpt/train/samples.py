@@ -31,9 +31,9 @@ from megatron_cpt.config.schema import RunConfig
 from megatron_cpt.data.blend_order import blend_order
 from megatron_cpt.data.budget import spread_samples
 from megatron_cpt.data.continued import ContinuedOrder
+from megatron_cpt.data.data_entry import DataEntry
 from megatron_cpt.data.fim import FillInMiddle
 from megatron_cpt.data.indexed import bin_path, idx_path, manifest_path, read_index
-from megatron_cpt.data.list_formats import DataEntry
 from megatron_cpt.data.masked import mask_prefix, read_mask
 from megatron_cpt.data.shard_form import packing_problem, read_shard_form
 from megatron_cpt.data.skip_list import SkipList, kept_documents, stage_skip_list

@@ -10,8 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_cpt.data.data_entry import weights_as_tokens
 from megatron_cpt.data.datalist import FORMATS, read_data_list, render_data_list, save_data_list
-from megatron_cpt.data.list_formats import weights_as_tokens
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,8 +13,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_cpt.data.data_entry import shard_path
 from megatron_cpt.data.datalist import FORMATS, DataEntry, render_data_list, save_data_list
-from megatron_cpt.data.list_formats import shard_path
 from megatron_cpt.errors import DataError
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from megatron_cpt.data.budget import exact
-from megatron_cpt.data.list_formats import DataEntry
+from megatron_cpt.data.data_entry import DataEntry
 from megatron_cpt.errors import DataError
 from megatron_cpt.verbs.blend_rescale import positive_fraction, positive_int, token_budget
 
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _show(arguments: argparse.Namespace) -> None:
-    from megatron_cpt.data.blend import align  # heavy: numpy
+    from megatron_cpt.data.blend_table import align  # heavy: numpy
     from megatron_cpt.data.replay import read_buffer
     from megatron_cpt.data.shards import read_shard
 
@@ -58,8 +58,8 @@ def _show(arguments: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
+    from megatron_cpt.data.data_entry import shard_path
     from megatron_cpt.data.datalist import render_data_list, save_data_list  # heavy: numpy
-    from megatron_cpt.data.list_formats import shard_path
     from megatron_cpt.data.replay import CORPUS, read_buffer
     from megatron_cpt.data.rescale import Rule, rescale
     from megatron_cpt.data.rescale_table import rescale_table
@@ -103,8 +103,8 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 def _listed(path: Path, shares: dict[str, Fraction]) -> list[DataEntry]:
     """Return the entries of a list of available tokens, all of the corpus that its file is named after, if it is one."""
+    from megatron_cpt.data.data_entry import weights_as_tokens
     from megatron_cpt.data.datalist import read_data_list  # heavy: numpy
-    from megatron_cpt.data.list_formats import weights_as_tokens
 
     entries = weights_as_tokens(read_data_list(path), str(path))
     return [replace(entry, corpus=path.stem) for entry in entries] if path.stem in shares else entries
@@ -112,8 +112,8 @@ def _listed(path: Path, shares: dict[str, Fraction]) -> list[DataEntry]:
 
 def _append(arguments: argparse.Namespace) -> None:
     from megatron_cpt.data.budget import spread_samples  # heavy: numpy
+    from megatron_cpt.data.data_entry import weights_as_tokens
     from megatron_cpt.data.datalist import read_data_list
-    from megatron_cpt.data.list_formats import weights_as_tokens
     from megatron_cpt.data.replay import append_stage
 
     if arguments.stage is None or arguments.list is None:

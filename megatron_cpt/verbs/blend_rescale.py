@@ -16,8 +16,8 @@ from pathlib import Path
 
 from megatron_cpt.config.values import parse_count
 from megatron_cpt.data.budget import exact
+from megatron_cpt.data.data_entry import weights_as_tokens
 from megatron_cpt.data.datalist import FORMATS, read_data_list, render_data_list, save_data_list
-from megatron_cpt.data.list_formats import weights_as_tokens
 from megatron_cpt.data.rescale import Rule, rescale
 from megatron_cpt.data.rescale_table import rescale_table
 from megatron_cpt.errors import DataError

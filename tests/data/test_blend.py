@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_cpt.config.schema import CorpusConfig, DataConfig, ModelConfig, PathsConfig, RunConfig, TrainingConfig
-from megatron_cpt.data.blend import align, plan_blend
+from megatron_cpt.data.blend import plan_blend
 from megatron_cpt.data.blend_sources import validation_prefixes
+from megatron_cpt.data.blend_table import align
 from megatron_cpt.data.budget import apportion, exact, scale_tokens, spread_samples
 from megatron_cpt.data.indexed import bin_path, idx_path, manifest_path, write_index
 from megatron_cpt.errors import DataError

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_cpt.data.list_formats import DataEntry
+from megatron_cpt.data.data_entry import DataEntry
 from megatron_cpt.data.masked import LEARNED, PIECE, mask_prefix, write_masked_shard
 from megatron_cpt.errors import DataError
 from megatron_cpt.train.samples import build_blended_samples, build_epoch_samples

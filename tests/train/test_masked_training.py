@@ -19,7 +19,7 @@ TOLERANCE = {"rtol": 5e-6, "atol": 0}
 
 def mixed_dataset(folder: str):
     """Return the samples of a masked, a packed and an unmasked shard."""
-    from megatron_cpt.data.list_formats import DataEntry
+    from megatron_cpt.data.data_entry import DataEntry
     from megatron_cpt.train.batches import DatasetTokenizer, dataset_config
     from megatron_cpt.train.samples import build_blended_samples
 
