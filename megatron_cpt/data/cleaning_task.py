@@ -86,9 +86,14 @@ def finish_task(
     task = task_hash(kind, corpora, settings)
     written = write_record(output / REPORT, f"{kind} report", {"task": task, **report})
     shutil.rmtree(work)
+    release(work)
+    return json.loads(json.dumps(written))
+
+
+def release(work: Path) -> None:
+    """Give up the lock of a work folder."""
     if (descriptor := _locks.pop(work, None)) is not None:
         os.close(descriptor)
-    return json.loads(json.dumps(written))
 
 
 def task_hash(kind: str, corpora: Mapping[str, Sequence[Source]], settings: Mapping[str, Any]) -> str:

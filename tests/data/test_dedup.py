@@ -2,6 +2,9 @@
 
 import json
 import random
+import subprocess
+import sys
+import unicodedata
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_cpt import cli
+from megatron_cpt.data import cleaning_task
 from megatron_cpt.data import dedup as dedup_module
 from megatron_cpt.data.corpus_inputs import named_corpora
 from megatron_cpt.data.dedup import DedupOptions, deduplicate
@@ -204,3 +208,109 @@ def test_the_verb_prints_the_report_and_never_reuses_an_older_output(corpora, mo
         cli.main([*command, "--exact"])
     assert left.value.code == 2
     assert "exists already" in capsys.readouterr().err
+
+
+def jaccard(left, right, ngram=5):
+    sets = [{tuple(text[i : i + ngram]) for i in range(len(text) - ngram + 1)} for text in (left, right)]
+    return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
+
+
+def test_duplicates_are_those_that_exact_jaccard_says(tmp_path):
+    """64 functions estimate with a standard error of 0.045 at the threshold; 0.13 away from it no pair is mistaken."""
+    rng = random.Random(7)
+    left, right, similarities = [], [], []
+    for index in range(240):
+        document = words(rng, 300)
+        other = list(document)
+        for place in rng.sample(range(300), index % 12):
+            other[place] = f"x{rng.randrange(10**6)}"
+        left.append(" ".join(document))
+        right.append(" ".join(other))
+        similarities.append(jaccard(document, other))
+    write(tmp_path / "in" / "a.jsonl", left)
+    write(tmp_path / "in" / "b.jsonl", right)
+    run(tmp_path, "out")
+    kept = set(texts(tmp_path / "out/b/b.jsonl"))
+    removed = [similarity for similarity, text in zip(similarities, right, strict=True) if text not in kept]
+    stayed = [similarity for similarity, text in zip(similarities, right, strict=True) if text in kept]
+    assert len(removed) > 60 and len(stayed) > 60
+    assert max(stayed) < 0.98 and min(removed) > 0.72
+    at_threshold = [abs(s - 0.85) for s in [s for s in removed if s < 0.85] + [s for s in stayed if s >= 0.85]]
+    assert len(at_threshold) < 0.15 * 240
+
+
+def test_the_defaults_are_snakmodels():
+    options = DedupOptions().minhash
+    assert (options.ngram, options.num_perm, options.threshold, options.seed) == (5, 64, 0.85, 42)
+
+
+def test_a_huge_bucket_of_boilerplate_is_one_cluster_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr("megatron_cpt.data.dedup_clusters._GATHERED", 7)
+    rng = random.Random(5)
+    notice = words(rng, 100)
+    write(tmp_path / "in" / "a.jsonl", [" ".join([*notice, f"tail{index}"]) for index in range(60)])
+    write(tmp_path / "in" / "b.jsonl", [" ".join(words(rng, 100)) for _ in range(5)])
+    report = run(tmp_path, "out")
+    assert report["corpora"]["a"]["kept"] == 1 and report["corpora"]["b"]["kept"] == 5
+    assert report["largest_cluster"] == 60
+
+
+def test_spellings_of_one_text_in_unicode_are_duplicates(tmp_path):
+    base = " ".join(["Käse größe façade naïve ﬁnal ２０２６ ﾃｽﾄ"] * 6)
+    for name, text in (("a", base), ("b", unicodedata.normalize("NFKD", base).replace("e", "e\u00ad"))):
+        write(tmp_path / "in" / f"{name}.jsonl", [text])
+    report = run(tmp_path, "out")
+    assert report["corpora"]["b"] | {"near": 1, "kept": 0} == report["corpora"]["b"]
+
+
+def test_another_command_never_writes_over_a_finished_output(corpora):
+    run(corpora, "out")
+    before = (corpora / "out/report.json").read_bytes()
+    for change in ({"options": DedupOptions(keep="longest")}, {"reading": Reading(skip_bad_lines=True)}):
+        with pytest.raises(DataError, match="exists already, from other inputs or options"):
+            run(corpora, "out", **change)
+    assert (corpora / "out/report.json").read_bytes() == before
+    (corpora / "out/b/b.jsonl").unlink()
+    with pytest.raises(DataError, match="is gone"):
+        run(corpora, "out")
+
+
+def test_two_processes_do_not_work_in_one_folder(corpora, monkeypatch):
+    monkeypatch.setattr(dedup_module, "write_signatures", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(corpora, "out")
+    lock = corpora / ".out.work" / "lock"
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            f"import fcntl; f = open({str(lock)!r}, 'r+'); fcntl.lockf(f, 2); print(1, flush=True); input()",
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    cleaning_task.release(corpora / ".out.work")
+    try:
+        holder.stdout.readline()
+        with pytest.raises(DataError, match="another process is at this work"):
+            run(corpora, "out")
+    finally:
+        holder.communicate(b"\n")
+
+
+def test_corpora_are_named_by_folder_glob_or_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("raw/web/a.jsonl", "raw/news/a.jsonl", "lang=ja/a.jsonl", "other/web/b.jsonl"):
+        write(tmp_path / name, ["x"])
+    inputs = ["raw/web/*.jsonl", "raw/news", "lang=ja/a.jsonl", "w=other/web/b.jsonl"]
+    assert list(named_corpora(inputs)) == ["web", "news", "a", "w"]
+    assert list(named_corpora(["lang=ja"])) == ["lang=ja"]
+    assert list(named_corpora(["raw/*/*.jsonl"])) == ["raw"]
+    for inputs, message in (
+        (["raw/web", "other/web"], "would both be the corpus web"),
+        (["=raw/web"], "cannot name a corpus"),
+        (["..=raw/web"], "cannot name a corpus"),
+        (["a=raw/web", "b=raw/web/a.jsonl"], "belongs to the corpora a and b"),
+    ):
+        with pytest.raises(DataError, match=message):
+            named_corpora(inputs)
