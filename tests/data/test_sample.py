@@ -119,6 +119,48 @@ def test_copies_of_one_text_do_not_push_out_what_is_drawn_before_them(tmp_path, 
     assert ids[rows_below(tmp_path / "one")[0]["id"]] > 0
 
 
+def test_buckets_with_near_bounds_have_folders_of_their_own(tmp_path):
+    write(tmp_path / "in" / "a.jsonl", [{"text": f"t{i}", "id": i, "n": 1_000_000 + i} for i in range(4)])
+    counts, drawn = draw(tmp_path, score="n", edges=(1_000_000, 1_000_001, 1_000_002, 1_000_004.5))
+    assert {name: row["drawn"] for name, row in counts.items()} == {
+        "n_1000000_1000001": 1,
+        "n_1000001_1000002": 1,
+        "n_1000002_1000004.5": 2,
+    }
+    assert drawn == {0, 1, 2, 3}
+    with pytest.raises(DataError, match="Finite numbers"):
+        draw(tmp_path, "bad", score="n", edges=(0, float("inf")))
+
+
+def test_what_no_condition_or_bucket_takes_is_counted(documents):
+    sources = list_sources([documents / "in"])
+    options = SampleOptions(score="meta.score", edges=(0, 10), conditions=("lang=en",))
+    report = sample(sources, documents / "out", Reading(), options)
+    assert (report["lines"], report["documents"], report["fit"], report["in_no_bucket"]) == (400, 400, 100, 75)
+    assert report["buckets"] == {"meta.score_0_10": {"found": 25, "drawn": 25}}
+    assert sample(sources, documents / "out", Reading(), options) == report
+    with pytest.raises(DataError, match="exists already, from other inputs or options"):
+        sample(sources, documents / "out", Reading(), SampleOptions(number=3))
+
+
+def test_a_sample_never_replaces_files_of_others(documents):
+    write(documents / "out" / "a.jsonl", [{"text": "mine"}])
+    with pytest.raises(DataError, match="exists already, from other work"):
+        draw(documents, number=3)
+    write(documents / "split/D0/train/a.jsonl", [{"text": "mine"}])
+    with pytest.raises(DataError, match="exists already, from other work"):
+        split(documents, ["in/a.jsonl"])
+
+
+def test_the_record_of_a_split_counts_and_is_no_document(documents):
+    rows = split(documents, ["in"])["D0"]
+    assert rows["lines"] == rows["documents"] == rows["train"] + rows["validation"] == 400
+    record = json.loads((documents / "split/validation.json").read_text())
+    assert record["corpora"]["D0"] == rows
+    assert len(list_sources([documents / "split"])) == 4
+    assert split(documents, ["in"])["D0"] == rows
+
+
 def test_duplicates_of_a_text_are_drawn_in_order_up_to_n(tmp_path):
     write(tmp_path / "in" / "a.jsonl", [{"text": "same", "id": index} for index in range(10)])
     assert draw(tmp_path, number=3)[1] == {0, 1, 2}
