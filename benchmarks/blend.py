@@ -1,4 +1,4 @@
-"""Measure counting, planning and index building: one shard of 10M documents, and a list of 3,000 shards.
+"""Measure counting, planning, ordering and index building: one shard of 10M documents, a list of 3,000 shards, 50B tokens.
 
 Example: python benchmarks/blend.py
 """
@@ -16,6 +16,7 @@ from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 
 from megatron_cpt.config.schema import CorpusConfig, DataConfig, ModelConfig, PathsConfig, RunConfig, TrainingConfig
 from megatron_cpt.data.blend import plan_blend
+from megatron_cpt.data.blend_order import blend_order
 from megatron_cpt.data.data_entry import DataEntry
 from megatron_cpt.data.indexed import bin_path, idx_path, manifest_path, read_index, write_index
 from megatron_cpt.files import write_json
@@ -36,6 +37,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=".") as folder:
         one_large_shard(Path(folder))
         many_shards(Path(folder))
+    order_of_a_run()
 
 
 def write_shard(prefix: Path, lengths: np.ndarray) -> int:
@@ -91,6 +93,16 @@ def many_shards(folder: Path) -> None:
     )
     with measured("plan a blend of 3,000 shards"):
         plan_blend(config)
+
+
+def order_of_a_run() -> None:
+    for samples, shards in ((12_000_000, 3000), (73_000_000, 800)):
+        counts = [samples // shards] * shards
+        corpora = [index % 3 for index in range(shards)]
+        with measured(
+            f"put {samples:,} samples ({samples * SEQ_LENGTH / 1e9:.0f}B tokens) of {shards:,} shards in order"
+        ):
+            blend_order(counts, corpora)
 
 
 class measured:
