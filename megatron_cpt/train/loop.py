@@ -73,7 +73,7 @@ def _train_stage(loaded: LoadedConfig, ends: contextlib.ExitStack) -> str:
             finish_stage(config, read_data_list(run.data_list_path))  # a kill may have come just before it
         logger.info("%s: finished, nothing to do", run.path)
         return "finished"
-    writer = MetricsWriter(run, is_writer=rank == 0, config=config)
+    writer = MetricsWriter(run, is_writer=rank == 0, config=config, iteration=stage.iteration)
     saver, log, curve = Saver(stage, writer), StepLog(stage, interrupts), schedule(config)
     spikes = SpikeDetector(config.training.spike_threshold, stage.recent_losses)
     has_dropout = config.model.hidden_dropout > 0 or config.model.attention_dropout > 0

@@ -32,10 +32,15 @@ PEAK_FLOPS = {
 
 
 class MetricsWriter:
-    """Appends records to `metrics.jsonl` and TensorBoard; on ranks other than 0 it does nothing."""
+    """Appends records to `metrics.jsonl`, TensorBoard and W&B; on ranks other than 0 it does nothing.
 
-    def __init__(self, run: RunDir, *, is_writer: bool, config: RunConfig):
+    A run that goes on at `iteration` (0: from its start), or goes back to one, trains what comes after it once more. TensorBoard
+    is told to forget that part; W&B draws over `iteration`, since what is logged for an earlier step of its own it drops.
+    """
+
+    def __init__(self, run: RunDir, *, is_writer: bool, config: RunConfig, iteration: int = 0):
         self.is_writer = is_writer
+        self._tensorboard = run.tensorboard
         self._file = None
         self._events: Any = None
         self._wandb: Any = None
@@ -47,10 +52,7 @@ class MetricsWriter:
         if config.logging.wandb_project is not None:
             self._wandb = start_wandb(run, config)
         if config.logging.tensorboard:
-            # imported here: it costs a second, and only one rank needs it
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._events = SummaryWriter(str(run.tensorboard), max_queue=100, flush_secs=30)
+            self._start_events(iteration)
 
     def write(self, kind: str, **values: Any) -> None:
         """Append one record of `kind` with the current time. JSON has no NaN and no infinity: they become null."""
@@ -59,6 +61,9 @@ class MetricsWriter:
         record = {name: None if _is_not_finite(value) else value for name, value in values.items()}
         self._file.write(json.dumps({"kind": kind, **record, "time": round(time.time(), 3)}) + "\n")
         self._file.flush()
+        if kind == "rollback" and self._events is not None:
+            self._events.close()
+            self._start_events(values["iteration"])
         if kind not in ("train", "validation"):
             return
         group = f"validation/{values['corpus']}" if kind == "validation" else "train"
@@ -72,7 +77,15 @@ class MetricsWriter:
                 self._events.add_scalar(name, value, values["iteration"])
         if self._wandb is not None:
             place = {name: values[name] for name in ("iteration", "consumed_tokens")}
-            self._wandb.log({**scalars, **place}, step=values["iteration"])
+            self._wandb.log({**scalars, **place})
+
+    def _start_events(self, iteration: int) -> None:
+        """Open an event file that takes the place of events after an iteration."""
+        # imported here: it costs a second, and only one rank needs it
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge_step = iteration + 1 if iteration else 0
+        self._events = SummaryWriter(str(self._tensorboard), max_queue=100, flush_secs=30, purge_step=purge_step)
 
     def close(self) -> None:
         """Flush and close the files."""

@@ -1,6 +1,7 @@
 """A run at Weights & Biases, where `logging.wandb_project` asks for one; only rank 0 imports the package.
 
-A run keeps its id over restarts, so that its curves go on: it is a hash of the run directory's path.
+A run keeps its id over restarts, so that its curves go on: it is a hash of the run directory's path. Curves are drawn over
+`iteration`: W&B drops what is logged for a step of its own that has passed, as after a roll-back.
 """
 
 import importlib.util
@@ -27,7 +28,7 @@ def start_wandb(run: RunDir, config: RunConfig) -> Any:
     """Return the W&B run of a run directory, new or continued; its files lie in the run directory."""
     import wandb  # an optional package, needed on one rank only
 
-    return wandb.init(
+    started = wandb.init(
         project=config.logging.wandb_project,
         name=f"{config.task}/{config.params}/{config.size}/{config.variant}",
         id=text_hash(os.path.abspath(run.path))[:16],
@@ -36,6 +37,9 @@ def start_wandb(run: RunDir, config: RunConfig) -> Any:
         mode=os.environ.get("WANDB_MODE") or config.logging.wandb_mode,
         config={"megatron_cpt": config_values(config)},
     )
+    started.define_metric("iteration")
+    started.define_metric("*", step_metric="iteration")
+    return started
 
 
 def config_values(config: RunConfig) -> dict[str, Any]:

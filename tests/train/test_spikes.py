@@ -7,6 +7,7 @@ import pytest
 
 from megatron_cpt.checkpoint.mcore import read_manifest
 from megatron_cpt.config.schema import TrainingConfig
+from megatron_cpt.evaluate.stages import read_stage
 from megatron_cpt.train.spikes import RECENT, WINDOW, SpikeDetector, may_roll_back, skip_line
 from tests.train.test_loop import records, run_path, run_stage
 
@@ -85,6 +86,17 @@ def stage_with_bad_samples(task: str, overrides: tuple[str, ...], bad: tuple[int
         loop.microbatches = original
 
 
+def tensorboard_losses(run) -> dict[int, float]:
+    """Return what TensorBoard shows of a run."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    found = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert len(dict(found)) == len(found)
+    return dict(found)
+
+
 def test_a_spike_is_reported_with_samples_and_shards_and_the_run_goes_on(ranks, experiment):
     assert ranks.run(stage_with_bad_samples, 1, str(experiment), LONG, (160, 168)) == ["finished"]
     (spike,) = records(experiment, "base", "spike")
@@ -96,11 +108,12 @@ def test_a_spike_is_reported_with_samples_and_shards_and_the_run_goes_on(ranks, 
 
 
 def test_a_run_rolls_back_over_a_bad_shard_and_skips_it(ranks, experiment):
-    assert (
-        ranks.run(stage_with_bad_samples, 2, str(experiment), (*BACK, "launch.gpus_per_node=2"), (160, 176))
-        == ["finished"] * 2
-    )
+    overrides = (*BACK, "launch.gpus_per_node=2", "logging.tensorboard=true")
+    assert ranks.run(stage_with_bad_samples, 2, str(experiment), overrides, (160, 176)) == ["finished"] * 2
     run = run_path(experiment, "base")
+    assert tensorboard_losses(run) == pytest.approx(
+        {r["iteration"]: r["loss"] for r in read_stage(run).train}, rel=1e-6
+    )
     assert [record["iteration"] for record in records(experiment, "base", "spike")] == [21, 22]
     assert [(r["iteration"], r["skipped"]) for r in records(experiment, "base", "rollback")] == [
         (20, "21"),

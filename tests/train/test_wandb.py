@@ -27,8 +27,11 @@ class FakeWandb(types.ModuleType):
         self._write(init=options)
         return self
 
-    def log(self, values, step):
-        self._write(step=step, values=values)
+    def define_metric(self, name, step_metric=None):
+        self._write(metric=name, over=step_metric)
+
+    def log(self, values):
+        self._write(step=values["iteration"], values=values)
 
     def finish(self):
         self._write(finish=True)
@@ -54,7 +57,9 @@ def test_offline_is_passed_on_and_the_variable_wins(monkeypatch, tmp_path):
         start_wandb(RunDir(tmp_path), config(wandb_project="p", wandb_mode="offline"))
     monkeypatch.setenv("WANDB_MODE", "disabled")
     start_wandb(RunDir(tmp_path), config(wandb_project="p", wandb_mode="offline"))
-    first, second, third = (json.loads(line)["init"] for line in fake.path.read_text().splitlines())
+    lines = [json.loads(line) for line in fake.path.read_text().splitlines()]
+    first, second, third = (line["init"] for line in lines if "init" in line)
+    assert {"metric": "*", "over": "iteration"} in lines
     assert first == second and first["mode"] == "offline" and first["resume"] == "allow"
     assert first["config"]["megatron_cpt"]["model"]["num_layers"] == 32
     assert third["mode"] == "disabled"
