@@ -61,6 +61,8 @@ class Stage:
     """Tokens per corpus that the stage was to see."""
     parent: str | None = None
     """Variant that the stage's weights came from."""
+    parent_iteration: int | None = None
+    """Iteration of that variant's checkpoint, where one is named; None: its last."""
     offset_tokens: int = 0
     """Tokens that the weights had seen in earlier stages of the report."""
 
@@ -71,7 +73,7 @@ class Stage:
 
 
 def read_stages(paths: Sequence[Path]) -> list[Stage]:
-    """Return the stages in run directories; a stage that forks from another one starts where that one ended.
+    """Return the stages in run directories; a stage that forks from another one starts where it left that one.
 
     Raises: DataError when a folder is no run directory or two have the same name.
     """
@@ -94,7 +96,7 @@ def read_stage(path: Path) -> Stage:
     """
     run = RunDir(path)
     stage = Stage(name=path.absolute().name, path=path, config=_read_config(run.config_path))
-    stage.parent = _parent(setting(stage.config, "init.from_path"))
+    stage.parent, stage.parent_iteration = _parent(setting(stage.config, "init.from_path"))
     if run.data_list_path.exists():
         for entry in read_data_list(run.data_list_path):
             corpus = entry.corpus or Path(entry.prefix).name
@@ -196,12 +198,30 @@ def _offset(stage: Stage, by_name: dict[str, Stage], visited: set[str]) -> int:
     parent = by_name.get(stage.parent or "")
     if parent is None or stage.name in visited:
         return 0
-    return _offset(parent, by_name, visited | {stage.name}) + parent.tokens
+    return _offset(parent, by_name, visited | {stage.name}) + tokens_at(parent, stage.parent_iteration)
 
 
-def _parent(from_path: Any) -> str | None:
+def tokens_at(stage: Stage, iteration: int | None) -> int:
+    """Return the tokens that a stage had consumed after an iteration, between logged ones in proportion; None: at its end."""
+    if iteration is None:
+        return stage.tokens
+    known = [
+        (0, 0),
+        *((record["iteration"], record["consumed_tokens"]) for record in [*stage.train, *stage.validation]),
+    ]
+    before = max((point for point in known if point[0] <= iteration), default=(0, 0))
+    after = min((point for point in known if point[0] >= iteration), default=None)
+    if after is None or after[0] == before[0]:
+        return before[1]
+    return before[1] + (after[1] - before[1]) * (iteration - before[0]) // (after[0] - before[0])
+
+
+def _parent(from_path: Any) -> tuple[str | None, int | None]:
     text = str(from_path or "")
-    return text.removeprefix("variant:").partition("@")[0] if text.startswith("variant:") else None
+    if not text.startswith("variant:"):
+        return None, None
+    name, _, iteration = text.removeprefix("variant:").partition("@")
+    return name, int(iteration) if iteration.isdecimal() else None
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -27,12 +27,13 @@ class Saver:
     def save(self, iteration: int, losses: list[float], *, can_wait: bool = True) -> None:
         """Save the stage as it stands after `iteration` iterations; with `can_wait` False return when it is on disk."""
         stage, started = self._stage, time.monotonic()
-        stall = 0.0
+        stall: float | None = None  # known once training goes on; a save that is complete before stalls it all the time
 
         def after(directory: Path) -> None:
             seconds = time.monotonic() - started
-            self._writer.write("save", iteration=iteration, seconds=round(seconds, 3), stall_seconds=round(stall, 3))
-            logger.info("saved %s in %.1f s, %.1f s of them stalled", directory, seconds, stall or seconds)
+            stalled = seconds if stall is None else stall
+            self._writer.write("save", iteration=iteration, seconds=round(seconds, 3), stall_seconds=round(stalled, 3))
+            logger.info("saved %s in %.1f s, %.1f s of them stalled", directory, seconds, stalled)
             kept = stage.config.checkpoint
             if kept.keep_last is not None or kept.keep_bytes is not None:
                 prune(stage.run.checkpoints, kept.keep_last, kept.keep_every, quota=kept.keep_bytes)

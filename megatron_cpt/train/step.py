@@ -48,6 +48,7 @@ def train_step(
     for chunk in model:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
+    biases = _router_biases(model, config)
     iterators = [iter(batches) for _ in model]
     results = get_forward_backward_func()(
         forward_step_func=forward_step,
@@ -70,8 +71,19 @@ def train_step(
                 if parameters := part.get_parameters():
                     clip_grad_by_total_norm_fp32(parameters, config.optimizer.clip_grad, grad_norm)
         optimizer.step_with_ready_grads()
+    else:
+        for bias, before in biases:
+            bias.copy_(before)
     ended = time.monotonic()
     return StepResult(loss, grad_norm, is_finite, evaluated - started, ended - evaluated)
+
+
+def _router_biases(model: list[Any], config: RunConfig) -> list[tuple[Tensor, Tensor]]:
+    """Return the biases that balance experts, each with a copy: megatron moves them with the gradients, before the norm."""
+    if not config.model.moe_router_enable_expert_bias:
+        return []
+    buffers = (buffer for chunk in model for name, buffer in chunk.named_buffers() if name.endswith("expert_bias"))
+    return [(buffer, buffer.clone()) for buffer in buffers if buffer is not None]
 
 
 def forward_step(iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Callable[..., Any]]:

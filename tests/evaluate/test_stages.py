@@ -9,7 +9,7 @@ def start(iteration: int, resumed: bool = False, layout: str = "TP2 PP1 CP1 EP1 
     return {"kind": "start", "iteration": iteration, "consumed_tokens": tokens, "resumed": resumed, "layout": layout}
 
 
-def train(iteration: int, loss: float = 1.0) -> dict:
+def train(iteration: int, loss: float | None = 1.0) -> dict:
     return {"kind": "train", "iteration": iteration, "consumed_tokens": iteration * 100, "loss": loss, "lr": 0.1}
 
 
@@ -71,6 +71,19 @@ def test_a_stage_begins_where_the_variant_that_it_forks_from_ended(write_run):
     stages = read_stages([base, replay, last])
     assert [stage.offset_tokens for stage in stages] == [0, 600, 900]
     assert stages[1].blend == {"D1": 270, "D0": 30}
+
+
+def test_a_branch_begins_at_the_iteration_that_it_forks_from(write_run):
+    base = write_run("base", [start(0), train(1), train(4), train(9), end(9)])
+    runs = [write_run(f"branch{n}", [start(0), train(1)], parent=f"base@{n}") for n in (4, 6, 20)]
+    assert [stage.offset_tokens for stage in read_stages([base, *runs])] == [0, 400, 600, 900]
+
+
+def test_a_step_without_a_number_is_counted_but_no_part_of_the_curve(write_run):
+    records = [start(0), train(1), train(2, loss=None), train(3, loss=float("nan")), train(4)]
+    run = write_run("a", [*records, start(2, resumed=True), train(3)])
+    stage = read_stage(run)
+    assert [record["iteration"] for record in stage.train] == [1, 3] and stage.not_finite == [2]
 
 
 def test_an_unfinished_last_line_is_passed_over_and_a_bad_one_is_named(write_run):

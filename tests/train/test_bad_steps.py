@@ -27,9 +27,15 @@ def step_with_nan_on_one_rank(config, bad_rank: int) -> tuple[bool, float, float
     if torch.distributed.get_rank() == bad_rank:
         parameter = next(iter(model[0].parameters()))
         parameter.register_hook(lambda gradient: gradient * NO_NUMBER)
-    before = [parameter.detach().clone() for parameter in model[0].parameters()]
+
+    def state():
+        biases = [buffer for name, buffer in model[0].named_buffers() if name.endswith("expert_bias")]
+        assert biases or not config.model.moe_router_enable_expert_bias
+        return [tensor.detach().clone() for tensor in [*model[0].parameters(), *biases]]
+
+    before = state()
     result = train_step(model, optimizer, batches(config, 0), config, 1e-3)
-    changed = any(not torch.equal(old, new) for old, new in zip(before, model[0].parameters(), strict=True))
+    changed = any(not torch.equal(old, new) for old, new in zip(before, state(), strict=True))
     finish_parallel()
     return result.is_updated, result.loss, result.grad_norm, changed
 
@@ -51,8 +57,9 @@ def test_a_gradient_without_a_number_on_one_rank_stops_the_update_on_every_rank(
         assert not updated and not changed and loss > 0 and norm != norm
 
 
-def test_a_gradient_without_a_number_in_one_ranks_experts_stops_the_update_on_every_rank(ranks):
-    config = tiny_config("moe", expert_model_parallel_size=2)
+@pytest.mark.parametrize("kind", ["moe", "deepseek"])
+def test_a_gradient_without_a_number_in_one_ranks_experts_stops_the_update_on_every_rank(ranks, kind):
+    config = tiny_config(kind, expert_model_parallel_size=2)
     for updated, _, norm, changed in ranks.run(step_with_nan_on_one_rank, 2, config, 1):
         assert not updated and not changed and norm != norm
 

@@ -104,6 +104,7 @@ def test_save_now_saves_and_goes_on(ranks, experiment):
     (run / "save_now").touch()
     assert ranks.run(run_stage, 1, str(experiment), "base") == ["finished"]
     assert (run / "checkpoints" / "iter_0000001" / "manifest.json").exists()
+    assert all(save["stall_seconds"] == save["seconds"] > 0 for save in records(experiment, "base", "save"))
 
 
 def late_stage(task: str) -> str:
@@ -205,6 +206,7 @@ def test_an_asynchronous_run_saves_the_same_and_continues(ranks, experiment):
     assert ranks.run(run_stage, 2, str(experiment), "base", (*overrides, *TP2)) == ["finished"] * 2
     saves = records(experiment, "base", "save")
     assert [save["iteration"] for save in saves] == [2, 4, 6, 8]
+    assert all(0 < save["stall_seconds"] <= save["seconds"] for save in saves)
     root = run_path(experiment, "base") / "checkpoints"
     for save in saves:
         verify_checkpoint(root / f"iter_{save['iteration']:07d}", "full")
