@@ -21,7 +21,7 @@ from megatron_cpt.data.blend_sources import (
     stage_name,
     validation_prefixes,
 )
-from megatron_cpt.data.blend_table import BlendPlan, corpus_plans, is_unnamed
+from megatron_cpt.data.blend_table import BlendPlan, CorpusPlan, corpus_plans, is_unnamed
 from megatron_cpt.data.budget import apportion, exact, spread_samples
 from megatron_cpt.data.continued import ContinuedOrder
 from megatron_cpt.data.datalist import DataEntry, read_data_list
@@ -72,7 +72,9 @@ def plan_blend(config: RunConfig, begun: Path | None = None, order: ContinuedOrd
         for corpus, group in parts.items()
         if is_unnamed(corpus, group) and group[0].available <= config.training.seq_length
     ]
-    notes = _note(small, "the list", f"a sequence of {config.training.seq_length:,} without repeating") if small else []
+    notes = []
+    if small:
+        notes.append(f"{len(small)} shards of the list are smaller than one sequence: {', '.join(small[:3])}")
     read = taken
     if order is not None:
         entries = order.taken(num_samples, config.training.seq_length)
@@ -108,10 +110,12 @@ def plan_blend(config: RunConfig, begun: Path | None = None, order: ContinuedOrd
             empty.setdefault("the list" if unnamed else entry.corpus or "", []).append(entry.prefix)
     for corpus, prefixes in empty.items():
         notes += _note(prefixes, corpus, "a whole sample")
+    corpora = corpus_plans(parts, shares, taken, entries, samples, total)
+    notes += _rounded_away(corpora)
     return BlendPlan(
         entries=entries,
         num_samples=samples,
-        corpora=corpus_plans(parts, shares, taken, entries, samples, total),
+        corpora=corpora,
         train_tokens=total,
         train_samples=num_samples,
         train_iters=derived.train_iters(config.training),
@@ -133,7 +137,7 @@ def _size_problems(config: RunConfig, corpus: str, group: Sequence[Part], taken:
     problems = []
     available = sum(part.available for part in group)
     is_packed = any(part.shard.packed_seq_length for part in group)
-    if available <= config.training.seq_length and not is_packed and not is_unnamed(corpus, group):
+    if available <= config.training.seq_length and not is_packed and taken and not is_unnamed(corpus, group):
         problems.append(
             f"corpus {corpus} has {available:,} tokens, not one sequence of {config.training.seq_length:,} and the "
             "token after it. Leave it out or join it to another corpus."
@@ -209,7 +213,17 @@ def _note(prefixes: list[str], corpus: str, what: str) -> list[str]:
     if not prefixes:
         return []
     shown = ", ".join(prefixes[:3]) + (", ..." if len(prefixes) > 3 else "")
-    return [f"{len(prefixes)} shards of {corpus} are too small to give {what}: {shown}"]
+    return [f"{len(prefixes)} shards of {corpus} give not {what}: their part of the stage is too small: {shown}"]
+
+
+def _rounded_away(corpora: Sequence[CorpusPlan]) -> list[str]:
+    """Return a line per corpus that is asked for and gives nothing."""
+    return [
+        f"corpus {row.corpus} gives nothing: {float(row.requested):.4g} tokens are asked of it, not one sample. Raise its "
+        "share, or leave it out."
+        for row in corpora
+        if not row.num_samples
+    ]
 
 
 def _replayed(entries: Sequence[DataEntry], seq_length: int, parts: Parts) -> list[str]:

@@ -103,13 +103,19 @@ def drawn_by_rules(config: RunConfig, parts: Parts, budget: int) -> tuple[Parts,
         )
     }
     total = sum(drawn.values(), Fraction(0))
-    weighted = {
-        corpus: [replace(part, weight=drawn[part.shard.prefix]) for part in group if part.shard.prefix in drawn]
-        for corpus, group in parts.items()
-    }
-    weighted = {corpus: group for corpus, group in weighted.items() if group}
+    asked = {entry.prefix for entry in entries if next(rule.value for rule in rules if rule.names(entry))}
+    weighted: Parts = {}
+    for corpus, group in parts.items():
+        weights = [drawn.get(part.shard.prefix, Fraction(0)) for part in group]
+        # what is asked for and rounds away stays, so that the plan says so; a rule of 0 leaves out on purpose
+        kept = [(part, weight) for part, weight in zip(group, weights, strict=True) if part.shard.prefix in asked]
+        if any(weights):
+            weighted[corpus] = [replace(part, weight=weight) for part, weight in kept]
+        elif kept:
+            weighted[corpus] = [part for part, _ in kept]
     return weighted, {
-        corpus: sum((part.weight for part in group), Fraction(0)) / total for corpus, group in weighted.items()
+        corpus: sum((drawn.get(part.shard.prefix, Fraction(0)) for part in group), Fraction(0)) / total
+        for corpus, group in weighted.items()
     }
 
 

@@ -79,7 +79,10 @@ def rescale(
         amounts = [0] * len(entries)
         for pool, pool_budget in ((True, budgets[0]), (False, budgets[1])):
             members = [index for index, flag in enumerate(is_base) if flag is pool]
-            drawn = _draw([entries[index] for index in members], rules, pool_budget, cap)
+            try:
+                drawn = _draw([entries[index] for index in members], rules, pool_budget, cap)
+            except DataError as problem:
+                raise DataError(f"the {'base' if pool else 'other'} pool ({pool_budget:,} tokens): {problem}") from None
             for index, amount in zip(members, drawn, strict=True):
                 amounts[index] = amount
     return [replace(entry, tokens=amount) for entry, amount in zip(entries, amounts, strict=True) if amount]

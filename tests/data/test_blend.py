@@ -166,7 +166,7 @@ def test_shards_too_small_for_a_whole_sample_are_reported_not_dropped(tmp_path, 
     corpora = two_corpora | {"D2": ["D2"]}
     plan = plan_blend(run_config(tmp_path, mix={"D0": 0.69, "D1": 0.3, "D2": 0.01}, corpora=corpora))
     assert [row.num_samples for row in plan.corpora] == [69, 30, 1]
-    assert "9 shards of D2 are too small to give a whole sample" in plan.table()
+    assert "9 shards of D2 give not a whole sample" in plan.table()
     assert len(plan.entries) == 13
 
 
@@ -307,8 +307,26 @@ def test_small_shards_of_a_list_without_corpora_are_noted_and_many_are_shown_by_
     (tmp_path / "list.txt").write_text("\n".join(rows))
     table = plan_blend(run_config(tmp_path, mix={}, corpora={}, train_data_path="list.txt")).table()
     assert [line.split()[0] for line in table.splitlines()[1:4]] == ["D0", ".", "web"]
-    assert "1 shards of the list are too small to give a sequence of 64 without repeating" in table
+    assert "1 shards of the list are smaller than one sequence: " in table
 
 
 def test_columns_of_a_table_stay_below_each_other_where_letters_are_wide():
     assert align([("コーパス", "1"), ("en", "20")]) == ["コーパス   1", "en        20"]
+
+
+def test_a_share_that_rounds_away_is_said_not_dropped(tmp_path, two_corpora):
+    plan = plan_blend(run_config(tmp_path, mix={"D0": 0.999999, "D1": 0.000001}, corpora=two_corpora))
+    assert [row.num_samples for row in plan.corpora] == [100, 0]
+    assert "note: corpus D1 gives nothing: 0.0064 tokens are asked of it, not one sample" in plan.table()
+    rules = {"D1": "share 0.000001", "D0": "share 0.999999"}
+    plan = plan_blend(run_config(tmp_path, mix={}, corpora=two_corpora, rules=rules))
+    assert [row.corpus for row in plan.corpora] == ["D0", "D1"] and len(plan.entries) == 2
+    assert "note: corpus D1 gives nothing" in plan.table()
+    left_out = {"D1": "weight 0", "D0": "weight 1"}
+    assert "D1" not in plan_blend(run_config(tmp_path, mix={}, corpora=two_corpora, rules=left_out)).table()
+
+
+def test_what_a_pool_cannot_give_is_said_of_that_pool(tmp_path, three_corpora):
+    pools = {"base_pool": "web", "base_ratio": 0.4, "rules": {"web": "share 1", "D0": "share 0.5", "D1": "share 0.4"}}
+    with pytest.raises(DataError, match=r"the other pool \(3,840 tokens\): rescale: shares and epochs make up 0.9"):
+        plan_blend(run_config(tmp_path, mix={}, corpora=three_corpora, **pools))
