@@ -1,5 +1,6 @@
 """What training draws equals the plan, without replacement, from a cache that two builders can share."""
 
+import dataclasses
 import multiprocessing
 import resource
 from pathlib import Path
@@ -12,6 +13,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron_cpt.data.budget import apportion, spread_samples
 from megatron_cpt.data.data_entry import DataEntry
 from megatron_cpt.data.indexed import bin_path, idx_path, manifest_path, write_index
+from megatron_cpt.errors import DataError
 from megatron_cpt.files import write_json
 from megatron_cpt.train.samples import build_blended_samples
 
@@ -205,3 +207,45 @@ def test_two_builders_at_once_leave_one_whole_cache(tmp_path):
     assert [process.exitcode for process in processes] == [0, 0]
     assert not list((tmp_path / "cache").glob(".*.partial"))
     assert all((folder / "complete.json").exists() for folder in (tmp_path / "cache").iterdir())
+
+
+def test_what_follows_a_documents_end_is_left_out_wherever_the_end_stands_in_a_sample(tmp_path):
+    """Documents of 17 tokens against samples of 16 put an end at every place, the first and the last too; one has no other."""
+    from megatron_cpt.train.visibility import document_numbers
+
+    lengths = [17] * 34 + [1] * 6 + [100]
+    write_shard(tmp_path / "s", lengths, first_token=1)
+    tokens = np.fromfile(bin_path(tmp_path / "s"), dtype=np.int32)
+    ends = np.cumsum(lengths) - 1
+    tokens[ends] = 0
+    tokens.tofile(bin_path(tmp_path / "s"))
+    config = dataclasses.replace(dataset_config(), eod_mask_loss=True)
+    count = (sum(lengths) - 1) // SEQ
+    entry = DataEntry(prefix=str(tmp_path / "s"), tokens=count * SEQ, corpus="c")
+    dataset = build_blended_samples([entry], count, config, tmp_path / "cache")
+    places = set()
+    for index in range(count):
+        sample = dataset[index]
+        ids = sample["tokens"]
+        assert sample["loss_mask"].tolist() == (ids != 0).float().tolist()
+        places |= set(np.flatnonzero(ids.numpy() == 0).tolist())
+        numbers = document_numbers(ids[None], 0)[0].tolist()
+        spans = dataset.shards[0].spans(int(dataset.sample_index[index]))
+        expected = [number for number, (_, _, length) in enumerate(spans) for _ in range(length)]
+        assert numbers == expected and sum(length for _, _, length in spans) == SEQ
+        assert sample["labels"][:-1].tolist() == ids[1:].tolist()
+    assert places == set(range(SEQ))
+
+
+def test_an_index_that_finds_the_disk_full_says_so_and_leaves_nothing(tmp_path):
+    write_shard(tmp_path / "s0", [20] * 500)
+    entry = DataEntry(prefix=str(tmp_path / "s0"), tokens=100 * SEQ, corpus="c")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(DataError, match="the index cannot be written"):
+            build_blended_samples([entry], 100, dataset_config(), tmp_path / "cache")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list((tmp_path / "cache").iterdir())
+    assert len(build_blended_samples([entry], 100, dataset_config(), tmp_path / "cache")) == 100
