@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 _COMPLETE = "complete.json"
 _MOST_FILES = 1 << 20
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES)
 
 
 class BlendedSamples(torch.utils.data.Dataset):
@@ -295,8 +296,14 @@ def _build_once(folder: Path, build: Any, description: dict[str, Any]) -> None:
         with whole_dir(folder) as temporary:
             build(temporary)
             write_json(temporary / _COMPLETE, description)
-    except (OSError, CptError):
+    except (OSError, CptError) as problem:
         if not (folder / _COMPLETE).exists():
+            # numpy's short writes carry no errno
+            if isinstance(problem, OSError) and problem.errno in (None, *_NO_ROOM):
+                raise DataError(
+                    f"{folder}: the index cannot be written ({problem.strerror or problem}). Make room or mend the permissions, then "
+                    "give the command again; the indexes that are whole are kept."
+                ) from None
             raise
         logger.info("%s: another process built it at the same time", folder)
 
