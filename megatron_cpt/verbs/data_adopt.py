@@ -32,6 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(arguments.tokenizer)
     for prefix in map(Path, prefixes):
         if manifest_path(prefix).exists():
+            sys.stdout.write(f"{prefix}: has its manifest already\n")
             continue
         found = adopt(prefix, tokenizer, count_bytes=arguments.count_bytes, needs_eod=not arguments.without_eod)
         sys.stdout.write(f"{prefix}: {found['documents']:,} documents, {found['tokens']:,} tokens\n")
