@@ -185,9 +185,10 @@ def run_ours(
     runs = f"runs-{variant}-{run}"
     words = ["train", "--task", "task", "--params", "params.yaml", "--size", "short", f"paths.runs_dir={runs}"]
     words.append(f"data.reset_attention_mask={'true' if variant == 'isolated' else 'false'}")
+    words += ["training.compile=true"] * arguments.compile
     if variant == "unfused" and arguments.gpu:
         words.append("parallel.recompute_granularity=selective")
-    wanted = {"unfused": variant == "unfused", "compile": arguments.compile, "unsaved": arguments.gpu}
+    wanted = {"unfused": variant == "unfused", "unsaved": arguments.gpu}
     patches = [name for name, is_wanted in wanted.items() if is_wanted]
     program = (
         [str(ROOT / "benchmarks" / "train.py"), "--patched", "+".join(patches)] if patches else ["-m", "megatron_cpt"]
@@ -236,37 +237,18 @@ def run_plain(case: dict[str, Any], arguments: argparse.Namespace) -> dict[str, 
 
 
 def run_patched(patches: str, words: list[str]) -> None:
-    """Be `megatron-cpt` with megatron-core's own attention, with compiled layers, or without checkpoints."""
-    import torch
+    """Be `megatron-cpt` with megatron-core's own attention, or without checkpoints."""
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
     from megatron_cpt.cli import main as megatron_cpt
-    from megatron_cpt.train import layer_spec, stage
+    from megatron_cpt.train import layer_spec
     from megatron_cpt.train.saving import Saver
 
     if "unsaved" in patches:
         Saver.save = lambda *_, **__: None  # type: ignore[method-assign]
     if "unfused" in patches:
         layer_spec.SdpaCoreAttention = DotProductAttention  # type: ignore[misc]
-    if "compile" in patches:
-        build = stage.build_training_model
-
-        def compiled(config: Any) -> Any:
-            model, optimizer = build(config)
-            for chunk in model:
-                for layer in stage_layers(chunk):
-                    layer.forward = torch.compile(layer.forward)
-            return model, optimizer
-
-        stage.build_training_model = compiled
     megatron_cpt(words)
-
-
-def stage_layers(chunk: Any) -> Any:
-    """Return the transformer layers inside a wrapped model chunk."""
-    from megatron_cpt.train.model import unwrap
-
-    return unwrap(chunk).decoder.layers
 
 
 def report(

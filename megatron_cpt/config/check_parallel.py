@@ -24,6 +24,13 @@ def parallel_problems(config: RunConfig) -> Iterator[Problem]:
     yield from _world_problems(config)
     yield from _expert_problems(config)
     yield from _option_problems(config.parallel)
+    for name in ("hidden_dropout", "attention_dropout"):
+        if config.training.compile and getattr(config.model, name):
+            yield Problem(
+                ("training.compile", f"model.{name}"),
+                f"training.compile is true with model.{name} {getattr(config.model, name):g}. Compiled layers draw their random "
+                "numbers otherwise, and recomputed ones might drop others. Set one of them to its default.",
+            )
     if config.optimizer.name == "muon" and config.parallel.use_distributed_optimizer:
         yield Problem(
             ("optimizer.name", "parallel.use_distributed_optimizer"),

@@ -376,6 +376,7 @@ _TRAINING = (
     Row("training.spike_skip_iterations", honoured_by="train/spikes.py"),
     Row("training.spike_max_rollbacks", honoured_by="train/spikes.py"),
     Row("training.neftune_alpha", honoured_by="train/neftune.py"),
+    Row("training.compile", honoured_by="train/model.py, compile_layers"),
     Row("training.deterministic", ("TransformerConfig.deterministic_mode",), "--deterministic-mode"),
 )
 

@@ -187,6 +187,9 @@ class TrainingConfig:
     (arXiv:2310.05914; 5 to 15 for instruction data); 0: off. Seeded by the sample, so the same under every layout."""
     deterministic: bool = False
     """Choose deterministic kernels; two runs on the same hardware are then bit-identical."""
+    compile: bool = False
+    """Compile each transformer layer with torch.compile, on GPUs; a CPU runs the layers as they are and says so. The first
+    steps take minutes longer. Not with dropout."""
     spike_threshold: float = 0.0
     """A loss above the median of the last 16 by more than this many robust standard deviations of its noise over the
     last 128 is a spike, reported with the step's samples and shards; 0: not looked for. Begin with 10."""

@@ -46,7 +46,7 @@ class StageMemory:
     activations: int
     """Kept for the backward pass, over all micro-batches in flight."""
     loss: int
-    """Logits in compute precision and fp32 and their gradient, for one micro-batch; last stage only."""
+    """Logits and their gradient, and the softmax where the loss is not fused, for one micro-batch; last stage only."""
 
     @property
     def total(self) -> int:
@@ -80,7 +80,7 @@ def stage_memories(config: RunConfig, *, is_fused: bool = True) -> list[StageMem
                 optimizer=((whole - held.rest) * matrix_bytes + held.rest * rest_bytes) // dp
                 + held.expert * matrix_bytes // expert_dp,
                 activations=_stage_activations(config, stage, layers, is_fused),
-                loss=_loss_bytes(config) if is_last else 0,
+                loss=_loss_bytes(config, is_fused) if is_last else 0,
             )
         )
     return memories
@@ -201,7 +201,9 @@ def _feed_forward_activations(config: RunConfig, layer: int, is_fused: bool) -> 
     return round(routed + shared + router)
 
 
-def _loss_bytes(config: RunConfig) -> int:
+def _loss_bytes(config: RunConfig, is_fused: bool) -> int:
+    """Logits and their gradient in compute precision; unfused also the softmax in fp32, from which the gradient is made."""
     model: ModelConfig = config.model
     rows = padded_vocab_size(model) // config.parallel.tensor_model_parallel_size
-    return _tokens(config) * rows * (_element_bytes(config) + 4 + 4)
+    element = _element_bytes(config)
+    return _tokens(config) * rows * (2 * element if is_fused else element + 4 + 4)

@@ -82,7 +82,7 @@ class SdpaCoreAttention(MegatronModule):
         query, key, value = (part.transpose(0, 1).flatten(0, 1) for part in (query, key, value))  # [b s, heads, d]
         attend = attend_varlen if query.is_cuda else attend_each
         context = attend(query, key, value, bounds, longest, scale=self.softmax_scale, window_size=self.window_size)
-        return context.unflatten(0, (batch, length)).transpose(0, 1).flatten(2)
+        return context.reshape(batch, length, -1).transpose(0, 1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
         if mask is not None and query.is_cuda:  # no fused kernel of torch 2.13 is sure to take both groups and a mask

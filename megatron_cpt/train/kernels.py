@@ -19,8 +19,8 @@ def substitute_kernels() -> None:
     from megatron.core.optimizer import optimizer as mixed_precision
 
     if torch.cuda.is_available():
-        # eight passes over queries and keys become one; a graph for each of few shapes, no dynamic ones
-        rope_utils._apply_rotary_pos_emb_bshd = torch.compile(rope_utils._apply_rotary_pos_emb_bshd, dynamic=False)
+        # eight passes over queries and keys become one
+        rope_utils._apply_rotary_pos_emb_bshd = torch.compile(rope_utils._apply_rotary_pos_emb_bshd)
     if not optimizer.USING_PYTORCH_OPTIMIZER:
         return
     optimizer.Adam = distrib_optimizer.Adam = FusedAdam

@@ -8,9 +8,11 @@ import importlib.util
 import logging
 import math
 import os
+import warnings
 from typing import Any
 
 import torch
+import torch._dynamo
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
@@ -146,8 +148,21 @@ def build_model_chunks(config: RunConfig, megatron_config: TransformerConfig | N
         set_rotary_frequencies(model, config.model)
         if not cpu.is_cpu():
             model.cuda(torch.cuda.current_device())
+        if config.training.compile:
+            compile_layers(model)
         chunks.append(Float16Module(megatron_config, model) if megatron_config.bf16 else model)
     return chunks
+
+
+def compile_layers(model: GPTModel, backend: str = "inductor") -> None:
+    """Compile the forward and backward pass of each layer, one graph for all that are alike."""
+    if cpu.is_cpu() and backend == "inductor":
+        logger.warning("training.compile is true: layers are compiled on GPUs only, these run on a CPU as they are")
+        return
+    # megatron-core warns in every row-parallel product, which would cut each layer's graph in pieces
+    torch._dynamo.config.ignore_logging_functions.add(warnings.warn)
+    for layer in model.decoder.layers:
+        layer.forward = torch.compile(layer.forward, backend=backend)
 
 
 def build_training_model(config: RunConfig) -> tuple[list[DistributedDataParallel], MegatronOptimizer]:

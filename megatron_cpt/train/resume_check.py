@@ -14,7 +14,7 @@ from megatron_cpt.errors import CheckpointError, ConfigError
 # Sections whose values change what a run computes; the others may differ freely between a run and its resume.
 RESULT_SECTIONS = ("model", "training", "optimizer", "schedule", "data")
 FREE_SETTINGS = (
-    "training.micro_batch_size", "training.deterministic", "data.max_epochs",
+    "training.micro_batch_size", "training.deterministic", "training.compile", "data.max_epochs",
     # what a run passed stays in its manifest, so that these may change for what is to come
     "data.skip_iterations", "training.spike_threshold", "training.spike_action", "training.spike_skip_iterations",
     "training.spike_max_rollbacks",

@@ -63,6 +63,10 @@ IMPOSSIBLE = {
         "parallel.pipeline_model_parallel_size=3 launch.gpus_per_node=3 parallel.num_layers_in_first_pipeline_stage=1",
         "the uneven split leaves 3 of 4 layers (1 in the uneven stages) for 2 stages",
     ),
+    "compiled layers with dropout": (
+        "training.compile=true model.hidden_dropout=0.1",
+        "training.compile is true with model.hidden_dropout 0.1",
+    ),
     "SP without TP": ("parallel.sequence_parallel=true", "It needs TP > 1"),
     "sequence by CP": (
         "parallel.context_parallel_size=3 launch.gpus_per_node=3",

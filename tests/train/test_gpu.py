@@ -123,6 +123,23 @@ def test_varlen_attention_trains_as_a_block_mask(run, device, kind, model):
     np.testing.assert_allclose(losses_of(bounds), losses_of(mask), rtol=3e-3)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [("dense", {}), ("qwen", {}), ("moe", {}), ("mla", {}), ("dense", {"recompute_granularity": "full"})],
+    ids=str,
+)
+def test_compiled_layers_train_as_a_cpus_plain_ones(trained, kind, layout, precision):
+    """On CPU their graphs run in test_compile.py."""
+    needs_gpus(1)
+    checkpoint, expected = trained(kind)
+    config = tiny_config(kind, precision=precision, **layout)
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, compile=True))
+    (steps,) = run_on_gpus(run_steps, 1, config, 2, 5, checkpoint, None, timeout=600)
+    np.testing.assert_allclose(losses_of(steps), losses_of(expected), **TOLERANCE[precision])
+
+
 def changed_document(config, by_bounds):
     """Return the logits of two sequences that differ in their first 20 tokens, in bf16."""
     import torch
@@ -369,7 +386,7 @@ def test_a_layout_on_gpus_continues_as_one_cpu_rank_does(trained, kind, world_si
 def test_the_benchmark_measures_every_variant(device, compiled, tmp_path):
     """`benchmarks/train.py --gpu --tiny [--compile]`: the whole program, isolated or not, and what it is compared with."""
     if device == "cpu" and compiled:
-        pytest.skip("megatron-core runs without compilation on CPU")
+        pytest.skip("layers are compiled on GPUs only")
     variants = ["ours", "plain"] if device == "cpu" else ["ours", "isolated", "plain", "unfused"]
     words = ["--tiny", "--runs", "1", "--steps", "4", "--scratch", str(tmp_path), "--variants", *variants]
     words += ["--gpu"] * (device == "cuda") + ["--compile"] * compiled
