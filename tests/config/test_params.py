@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_cpt.config.derived import world_size
 from megatron_cpt.config.load import load_config
+from megatron_cpt.launch.memory import stage_memories
 from megatron_cpt.launch.model_size import num_active_parameters, num_parameters
+from megatron_cpt.launch.plan import GIB, GPU_RESERVE_BYTES
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = sorted(path.stem for path in (ROOT / "params").glob("*.yaml"))
@@ -27,8 +30,21 @@ PUBLISHED = {
 }
 
 
+# Model cards that count without embeddings: theirs have the tokenizer's rows, the models padded ones.
+NON_EMBEDDING = {
+    "llm-jp-13b": 12_688_184_320,
+    "llm-jp-moe-8x1.8b": 8_858_863_616,
+    "llm-jp-moe-32b-a3.8b": 31_635_712_512 - 196_608 * 2560,  # its card counts the output layer in
+}
+ACTIVE = {"llm-jp-moe-32b-a3.8b": 3_827_476_992}
+
+
+def run(name: str):
+    return load_config(ROOT / "tasks/template", str(ROOT / f"params/{name}.yaml"), "50B").config
+
+
 def model(name: str):
-    return load_config(ROOT / "tasks/template", str(ROOT / f"params/{name}.yaml"), "50B").config.model
+    return run(name).model
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -41,6 +57,26 @@ def test_each_params_file_loads_with_each_variant_of_the_template(name: str, var
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_models_have_their_published_number_of_parameters(name: str) -> None:
     assert num_parameters(model(name)) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", NON_EMBEDDING)
+def test_published_models_have_their_parameters_without_embeddings(name: str) -> None:
+    shape = model(name)
+    embeddings = (2 if shape.untie_embeddings_and_output_weights else 1) * shape.vocab_size * shape.hidden_size
+    assert num_parameters(shape) - embeddings == NON_EMBEDDING[name]
+
+
+@pytest.mark.parametrize("name", ACTIVE)
+def test_published_models_have_their_active_parameters(name: str) -> None:
+    assert num_active_parameters(model(name)) == ACTIVE[name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_default_layout_fits_nodes_of_eight_gpus_with_80_gb(name: str) -> None:
+    config = run(name)
+    assert name.startswith("demo") or world_size(config) % 8 == 0
+    peak = max(stage.total for stage in stage_memories(config))
+    assert peak + GPU_RESERVE_BYTES <= 80 * GIB, f"{peak / GIB:.1f} GiB"
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not re.search(r"\dx\d", name)])
