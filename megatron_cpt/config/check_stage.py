@@ -106,6 +106,18 @@ def _learning_rate_problems(config: RunConfig) -> Iterator[Problem]:
             ("schedule.lr_cooldown_style", "optimizer.min_lr"),
             "schedule.lr_cooldown_style is geometric with optimizer.min_lr 0, which no factor reaches. Set min_lr above 0.",
         )
+    if schedule.lr_warmup_init > optimizer.lr:
+        yield Problem(
+            ("schedule.lr_warmup_init", "optimizer.lr"),
+            f"schedule.lr_warmup_init is {schedule.lr_warmup_init:g}, more than optimizer.lr ({optimizer.lr:g}): a warm-up "
+            "rises. Use at most that.",
+        )
+    if style == "inverse-square-root" and not schedule.lr_warmup.amount:
+        yield Problem(
+            ("schedule.lr_warmup", *keys),
+            "schedule.lr_warmup is 0 with lr_decay_style inverse-square-root, whose rate at sample n is lr x sqrt(warm-up / n): it "
+            "would fall to almost nothing after the first step. Set a warm-up.",
+        )
     is_infinite = style.startswith("infinite")
     for name in ("lr_hold", "lr_hold_start"):
         value = getattr(schedule, name)

@@ -1,6 +1,7 @@
 """Numbers that follow from the settings: iterations, samples, padded vocabulary, head sizes, data-parallel size."""
 
 import math
+from fractions import Fraction
 
 from megatron_cpt.config.batch_sizes import batch_sizes
 from megatron_cpt.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainingConfig
@@ -67,16 +68,20 @@ def rope_original_max_position_embeddings(model: ModelConfig) -> int:
 
 
 def duration_samples(duration: Duration, training: TrainingConfig, *, is_at_end: bool = False) -> int:
-    """Return a duration of a stage in samples: iterations are the stage's first ones, or with `is_at_end` its last."""
+    """Return a duration of a stage in samples: iterations are the stage's first ones, or with `is_at_end` its last.
+
+    A fraction at the end leaves the rest of the stage, so that fractions which sum to 1 meet.
+    """
     if duration.unit == "iterations":
         sizes, count = batch_sizes(training), math.ceil(duration.amount)
         if not is_at_end:
             return sizes.samples(count)
         return train_samples(training) - sizes.samples(max(train_iters(training) - count, 0))
+    total = train_samples(training)
+    if is_at_end and duration.unit == "fraction":
+        return math.floor(Fraction(str(duration.amount)) * total)
     return duration.samples(
-        global_batch_size=training.global_batch_size,
-        seq_length=training.seq_length,
-        train_samples=train_samples(training),
+        global_batch_size=training.global_batch_size, seq_length=training.seq_length, train_samples=total
     )
 
 

@@ -135,6 +135,8 @@ def settings_without_flag(config: RunConfig) -> list[str]:
         found.append("schedule.lr_decay_style")
     if config.schedule.lr_cooldown.amount and config.schedule.lr_cooldown_style == "geometric":
         found.append("schedule.lr_cooldown_style")
+    if config.schedule.lr_cooldown.amount and config.schedule.lr_decay_style == "inverse-square-root":
+        found.append("schedule.lr_cooldown")
     if config.optimizer.weight_decay_incr != WHOLE_STAGE:
         found.append("optimizer.weight_decay_incr")
     return sorted(found)

@@ -31,14 +31,12 @@ def initial_checkpoint(config: RunConfig, run: RunDir) -> Path | None:
     if (path / "config.json").exists():
         if config.init.load == "full":
             raise CheckpointError(f"{path}: a Hugging Face folder holds weights only. Use init.load=weights.")
-        converted = checkpoint_dir(run.path / "init", "release")
-        if not converted.exists():
-            hf_to_mcore(
-                path,
-                run.path / "init",
-                model=config.model,
-                make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
-            )
+        converted = hf_to_mcore(  # once: what was made of the same weights stays, what was made of others is refused
+            path,
+            run.path / "init",
+            model=config.model,
+            make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
+        )
         return find_checkpoint(converted, config.checkpoint.verify_on_load)
     foreign = foreign_format(path)
     if foreign is not None and _is_to_be_converted(*foreign, config):

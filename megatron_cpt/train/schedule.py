@@ -85,8 +85,9 @@ class Schedule:
 
     def _infinite(self, samples: int) -> float:
         assert self.hold is not None and self.hold_start is not None
-        length = max(self.hold_start - self.warmup, 1)
-        progress = min((samples - self.warmup) / length, 1.0)
+        if self.hold_start <= self.warmup:
+            return self.hold
+        progress = min((samples - self.warmup) / (self.hold_start - self.warmup), 1.0)
         if self.style == "infinite-cosine":
             return self.hold + (self.lr - self.hold) * ANNEAL["cosine"](progress)
         drop = (1 / math.sqrt(1 + STEEPNESS * progress) - 1) / (1 / math.sqrt(1 + STEEPNESS) - 1)

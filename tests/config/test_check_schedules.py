@@ -25,6 +25,8 @@ IMPOSSIBLE = {
     "a geometric way to nothing": (
         "schedule.lr_decay_style=WSD schedule.lr_cooldown=0.5 schedule.lr_cooldown_style=geometric", "Set min_lr above 0",
     ),
+    "a warm-up that falls": ("schedule.lr_warmup=2 schedule.lr_warmup_init=1e-3", "lr_warmup_init is 0.001, more than optimizer.lr"),
+    "an inverse square root of nothing": ("schedule.lr_decay_style=inverse-square-root", "Set a warm-up."),
     "weight decay's time without a style": ("optimizer.weight_decay_incr=0.5", "weight_decay_incr is 0.5 and has no effect"),
     "weight decay's time of nothing": (
         "optimizer.weight_decay_incr=0 optimizer.weight_decay_end=0.2 optimizer.weight_decay_incr_style=linear",
@@ -65,3 +67,16 @@ IMPOSSIBLE = {
 def test_what_cannot_work_is_refused_with_its_numbers(refused, case):
     overrides, message = IMPOSSIBLE[case]
     assert message in refused(*overrides.split())
+
+
+@pytest.mark.parametrize("tokens", ["1M", "999_999", "1_000_001", "65"])
+@pytest.mark.parametrize("warmup", [0.1, 0.3, 0.35, 0.9])
+def test_fractions_that_sum_to_one_meet(tree, tokens, warmup):
+    """Whatever the stage's length, a warm-up and a cooldown that make up the whole stage touch and do not overlap."""
+    rest = round(1 - warmup, 2)
+    training = f"training.train_tokens={tokens}"
+    tree.load(training, "schedule.lr_decay_style=WSD", f"schedule.lr_warmup={warmup}", f"schedule.lr_cooldown={rest}")
+    tree.load(
+        training, "schedule.lr_decay_style=infinite-cosine", "schedule.lr_hold=1e-4", f"schedule.lr_hold_start={warmup}",
+        f"schedule.lr_cooldown={rest}",
+    )  # fmt: skip

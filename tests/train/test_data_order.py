@@ -12,7 +12,7 @@ from megatron_cpt.data.datalist import DataEntry
 from megatron_cpt.errors import DataError
 from tests.distributed import RankFailure
 from tests.train.test_fork import fork
-from tests.train.test_loop import run_path, run_stage
+from tests.train.test_loop import TP2, losses, run_path, run_stage
 
 MIX = ("data.mix={D0: 0.6, D1: 0.4}", "data.max_epochs=50")
 
@@ -202,3 +202,27 @@ def test_rounds_give_every_entry_its_share_and_windows_fit_together(tmp_path):
     (tmp_path / "order.json").write_text("{}")
     with pytest.raises(DataError, match="not the order of a stage"):
         read_order(tmp_path / "order.json")
+
+
+def test_a_full_branch_without_a_change_is_its_source_going_on_under_any_layout(ranks, experiment, capsys):
+    """Weights, moments, step count and data together: the branch's losses are those that the source had next."""
+    assert ranks.run(run_stage, 1, str(experiment), "base") == ["finished"]
+    expected = losses(experiment, "base")
+    again = ("training.train_iters=4", "schedule.lr_warmup=0")
+    for name, layout in (("same", ()), ("split", TP2)):
+        code, out, _ = fork(
+            capsys, experiment, "--iteration", "4", "--to-variant", name, "--data", "continue", *again, *layout
+        )
+        assert code == 0
+        variant, overrides = words_of(out)
+        ranks.run(run_stage, 2 if layout else 1, str(experiment), variant, overrides)
+        found = losses(experiment, variant)
+        tolerance = 2e-5 if layout else 0
+        assert found == pytest.approx({n: expected[n + 4] for n in range(1, 5)}, rel=tolerance, abs=0)
+    _, out, _ = fork(
+        capsys, experiment, "--iteration", "4", "--to-variant", "w", "--data", "continue", "--load", "weights", *again
+    )
+    variant, overrides = words_of(out)
+    ranks.run(run_stage, 1, str(experiment), variant, overrides)
+    fresh = losses(experiment, variant)  # the same weights and samples at first, then another optimizer state
+    assert fresh[1] == expected[5] and fresh[2] != expected[6]

@@ -81,6 +81,12 @@ def test_a_constant_schedule_can_cool_down():
     assert [rate(500), rate(750), rate(1000)] == pytest.approx([1.0, 0.5, 0.0])
 
 
+@pytest.mark.parametrize("style", ["infinite-cosine", "infinite-inverse-square-root"])
+def test_an_infinite_form_without_a_first_decay_holds_at_once(style):
+    rate = curve(style=style, hold=0.4, hold_start=100, cooldown=200).learning_rate
+    assert [rate(50), rate(100), rate(101)] == pytest.approx([0.5, 0.4, 0.4])
+
+
 def test_a_geometric_cooldown_falls_by_the_same_factor():
     rate = curve(
         style="infinite-cosine", hold=0.4, hold_start=500, cooldown=200, cooldown_style="geometric"
