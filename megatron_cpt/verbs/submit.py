@@ -137,13 +137,13 @@ def run(arguments: argparse.Namespace) -> int:
         ids = submit_pipeline(
             submission,
             num_links=arguments.chain,
-            max_failures=arguments.lr_max_failures,
+            max_failures=arguments.max_failures,
             num_array_tasks=arguments.array_tasks,
             soup_last=arguments.soup_last,
             only=only,
         )
     else:
-        ids = submit_chain(submission, num_links=arguments.chain, max_failures=arguments.lr_max_failures)
+        ids = submit_chain(submission, num_links=arguments.chain, max_failures=arguments.max_failures)
     sys.stdout.write("".join(f"{job}\n" for job in ids))
     return 0
 
