@@ -14,9 +14,9 @@ from pathlib import Path
 from megatron_cpt.config.schema import RunConfig
 from megatron_cpt.errors import LaunchError
 from megatron_cpt.launch import scheduler as queue
+from megatron_cpt.launch.graph import Stage
 from megatron_cpt.launch.job import parse_dependency
 from megatron_cpt.launch.lock import run_lock
-from megatron_cpt.launch.pipeline import Stage
 from megatron_cpt.launch.processes import process_environment
 from megatron_cpt.launch.render import render_job
 from megatron_cpt.launch.run_dir import RunDir

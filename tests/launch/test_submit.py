@@ -10,8 +10,8 @@ import pytest
 from megatron_cpt.config.load import load_config
 from megatron_cpt.config.sources import CHECKOUT
 from megatron_cpt.errors import LaunchError
+from megatron_cpt.launch.graph import chosen_stages, pipeline_stages
 from megatron_cpt.launch.ledger import append_record
-from megatron_cpt.launch.pipeline import chosen_stages, pipeline_stages
 from megatron_cpt.launch.site import Site
 from megatron_cpt.launch.submit import Submission
 
