@@ -35,7 +35,8 @@ POLICIES = ("fail", "skip", "strict")
 _BOM = b"\xef\xbb\xbf"
 _MAX_KEPT_BYTES = 1 << 20
 _LONG_LINE_BYTES = 2048
-_DROPPED = b"\x00"
+_DROPPED = b"too long"
+"""Told by identity, so it has more than one byte: Python has each one-byte `bytes` once, and a line may be one."""
 
 
 @dataclass(frozen=True)
