@@ -4,21 +4,25 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 from collections import Counter
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatron_cpt.data import records
 from megatron_cpt.data.decontaminate import DecontaminationOptions, decontaminate, read_passages
 from megatron_cpt.data.dedup import DedupOptions, deduplicate
 from megatron_cpt.data.dedup_signatures import MinHashOptions
 from megatron_cpt.data.documents import list_sources
-from megatron_cpt.data.record_files import Reading
+from megatron_cpt.data.record_files import Reading, Tally, read_records
 from megatron_cpt.data.rewrite import Rewriting, plan_tree_of_files, rewrite_all
 from megatron_cpt.data.sample import SampleOptions, sample
+from megatron_cpt.data.streams import Layout, parse_piece, pieces_of
 from megatron_cpt.data.tokenization import tokenize
 from megatron_cpt.errors import DataError
 
@@ -206,3 +210,49 @@ def test_a_document_per_file_is_kept_as_it_is(tmp_path):
     assert (tmp_path / "r/a.txt").read_bytes() == text[3:]
     with pytest.raises(Exception, match="cannot be merged"):
         plan_tree_of_files(list_sources([tmp_path / "in"]), tmp_path / "m", 1000, **settings)
+
+
+LINES = st.one_of(
+    st.sampled_from([*GOOD, *BLANK, *EMPTY, *(line for line, _ in BAD), b"\xef\xbb\xbf" + GOOD[0]]),
+    st.binary(max_size=5),
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    lines=st.lists(LINES, max_size=12),
+    ends=st.booleans(),
+    has_mark=st.booleans(),
+    format=st.sampled_from(["jsonl", "txt"]),
+    compression=st.sampled_from(sorted(COMPRESS)),
+    piece_bytes=st.integers(1, 200),
+)
+def test_all_readers_account_for_any_bytes_alike(
+    tmp_path_factory, lines, ends, has_mark, format, compression, piece_bytes
+):
+    path = tmp_path_factory.mktemp("any") / f"x.{format}{compression}"
+    data = (b"\xef\xbb\xbf" if has_mark else b"") + b"\n".join(lines) + (b"\n" if ends else b"")
+    path.write_bytes(COMPRESS[compression](data))
+    (source,) = list_sources([path])
+    counts = Counter()
+    for piece in pieces_of(source, 0, Layout(), piece_bytes):
+        parsed = parse_piece(piece, Layout())
+        if piece.descriptor is not None:
+            os.close(piece.descriptor)
+        counts += Counter(lines=parsed.num_lines, documents=len(parsed.lines), rejects=len(parsed.problems))
+        counts += Counter({kind: parsed.notes[kind] for kind in (records.BLANK_LINE, records.EMPTY_TEXT)})
+    assert counts["lines"] == counts.total() - counts["lines"]
+    (look,) = rewrite_all([Rewriting(sources=(source,), output=None, keys=("text",))], 1, "validate")
+    assert (look.lines, look.documents, look.problems.total()) == (
+        counts["lines"],
+        counts["documents"],
+        counts["rejects"],
+    )
+    tally = Tally()
+    assert sum(1 for _ in read_records(source, Reading(skip_bad_lines=True), tally)) == tally.documents
+    assert tally.documents == counts["documents"] + counts[records.EMPTY_TEXT]
+    assert (tally.lines, tally.rejects.total(), tally.blank_lines) == (
+        counts["lines"],
+        counts["rejects"],
+        counts[records.BLANK_LINE],
+    )

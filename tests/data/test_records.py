@@ -128,8 +128,9 @@ def test_a_line_nested_beyond_the_parsers_is_a_bad_line_and_no_crash():
     assert [(problem.kind, problem.detail) for problem in parsed.problems] == [("invalid JSON", "nested too deeply")]
 
 
-@pytest.mark.parametrize("byte", range(256))
-def test_no_line_of_one_byte_is_lost(byte):
-    for format in ("txt", "jsonl"):
-        parsed = parse(bytes([byte]) + b"\n", format)
-        assert parsed.num_lines == len(parsed.lines) + len(parsed.problems) + parsed.notes[records.BLANK_LINE]
+def test_no_line_of_one_byte_is_lost():
+    for byte in range(256):
+        for format in ("txt", "jsonl"):
+            parsed = parse(bytes([byte]) + b"\n", format)
+            accounted = len(parsed.lines) + len(parsed.problems) + parsed.notes[records.BLANK_LINE]
+            assert parsed.num_lines == accounted, (byte, format)
