@@ -37,8 +37,8 @@ def read_data_list(path: Path, split: str = "train") -> list[DataEntry]:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise DataError(f"{path}: no such file. A data list is needed.") from None
-    except (UnicodeDecodeError, IsADirectoryError) as problem:
-        raise DataError(f"{path}: not a text file ({problem}). A data list is needed.") from None
+    except (UnicodeDecodeError, OSError) as problem:
+        raise DataError(f"{path}: not a text file that can be read ({problem}). A data list is needed.") from None
     return parse_data_list(text, str(path), split)
 
 
@@ -85,6 +85,11 @@ def render_data_list(entries: Sequence[DataEntry], format: str = "yaml") -> str:
     buffered = [entry.prefix for entry in entries if entry.first_sample is not None]
     if buffered and format != "yaml":
         raise DataError(f"{buffered[0]}: comes from a replay buffer, whose position only the format yaml carries.")
+    for entry in entries:
+        try:
+            f"{entry.prefix}{entry.corpus}".encode()
+        except UnicodeEncodeError:
+            raise DataError(f"{entry.prefix!r}: the name is not UTF-8. Rename the file or its folder.") from None
     text = FORMATS[format].render(entries)
     if not entries:
         raise DataError(f"format {format}: no entry to write. At least one shard is needed.")

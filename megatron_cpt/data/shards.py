@@ -94,6 +94,8 @@ def read_shards(prefixes: Sequence[str]) -> tuple[list[Shard], list[str]]:
             shards.append(read_shard(prefix))
         except DataError as problem:
             problems.append(f"incomplete shard {prefix}: {problem}")
+        except OSError as problem:
+            problems.append(f"shard {prefix} cannot be read: {problem.strerror}. Mend its permissions or its disk.")
     return shards, problems
 
 

@@ -224,6 +224,20 @@ def test_adopted_shards_are_merged(corpus, bpe_dir, tmp_path):
     assert (manifest["documents"], manifest["bytes"], manifest["sources"]) == (15, None, [])
 
 
+def test_shards_of_other_token_types_are_not_merged(corpus, bpe_dir, tmp_path):
+    tokenize([corpus], bpe_dir, output_prefix=tmp_path / "a", on_bad_line="skip")
+    narrow, wide = tmp_path / "a_text_document", tmp_path / "wide"
+    index = read_index(narrow)
+    np.fromfile(bin_path(narrow), dtype=np.uint16).astype(np.int32).tofile(bin_path(wide))
+    write_index(idx_path(wide), np.dtype(np.int32), index.sequence_lengths)
+    manifest_path(narrow).unlink()
+    for prefix in (narrow, wide):
+        adopt(prefix, load_tokenizer(bpe_dir))
+    with pytest.raises(DataError, match="wide: was tokenized with other options"):
+        merge_shards([narrow, wide], tmp_path / "z")
+    assert not list(tmp_path.glob("*z*"))
+
+
 def test_missing_parts_are_named(corpus, bpe_dir, tmp_path):
     tokenize([corpus], bpe_dir, output_prefix=tmp_path / "x", part=(1, 3), on_bad_line="skip")
     with pytest.raises(DataError, match="parts 0/3, 2/3 are missing"):

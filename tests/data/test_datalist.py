@@ -1,6 +1,7 @@
 """Data lists in every format keep their numbers and name the line that is wrong."""
 
 import contextlib
+import os
 from fractions import Fraction
 
 import pytest
@@ -246,3 +247,12 @@ def test_a_damaged_list_names_its_file_and_line(text, message):
 def test_a_weight_that_would_round_away_is_refused():
     with pytest.raises(DataError, match="rounds away"):
         render_data_list([DataEntry(weight=Fraction(1, 10**400), prefix="a")], "weights")
+
+
+def test_a_name_that_is_not_utf8_is_refused_by_name(tmp_path):
+    name = os.fsdecode(b"\x83e_text_document")
+    for format in FORMATS:
+        with pytest.raises(DataError, match="the name is not UTF-8"):
+            render_data_list([DataEntry(tokens=1, prefix=name, corpus="c")], format)
+    with pytest.raises(DataError, match="not a text file that can be read"):
+        read_data_list(tmp_path)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_cpt.config.schema import CorpusConfig, DataConfig, ModelConfig, PathsConfig, RunConfig, TrainingConfig
-from megatron_cpt.data.blend import plan_blend
+from megatron_cpt.data.blend import finish_stage, plan_blend
 from megatron_cpt.data.indexed import bin_path, idx_path, manifest_path, write_index
 from megatron_cpt.data.skip_list import stage_skip_list
 from megatron_cpt.errors import DataError
@@ -42,7 +42,7 @@ def stage(folder: Path, mix: dict[str, float], train_iters: int, **data) -> RunC
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     corpora=st.lists(_SHARDS, min_size=1, max_size=3),
     weights=st.lists(_WEIGHTS, min_size=3, max_size=3),
@@ -117,3 +117,46 @@ def test_the_plan_of_many_tiny_shards_is_drawn_to_the_sample(tmp_path):
     assert ids.tolist() == plan.num_samples
     assert abs(sum(plan.num_samples[:300]) - 120) < 1 and max(plan.num_samples[:300]) <= 2
     assert dataclasses.replace(plan, entries=[]).train_samples == 400
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    sizes=st.lists(st.integers(40, 400), min_size=4, max_size=4),
+    replays=st.lists(st.floats(0.05, 0.9), min_size=3, max_size=3),
+    iterations=st.lists(st.integers(1, 12), min_size=4, max_size=4),
+    seeds=st.lists(st.integers(0, 99), min_size=4, max_size=4),
+)
+def test_stages_replay_every_sample_of_the_buffer_once_before_any_comes_again(sizes, replays, iterations, seeds):
+    """D0 to D3, each stage replaying all before it, with seeds of their own; a stage is planned again and changes nothing."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for number, size in enumerate(sizes):
+            write_shard(folder / f"D{number}", [size // 3, size - size // 3], number * 10**4)
+        replayed: dict[str, list[int]] = {}
+        for number in range(4):
+            share = round(replays[number - 1], 3)
+            mix = {f"D{number}": round(1 - share, 3), "buffer": share} if number else {"D0": 1.0}
+            corpora = {f"D{other}": CorpusConfig(tokens=(f"D{other}",)) for other in range(4)}
+            config = stage(folder, mix, iterations[number], buffer="buffer.yaml")
+            data = dataclasses.replace(config.data, corpora=corpora)
+            config = dataclasses.replace(config, variant=f"stage{number}", data=data)
+            plan = plan_blend(config)
+            dataset = build_blended_samples(
+                plan.entries, plan.train_samples, dataset_config(seeds[number]), folder / "cache"
+            )
+            for index in range(plan.train_samples):
+                sample = dataset[index]
+                entry = plan.entries[int(sample["dataset_id"])]
+                if entry.first_sample is not None:
+                    replayed.setdefault(entry.prefix, []).append(int(sample["tokens"][0]))
+            assert finish_stage(config, plan.entries)
+            again = plan_blend(config)
+            if number:
+                assert [e.prefix for e in again.entries] == [e.prefix for e in plan.entries]
+            assert not finish_stage(config, again.entries)
+        for prefix, found in replayed.items():
+            size = sizes[int(Path(prefix).name[1:])]
+            per_epoch = (size - 1) // SEQ
+            for epoch in range(0, len(found), per_epoch):
+                part = found[epoch : epoch + per_epoch]
+                assert len(set(part)) == len(part), (prefix, epoch)
