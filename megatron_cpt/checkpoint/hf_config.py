@@ -244,6 +244,9 @@ def _window(reader: _Reader, model_type: str) -> dict[str, Any]:
 
 def _latent_attention(reader: _Reader) -> dict[str, Any]:
     reader.taken |= {"head_dim", "num_key_value_heads"}
+    epsilon = reader.take("rms_norm_eps", 1e-6)
+    if epsilon != 1e-6:
+        reader.refuse("rms_norm_eps", epsilon, "1e-6, transformers' fixed epsilon of the latent norms, in all norms")
     return {
         "multi_latent_attention": True,
         "qk_layernorm": True,
@@ -266,6 +269,10 @@ def _experts(reader: _Reader, model_type: str, fields: dict[str, Any]) -> dict[s
         "moe_aux_loss_coeff": reader.take("router_aux_loss_coef", 0.0),
         "moe_router_pre_softmax": not normalised,
     }
+    if normalised and model_type == "deepseek_v2":
+        reader.refuse("norm_topk_prob", normalised, "False (transformers does not look at it)")
+    if normalised and moe["moe_router_topk"] == 1:
+        reader.refuse("num_experts_per_tok", 1, "2 or more where weights are normalised (one expert's is always 1)")
     dense = list(reader.take("mlp_only_layers", None) or ())
     if dense != list(range(len(dense))):
         reader.refuse("mlp_only_layers", dense, "dense layers before the others")

@@ -140,6 +140,14 @@ def _routing_problems(model: ModelConfig, experts: int) -> Iterator[Problem]:
             f"model.moe_router_group_topk is {group_topk}, more than moe_router_num_groups ({groups}). "
             f"Use at most {groups}.",
         )
+        return
+    topk, chosen = model.moe_router_topk, experts // groups * group_topk
+    if not group_topk <= topk <= chosen:
+        yield Problem(
+            (*keys, "model.moe_router_topk"),
+            f"model.moe_router_topk is {topk} with moe_router_group_topk {group_topk}: the chosen groups have {chosen} "
+            f"experts, and each counts with its best topk // group_topk. Use {group_topk} to {chosen}.",
+        )
 
 
 def _latent_attention_problems(model: ModelConfig) -> Iterator[Problem]:
@@ -155,6 +163,7 @@ def _latent_attention_problems(model: ModelConfig) -> Iterator[Problem]:
         )
     yield from _without_effect(model, "add_qkv_bias", "with multi_latent_attention")
     yield from _without_effect(model, "window_size", "with multi_latent_attention")
+    yield from _without_effect(model, "kv_channels", "with multi_latent_attention")
     if derived.num_query_groups(model) != model.num_attention_heads:
         yield Problem(
             ("model.num_query_groups", "model.multi_latent_attention"),

@@ -94,6 +94,24 @@ def test_what_megatron_cannot_compute_is_an_error_that_names_it(changes, message
         model_config_from_hf({**OLD_LLAMA, **changes})
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("MixtralForCausalLM", {"num_experts_per_tok": 1}, "num_experts_per_tok is 1. 2 or more"),
+        ("Qwen3MoeForCausalLM", {"norm_topk_prob": True, "num_experts_per_tok": 1}, "num_experts_per_tok is 1"),
+        ("DeepseekV2ForCausalLM", {"norm_topk_prob": True}, "norm_topk_prob is True"),
+        ("DeepseekV2ForCausalLM", {"rms_norm_eps": 1e-5}, "rms_norm_eps is 1e-05. 1e-6"),
+    ],
+)
+def test_what_the_two_sides_compute_differently_is_refused(name, changes, message):
+    latent = {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "rms_norm_eps": 1e-6}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "architectures": [name], "mlp_bias": False}
+    config = {**OLD_LLAMA, **experts, **(latent if "Deepseek" in name else {})}
+    model_config_from_hf(config)
+    with pytest.raises(CheckpointError, match=message):
+        model_config_from_hf({**config, **changes})
+
+
 def test_a_missing_key_is_named():
     with pytest.raises(CheckpointError, match="no hidden_size"):
         model_config_from_hf({key: value for key, value in OLD_LLAMA.items() if key != "hidden_size"})

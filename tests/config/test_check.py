@@ -197,6 +197,14 @@ IMPOSSIBLE_WITH_EXPERTS = {
         "model.moe_router_num_groups=2 model.moe_router_group_topk=3",
         "model.moe_router_group_topk is 3, more than moe_router_num_groups (2)",
     ),
+    "more groups than experts of a token": (
+        "model.moe_router_num_groups=4 model.moe_router_group_topk=4 model.moe_router_topk=2",
+        "model.moe_router_topk is 2 with moe_router_group_topk 4",
+    ),
+    "more experts of a token than its groups have": (
+        "model.moe_router_num_groups=8 model.moe_router_group_topk=1 model.moe_router_topk=2",
+        "the chosen groups have 1 experts",
+    ),
     "experts by EP": (
         "parallel.expert_model_parallel_size=3 launch.gpus_per_node=3",
         "model.num_moe_experts is 8, not a multiple of expert_model_parallel_size (3)",
@@ -229,6 +237,7 @@ IMPOSSIBLE_WITH_LATENT_ATTENTION = {
     "query groups": ("model.num_query_groups=4", "which has no key/value heads"),
     "llama3 scaling": ("model.rope_scaling_type=llama3", "is llama3 with multi_latent_attention"),
     "window": ("model.window_size=8", "model.window_size is 8 and has no effect with multi_latent_attention"),
+    "head dimension": ("model.kv_channels=16", "model.kv_channels is 16 and has no effect with multi_latent_attention"),
     "no norms": ("model.qk_layernorm=false", "Set model.qk_layernorm: true"),
     "yarn's betas": (
         "model.rope_scaling_type=yarn model.rope_beta_slow=40",
