@@ -18,6 +18,8 @@ from megatron_cpt.launch.rank import die_with_parent, rank_log_path
 
 logger = logging.getLogger(__name__)
 
+HANG_EXIT_CODE = 85
+"""Exit code of a rank that its watchdog ended."""
 SHUTDOWN_SECONDS = 10
 """Time torchrun gives the surviving ranks once one has failed: they wait for a rank that will never answer."""
 _FAILED_RANK = re.compile(r"rank\s+: (\d+) \(local_rank: \d+\)\s+exitcode\s+: (-?\d+)")
@@ -148,9 +150,12 @@ def _outcome(exit_code: int, log: str) -> Outcome:
     if exit_code == 0:
         return Outcome(0)
     failed = _FAILED_RANK.search(log, max(log.find("Root Cause"), 0))
+    matches = list(_FAILED_RANK.finditer(log))
     # a rank that was killed says nothing, and its peers' "connection closed" may be seen first
-    killed = (match for match in _FAILED_RANK.finditer(log) if int(match[2]) < 0 and int(match[2]) != -signal.SIGTERM)
-    failed = next(killed, failed)
+    killed = (match for match in matches if int(match[2]) < 0 and int(match[2]) != -signal.SIGTERM)
+    # but where a watchdog ended one, the rank that stalled may be killed because it does not hear the request to end
+    hung = (match for match in matches if int(match[2]) == HANG_EXIT_CODE)
+    failed = next(hung, None) or next(killed, failed)
     if failed is None and "torch.distributed.run" not in log and "megatron_cpt.launch.node" not in log:
         failed = next(filter(None, (pattern.search(log) for pattern in _LAUNCHER_SAYS)), None)
     if failed:

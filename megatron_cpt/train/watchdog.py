@@ -6,8 +6,7 @@ import sys
 import threading
 import time
 
-HANG_EXIT_CODE = 85
-"""Exit code of a rank that its watchdog ended."""
+from megatron_cpt.launch.processes import HANG_EXIT_CODE
 
 
 class Watchdog:

@@ -124,6 +124,8 @@ def test_fewer_hosts_than_nodes_is_one_clear_line(tmp_path, monkeypatch, capsys)
         ("Failures:\n  rank      : 1 (local_rank: 1)\n  exitcode  : -9 (pid: 2)\n  rank      : 2 (local_rank: 2)\n"
          "  exitcode  : -15 (pid: 3)\nRoot Cause:\n  rank      : 0 (local_rank: 0)\n  exitcode  : 1 (pid: 1)\n",
          Outcome(137, failed_rank=1)),
+        ("Failures:\n  rank      : 1 (local_rank: 1)\n  exitcode  : -9 (pid: 2)\nRoot Cause:\n"  # it stalled and did not end
+         "  rank      : 0 (local_rank: 0)\n  exitcode  : 85 (pid: 1)\n", Outcome(85, failed_rank=0)),
         ("RuntimeError: EADDRINUSE", Outcome(9, port_taken=True)),
     ],
 )  # fmt: skip
