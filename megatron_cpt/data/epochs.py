@@ -131,8 +131,8 @@ def _longest_by_rules(config: RunConfig) -> tuple[int, str, int, Fraction]:
     return first, *found
 
 
-def _length(config: RunConfig, **length: int) -> TrainingConfig:
-    return dataclasses.replace(config.training, **({"train_epochs": None, "train_iters": None} | length))
+def _length(config: RunConfig, *, train_samples: int | None = None, train_iters: int | None = None) -> TrainingConfig:
+    return dataclasses.replace(config.training, train_epochs=None, train_samples=train_samples, train_iters=train_iters)
 
 
 def _refused(config: RunConfig, why: str) -> DataError:
