@@ -42,7 +42,7 @@ def test_a_foreign_shard_becomes_complete_with_its_counts(project, capsys):
     assert "2 documents, 13 tokens" in out
     assert '"bytes": 11' in manifest_path(folder / "tok" / "a_text_document").read_text()
     assert read_shard("tok/a_text_document").tokens == 13
-    assert run(capsys)[1] == ""
+    assert run(capsys)[1] == "tok/a_text_document: has its manifest already\n"
 
 
 def test_missing_ends_of_documents_are_refused_unless_accepted(project, capsys):
