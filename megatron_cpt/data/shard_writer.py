@@ -9,10 +9,12 @@ import fcntl
 import glob
 import json
 import os
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -46,7 +48,8 @@ class ShardWriter:
         self.lengths: list[list[np.ndarray]] = [[] for _ in keys]
         self.counts = [_SourceCounts(len(keys)) for _ in plan.sources]
         self.rows: list[np.ndarray] = []
-        self.rejects: list[dict[str, Any]] = []
+        self.rejects: IO[str] | None = None
+        """A nameless file: a broken source of many gigabytes must not lie in memory."""
         self.keeps_provenance = options["provenance"]
         plan.base.parent.mkdir(parents=True, exist_ok=True)
         self._files = []
@@ -106,6 +109,8 @@ class ShardWriter:
         for descriptor in self._files:
             os.close(descriptor)
         self._files = []
+        if self.rejects:
+            self.rejects.close()
 
     def _count(self, piece: PieceResult) -> None:
         counts, source = self.counts[piece.source], self.plan.sources[piece.source]
@@ -117,7 +122,7 @@ class ShardWriter:
             raise bad_line(source, counts.lines + first.line + 1, first, policy)
         for problem in piece.problems:
             counts.rejects[problem.kind] += 1
-            self.rejects.append(problem.record(os.path.abspath(source.path), counts.lines + problem.line + 1))
+            self._reject(problem.record(os.path.abspath(source.path), counts.lines + problem.line + 1))
         if self.keeps_provenance and piece.lines is not None:
             rows = np.empty((len(piece.lines), 2), dtype=np.int64)
             rows[:, 0] = piece.source
@@ -156,12 +161,17 @@ class ShardWriter:
             "sources": sources,
         }
 
+    def _reject(self, entry: dict[str, Any]) -> None:
+        if self.rejects is None:
+            self.rejects = tempfile.TemporaryFile("w+", encoding="utf-8", dir=self.plan.base.parent)  # noqa: SIM115  closed with the shard
+        self.rejects.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
     def _write_rejects(self) -> None:
         path = rejects_path(self.plan.base)
         if self.rejects:
+            self.rejects.seek(0)
             with whole_file(path) as file:
-                for entry in self.rejects:
-                    file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+                shutil.copyfileobj(self.rejects, file)
         else:
             path.unlink(missing_ok=True)
 
