@@ -67,7 +67,7 @@ class SdpaCoreAttention(MegatronModule):
         if is_bounds(attention_mask):
             if dropout:
                 raise NotImplementedError("SdpaCoreAttention drops under a mask only")
-            return self._attend_pieces(query, key, value, attention_mask[0], len(attention_mask))
+            return self._attend_pieces(query, key, value, attention_mask)
         query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))  # [b, heads, s, d]
         if dropout and not self.config.sequence_parallel:
             with tensor_parallel.get_cuda_rng_tracker().fork():
@@ -76,12 +76,20 @@ class SdpaCoreAttention(MegatronModule):
             context = self._attend(query, key, value, attention_mask, dropout)
         return context.permute(2, 0, 1, 3).flatten(2)
 
-    def _attend_pieces(self, query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int) -> Tensor:
-        """Return the context `[s, b, n * d_v]` of queries that see their own piece only."""
+    def _attend_pieces(self, query: Tensor, key: Tensor, value: Tensor, rows: Tensor) -> Tensor:
+        """Return the context `[s/cp, b, n * d_v]` of queries that see their own piece only."""
         length, batch = query.shape[:2]
         query, key, value = (part.transpose(0, 1).flatten(0, 1) for part in (query, key, value))  # [b s, heads, d]
+        if rows.dim() == 2:
+            of_queries = of_keys = rows[0]
+        else:
+            count = rows.shape[1]
+            of_queries, of_keys, numbers = rows[0, 0].split([count, count, rows.shape[2] - 2 * count])
+            key, value = key.index_select(0, numbers), value.index_select(0, numbers)
         attend = attend_varlen if query.is_cuda else attend_each
-        context = attend(query, key, value, bounds, longest, scale=self.softmax_scale, window_size=self.window_size)
+        context = attend(
+            query, key, value, of_queries, of_keys, len(rows), scale=self.softmax_scale, window_size=self.window_size
+        )
         return context.reshape(batch, length, -1).transpose(0, 1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
@@ -100,12 +108,20 @@ class SdpaCoreAttention(MegatronModule):
 
 
 def attend_varlen(
-    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, *, scale: float, window_size: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    of_queries: Tensor,
+    of_keys: Tensor,
+    longest: int,
+    *,
+    scale: float,
+    window_size: int | None,
 ) -> Tensor:
     """Return the context `[t, n, d_v]` of causal attention within pieces by flash attention, for bf16 on a GPU.
 
-    Queries are `[t, n, d]`, keys and values `[t, g, d]`; `bounds` as in `visibility.py`. Heads are padded with zeros to
-    the size that the kernel takes, which moves no result.
+    Queries are `[t, n, d]`, keys and values `[k, g, d]`, with bounds as in `visibility.py`; the last query of a piece sees
+    its last key. Heads are padded with zeros to the size that the kernel takes, which moves no result.
     """
     width = value.shape[-1]
     size = -(-max(query.shape[-1], width) // 8) * 8
@@ -115,22 +131,31 @@ def attend_varlen(
     window = (-1 if window_size is None else window_size - 1, 0)
     is_grouped = query.shape[1] != key.shape[1]
     context: Tensor = varlen_attn(
-        query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=window, enable_gqa=is_grouped
+        query, key, value, of_queries, of_keys, longest, longest, scale=scale, window_size=window, enable_gqa=is_grouped
     )
     return context[..., :width]
 
 
 def attend_each(
-    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, *, scale: float, window_size: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    of_queries: Tensor,
+    of_keys: Tensor,
+    longest: int,
+    *,
+    scale: float,
+    window_size: int | None,
 ) -> Tensor:
     """Return what `attend_varlen` does, one piece after the other, in any precision."""
-    lengths = bounds.diff().tolist()
+    num_queries, num_keys = of_queries.diff().tolist(), of_keys.diff().tolist()
     contexts = []
-    for parts in zip(*(part.split(lengths) for part in (query, key, value)), strict=True):
+    for parts in zip(query.split(num_queries), key.split(num_keys), value.split(num_keys), strict=True):
         q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in parts)  # [1, heads, s, d]
-        mask = None
-        if window_size is not None and window_size < q.shape[2]:
-            mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril().triu(1 - window_size)
+        before, mask = k.shape[2] - q.shape[2], None  # keys that the first query sees besides its own
+        if before or (window_size is not None and window_size < k.shape[2]):
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(before)
+            mask = mask if window_size is None else mask.triu(before + 1 - window_size)
         context = scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )

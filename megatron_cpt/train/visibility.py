@@ -7,10 +7,12 @@ Attention gets the bounds of the documents (`cu_seqlens`) wherever `reason_for_m
 Bounds reach attention in the place of the mask, as one int32 tensor `[m, n + 1]`: every row has the bounds of the n pieces in
 the b x s tokens of the micro-batch, and m, the number of rows (which share their memory), is at least the longest piece's
 tokens. megatron recomputes activations with the tensors it was given and nothing else, and a shape is known without asking
-the GPU.
+the GPU. Under context parallelism a rank's queries see keys of whole sequences: there it is `[m, n + 1, 2 (n + 1) + k]`, every
+row the bounds of the pieces of queries, those of the keys they see, and which k of the gathered keys these are.
 """
 
-from dataclasses import dataclass
+from bisect import bisect_right
+from dataclasses import dataclass, replace
 from typing import TypeGuard
 
 import torch
@@ -42,7 +44,10 @@ class Visibility:
     device: str = "cpu"
     """Where the mask is made."""
     bounds: Tensor | None = None
-    """`[n + 1]` int32: where the n pieces begin, and the end of the last, counted over b x s tokens; None: a mask."""
+    """`[n + 1]` int32: where the n pieces begin, and the end of the last, counted over b x s tokens; None: a mask.
+    Under context parallelism `[2 (n + 1) + k]`: bounds of queries, bounds of keys, numbers of keys."""
+    num_bounds: int = 0
+    """n + 1, where keys have bounds of their own."""
     longest: int = 0
     """At least the tokens of the longest piece; of use with `bounds`."""
 
@@ -52,24 +57,35 @@ class Visibility:
             None if tensor is None else tensor.pin_memory().cuda(non_blocking=True)
             for tensor in (self.pieces, self.positions, self.bounds)
         )
-        return Visibility(self.shape, pieces, self.window_size, positions, "cuda", bounds, self.longest)
+        return replace(self, pieces=pieces, positions=positions, bounds=bounds, device="cuda")
 
     def with_bounds(self) -> "Visibility":
-        """Return the same with the bounds of its pieces, if it has pieces or a window."""
-        if self.pieces is None and self.window_size is None:
+        """Return the same with the bounds of its pieces; without, where plain causal is meant."""
+        if self.pieces is None and self.window_size is None and self.positions is None:
             return self
-        lengths = (
-            piece_lengths(self.pieces)
-            if self.pieces is not None
-            else torch.tensor([self.shape[1]]).repeat(self.shape[0])
-        )
-        bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+        batch, length = self.shape
+        lengths = torch.full((batch,), length) if self.pieces is None else piece_lengths(self.pieces)
         longest = -(-int(lengths.max()) // 128) * 128  # a kernel's block: few different numbers, and never 1
-        return Visibility(self.shape, None, self.window_size, None, self.device, bounds, longest)
+        bounds = cumulative(lengths)
+        if self.positions is None:
+            return Visibility(self.shape, None, self.window_size, None, self.device, bounds, longest=longest)
+        queries, keys, numbers = seen_by(self.positions, bounds, self.shape, self.window_size)
+        return Visibility(
+            self.shape,
+            None,
+            self.window_size,
+            None,
+            self.device,
+            torch.cat([queries, keys, numbers]),
+            len(queries),
+            longest,
+        )
 
     def for_attention(self) -> Tensor | None:
         """Return what attention takes in the place of a mask: bounds, a mask, or None when plain causal is meant."""
-        return self.mask() if self.bounds is None else self.bounds.expand(self.longest, -1)
+        if self.bounds is None:
+            return self.mask()
+        return self.bounds.expand(self.longest, *([self.num_bounds] if self.num_bounds else []), -1)
 
     def mask(self) -> Tensor | None:
         """Return True where a query may see a key, `[b, 1, queries, s]`; None when plain causal is meant.
@@ -110,6 +126,37 @@ def piece_lengths(pieces: Tensor) -> Tensor:
     return begins.diff()
 
 
+def cumulative(lengths: Tensor) -> Tensor:
+    """Return `[n + 1]` int32 bounds of pieces from their lengths `[n]`."""
+    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+
+
+def seen_by(
+    positions: Tensor, bounds: Tensor, shape: tuple[int, ...], window_size: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the bounds of the pieces of a rank's queries, the bounds of the keys they see, and those keys' numbers.
+
+    `positions` `[s/cp]` are runs of consecutive positions in every sample of `shape` (b, s); `bounds` are those of
+    whole samples. The last query of a piece sees its last key. All int32.
+    """
+    batch, length = shape
+    runs = torch.cat(
+        [torch.tensor([0]), (positions.diff() != 1).nonzero().squeeze(1) + 1, torch.tensor([len(positions)])]
+    )
+    cuts = bounds.tolist()
+    num_queries, num_keys, numbers = [], [], []
+    for sample in range(batch):
+        for begin, end in zip(runs[:-1].tolist(), runs[1:].tolist(), strict=True):
+            first, last = (sample * length + int(positions[at]) for at in (begin, end - 1))
+            for piece in range(bisect_right(cuts, first) - 1, bisect_right(cuts, last)):
+                query, stop = max(cuts[piece], first), min(cuts[piece + 1], last + 1)
+                key = cuts[piece] if window_size is None else max(cuts[piece], query - window_size + 1)
+                num_queries.append(stop - query)
+                num_keys.append(stop - key)
+                numbers.append(torch.arange(key, stop, dtype=torch.int32))
+    return cumulative(torch.tensor(num_queries)), cumulative(torch.tensor(num_keys)), torch.cat(numbers)
+
+
 def is_bounds(mask: Tensor | None) -> TypeGuard[Tensor]:
     """Return whether what attention got in the place of a mask are bounds."""
     return mask is not None and mask.dtype == torch.int32
@@ -122,8 +169,6 @@ def reason_for_mask(config: RunConfig) -> str | None:
     it goes from piece to piece.
     """
     model = config.model
-    if config.parallel.context_parallel_size > 1:
-        return "a context-parallel rank has two parts of each sequence"
     if model.attention_dropout:
         return "attention drops at random, which varlen_attn does not"
     if cpu.is_cpu():

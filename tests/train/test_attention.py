@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_cpt.train import attention, visibility
-from megatron_cpt.train.attention import attend_each, attend_varlen
+from megatron_cpt.train.attention import SdpaCoreAttention, attend_each, attend_varlen
 from megatron_cpt.train.visibility import Visibility, apart, document_numbers, is_bounds, reason_for_mask
 from tests.train.tiny import EOD, SEQ, batches, logits, run_steps, tiny_config
 
@@ -67,57 +67,75 @@ def test_a_window_alone_has_samples_as_pieces_and_nothing_needs_no_bounds():
     assert Visibility((2, 4)).with_bounds().for_attention() is None
 
 
-def attended(heads, window_size, attend):
+def attended(heads, window_size, attend, positions=None):
     """Return the context of random documents by `attend` and by a mask, and the gradients of both."""
     n, g, d, d_v = heads
     generator, chooser = torch.Generator().manual_seed(n + d), random.Random(5)
-    tokens = torch.randint(EOD + 1, 400, (3, 150), generator=generator)
-    tokens[torch.tensor([[chooser.random() < 0.06 for _ in range(150)] for _ in range(3)])] = EOD
-    seen = Visibility(tokens.shape, apart(document_numbers(tokens, EOD)), window_size)
+    tokens = torch.randint(EOD + 1, 400, (3, 160), generator=generator)
+    tokens[torch.tensor([[chooser.random() < 0.06 for _ in range(160)] for _ in range(3)])] = EOD
+    seen = Visibility(tokens.shape, apart(document_numbers(tokens, EOD)), window_size, positions)
+    length = 160 if positions is None else len(positions)
     results = []
     for with_bounds in (True, False):
         generator.manual_seed(1)
-        q, k, v = (
-            torch.randn(450, count, size, generator=generator).requires_grad_()
-            for count, size in ((n, d), (g, d), (g, d_v))
+        query, key, value = (
+            torch.randn(s, 3, count, size, generator=generator).requires_grad_()
+            for s, count, size in ((length, n, d), (160, g, d), (160, g, d_v))
         )
+        module = object.__new__(SdpaCoreAttention)
+        torch.nn.Module.__init__(module)
+        module.softmax_scale, module.window_size = 0.3, window_size
         if with_bounds:
-            rows = seen.with_bounds().for_attention()
-            context = attend(q, k, v, rows[0], len(rows), scale=0.3, window_size=window_size)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(attention, "attend_each", attend)
+                context = module._attend_pieces(query, key, value, seen.with_bounds().for_attention())
         else:
-            parts = (part.unflatten(0, (3, 150)).transpose(1, 2) for part in (q, k, v))
-            mask = seen.mask()
-            context = scaled_dot_product_attention(*parts, attn_mask=mask, scale=0.3, enable_gqa=n != g)
-            context = context.transpose(1, 2).flatten(0, 1)
+            parts = (part.permute(1, 2, 0, 3) for part in (query, key, value))
+            context = module._attend(*parts, seen.mask(), 0.0).permute(2, 0, 1, 3).flatten(2)
         context.square().sum().backward()
-        results.append([context.detach(), q.grad, k.grad, v.grad])
+        results.append([context.detach(), query.grad, key.grad, value.grad])
     return results
 
 
+RANKS_POSITIONS = {
+    "all": None,
+    "first of two": [*range(40), *range(120, 160)],
+    "second of two": [*range(40, 120)],
+    "second of four": [*range(20, 40), *range(120, 140)],
+}
+
+
+@pytest.mark.parametrize("positions", RANKS_POSITIONS.values(), ids=RANKS_POSITIONS)
 @pytest.mark.parametrize("window_size", [None, 1, 7])
 @pytest.mark.parametrize("heads", [CHUNKED, GROUPED, LATENT])
-def test_document_by_document_is_what_a_mask_gives(heads, window_size):
-    for ours, masked in zip(*attended(heads, window_size, attend_each), strict=True):
+def test_document_by_document_is_what_a_mask_gives(heads, window_size, positions):
+    positions = None if positions is None else torch.tensor(positions)
+    for ours, masked in zip(*attended(heads, window_size, attend_each, positions), strict=True):
         torch.testing.assert_close(ours, masked, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("positions", RANKS_POSITIONS.values(), ids=RANKS_POSITIONS)
 @pytest.mark.parametrize("window_size", [None, 1, 7])
 @pytest.mark.parametrize("heads", [CHUNKED, GROUPED, LATENT])
-def test_varlen_attention_is_asked_for_what_a_mask_gives(monkeypatch, heads, window_size):
+def test_varlen_attention_is_asked_for_what_a_mask_gives(monkeypatch, heads, window_size, positions):
     """varlen_attn runs on GPUs only: what stands for it holds the call to its rules and computes what it documents."""
 
     def stand_in(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
-        assert q.shape[0] == k.shape[0] == v.shape[0] and k.shape == v.shape and q.shape[2] == k.shape[2]
+        assert k.shape == v.shape and q.shape[2] == k.shape[2]
         assert q.shape[2] % 8 == 0 and q.shape[2] <= 256 and all(part.stride(-1) == 1 for part in (q, k, v))
         assert enable_gqa == (q.shape[1] != k.shape[1]) and q.shape[1] % k.shape[1] == 0
-        assert cu_q.dtype == torch.int32 and cu_q.dim() == 1 and cu_q.is_contiguous() and torch.equal(cu_q, cu_k)
-        assert cu_q[0] == 0 and cu_q[-1] == len(q) and max_q == max_k >= int(cu_q.diff().max())
-        place = torch.arange(len(q))
-        piece = torch.searchsorted(cu_q[1:].long(), place, right=True)
-        distance = place[:, None] - place
+        for part, cu in ((q, cu_q), (k, cu_k)):
+            assert cu.dtype == torch.int32 and cu.dim() == 1 and cu.is_contiguous()
+            assert cu[0] == 0 and cu[-1] == len(part) and max_q == max_k >= int(cu.diff().max())
+        assert cu_q.shape == cu_k.shape and (cu_q.diff() > 0).all() and (cu_k.diff() >= cu_q.diff()).all()
+        of_query = torch.searchsorted(cu_q[1:].long(), torch.arange(len(q)), right=True)
+        of_key = torch.searchsorted(cu_k[1:].long(), torch.arange(len(k)), right=True)
+        from_end_of_query = cu_q[of_query + 1] - torch.arange(len(q))  # flash attention aligns the ends
+        from_end_of_key = cu_k[of_key + 1] - torch.arange(len(k))
+        distance = from_end_of_key - from_end_of_query[:, None]
         left, right = window_size
         assert right == 0
-        mask = (distance >= 0) & (piece[:, None] == piece)
+        mask = (distance >= 0) & (of_query[:, None] == of_key)
         if left >= 0:
             mask &= distance <= left
         parts = (part.transpose(0, 1).unsqueeze(0) for part in (q, k, v))
@@ -125,8 +143,18 @@ def test_varlen_attention_is_asked_for_what_a_mask_gives(monkeypatch, heads, win
         return context.squeeze(0).transpose(0, 1)
 
     monkeypatch.setattr(attention, "varlen_attn", stand_in)
-    for ours, masked in zip(*attended(heads, window_size, attend_varlen), strict=True):
+    positions = None if positions is None else torch.tensor(positions)
+    for ours, masked in zip(*attended(heads, window_size, attend_varlen, positions), strict=True):
         torch.testing.assert_close(ours, masked, rtol=1e-4, atol=2e-5)
+
+
+def test_a_rank_of_a_context_parallel_group_attends_causally_by_bounds():
+    made = Visibility((2, 8), positions=torch.tensor([2, 3, 4, 5])).with_bounds()
+    count = made.num_bounds
+    queries, keys, numbers = made.bounds.split([count, count, len(made.bounds) - 2 * count])
+    assert queries.tolist() == [0, 4, 8] and keys.tolist() == [0, 6, 12]
+    assert numbers.tolist() == [*range(6), *range(8, 14)]
+    assert made.for_attention().shape == (128, 3, 18)
 
 
 def test_the_call_of_varlen_attention_fits_the_installed_torch():
@@ -144,7 +172,7 @@ def test_the_call_of_varlen_attention_fits_the_installed_torch():
     ("changes", "reason"),
     [
         ({}, None),
-        ({"parallel": {"context_parallel_size": 2}}, "two parts"),
+        ({"parallel": {"context_parallel_size": 2}}, None),
         ({"model": {"attention_dropout": 0.1}}, "drops"),
         ({"training": {"seq_length": SEQ}}, "short"),
     ],
@@ -235,6 +263,18 @@ def test_bounds_train_through_a_pipeline_as_a_mask_on_one_rank(ranks, tmp_path):
     (expected,) = ranks.run(run_steps, 1, config, 3, 5, checkpoint, None)
     results = ranks.run(with_bounds, 2, run_steps, tiny_config(pipeline_model_parallel_size=2), 3, 5, checkpoint, None)
     for result in results:
+        np.testing.assert_allclose(result, expected, rtol=5e-6)
+
+
+@pytest.mark.parametrize("model", [{}, {"window_size": 16}])
+@pytest.mark.parametrize("kind", ["dense", "mla"])
+def test_bounds_train_under_context_parallelism_as_a_mask_on_one_rank(ranks, tmp_path, kind, model):
+    config = tiny_config(kind, model=model)
+    ranks.run(run_steps, 1, config, 0, 1, None, str(tmp_path))
+    checkpoint = str(tmp_path / "iter_0000001")
+    (expected,) = ranks.run(run_steps, 1, config, 1, 3, checkpoint, None)
+    parallel = tiny_config(kind, model=model, context_parallel_size=2)
+    for result in ranks.run(with_bounds, 2, run_steps, parallel, 1, 3, checkpoint, None):
         np.testing.assert_allclose(result, expected, rtol=5e-6)
 
 

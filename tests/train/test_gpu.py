@@ -123,6 +123,43 @@ def test_varlen_attention_trains_as_a_block_mask(run, device, kind, model):
     np.testing.assert_allclose(losses_of(bounds), losses_of(mask), rtol=3e-3)
 
 
+def rank_of_four(device, heads, window_size):
+    """Return a context-parallel rank's context and gradients by the device's attention in bf16, and by a CPU's in fp32."""
+    import torch
+
+    from megatron_cpt.train.attention import attend_each, attend_varlen
+    from megatron_cpt.train.visibility import Visibility
+
+    n, g, d, d_v = heads
+    pieces = (torch.arange(160) // 37).expand(2, -1)
+    positions = torch.cat([torch.arange(20, 40), torch.arange(120, 140)])
+    seen = Visibility((2, 160), pieces, window_size, positions).with_bounds()
+    count = seen.num_bounds
+    generator = torch.Generator().manual_seed(0)
+    shapes = (80, n, d), (320, g, d), (320, g, d_v)
+    given = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
+    results = []
+    for where, attend in ((device, attend_varlen if device == "cuda" else attend_each), ("cpu", attend_each)):
+        parts = [part.to(where).to(torch.bfloat16 if where == device else torch.float32) for part in given]
+        query, key, value = (part.requires_grad_() for part in parts)
+        bounds = seen.bounds.to(where)
+        queries, keys, numbers = bounds.split([count, count, len(bounds) - 2 * count])
+        chosen = (part.index_select(0, numbers) for part in (key, value))
+        context = attend(query, *chosen, queries, keys, seen.longest, scale=0.3, window_size=window_size)
+        context.float().square().sum().backward()
+        results.append([part.detach().float().cpu().numpy() for part in (context, query.grad, key.grad, value.grad)])
+    return results
+
+
+@pytest.mark.parametrize("window_size", [None, 9])
+@pytest.mark.parametrize("heads", [(4, 4, 64, 64), (8, 2, 128, 128), (4, 4, 192, 128), (4, 2, 20, 20)], ids=str)
+def test_queries_that_see_more_keys_attend_as_on_a_cpu(run, device, heads, window_size):
+    """The ends of a piece's queries and keys are aligned, and padded heads move nothing."""
+    ((found, expected),) = run(rank_of_four, 1, device, heads, window_size)
+    for ours, wanted in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, wanted, rtol=0, atol=0.03 * np.abs(wanted).max())
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
