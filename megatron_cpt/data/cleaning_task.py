@@ -68,7 +68,7 @@ def begin_task(
         )
     else:
         _lock(work)
-    for target in targets:
+    for target in [*targets, report]:
         for partial in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
             partial.unlink(missing_ok=True)
     return None

@@ -169,8 +169,9 @@ def rewrite(work: Rewriting) -> list[Findings]:
             return [Findings(**(found | _counters(found))) for found in record["findings"]]
     # written first, so that an output of ours is known as such also when the record of its findings is missing
     write_json(record_path, {"identity": identity, "size": None, "findings": []})
-    for partial in work.output.parent.glob(f".{glob.escape(work.output.name)}.*.partial"):
-        partial.unlink(missing_ok=True)
+    for name in (work.output.name, record_path.name):
+        for partial in work.output.parent.glob(f".{glob.escape(name)}.*.partial"):
+            partial.unlink(missing_ok=True)
     with (
         whole_file(work.output, "wb") as file,
         _compressed(file, work.compression) as target,

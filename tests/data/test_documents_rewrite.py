@@ -152,8 +152,11 @@ def test_a_run_that_was_killed_before_its_record_goes_on(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         rewrite([tmp_path / "a.jsonl"], tmp_path / "out")
     assert (tmp_path / "out/a.jsonl").exists()
+    for name in (".a.jsonl.x.partial", "..a.jsonl.sources.json.x.partial", ".a.jsonl.rejects.x.partial"):
+        (tmp_path / "out" / name).write_text("")
     monkeypatch.setattr(module, "write_json", real)
     assert rewrite([tmp_path / "a.jsonl"], tmp_path / "out")[0].documents == 1
+    assert not list((tmp_path / "out").glob(".*.partial"))
 
 
 def test_repair_drops_a_byte_order_mark_within_a_file_and_keeps_two_objects_byte_for_byte(tmp_path):
