@@ -139,9 +139,9 @@ def rank_of_four(device, heads, window_size):
     shapes = (80, n, d), (320, g, d), (320, g, d_v)
     given = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
     results = []
-    for where, attend in ((device, attend_varlen if device == "cuda" else attend_each), ("cpu", attend_each)):
-        parts = [part.to(where).to(torch.bfloat16 if where == device else torch.float32) for part in given]
-        query, key, value = (part.requires_grad_() for part in parts)
+    ours = device, torch.bfloat16, attend_varlen if device == "cuda" else attend_each
+    for where, dtype, attend in (ours, ("cpu", torch.float32, attend_each)):
+        query, key, value = (part.to(where, dtype, copy=True).requires_grad_() for part in given)
         bounds = seen.bounds.to(where)
         queries, keys, numbers = bounds.split([count, count, len(bounds) - 2 * count])
         chosen = (part.index_select(0, numbers) for part in (key, value))
