@@ -40,6 +40,7 @@ from megatron_cpt.checkpoint.mcore import (
 from megatron_cpt.checkpoint.megatron_common import (
     CHECKPOINT_VERSION,
     CONTENT,
+    find_step,
     megatron_args,
     read_common,
     write_common,
@@ -52,6 +53,7 @@ from megatron_cpt.train.optimizer_state import loadable_state, main_prefix, rena
 from megatron_cpt.train.parallel import on_rank_0
 
 logger = logging.getLogger(__name__)
+_TO_LOAD = "optimizer_to_load"
 
 READ_BACK_ATTEMPTS, READ_BACK_WAIT_SECONDS = 3, 1.0
 """Another node's view of a network file system may lag behind what this one wrote."""
@@ -253,19 +255,19 @@ def load_checkpoint(directory: Path, model: list[Any], optimizer: MegatronOptimi
     on_rank_0(lambda: check_safe(directory))
     state = _sharded_model(model)
     if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(_flat(state), is_loading=True, metadata=_metadata())
-        rename_main_parameters(state["optimizer"], on_rank_0(lambda: main_prefix(directory)))
+        # not under "optimizer": megatron would merge it with the saving layout's groups, of which only the step counts
+        state[_TO_LOAD] = optimizer.sharded_state_dict(_flat(state), is_loading=True, metadata=_metadata())
+        rename_main_parameters(state[_TO_LOAD], on_rank_0(lambda: main_prefix(directory)))
     try:
         loaded = dist_checkpointing.load(state, os.fspath(directory))
     except (KeyError, ValueError, dist_checkpointing.core.CheckpointingException) as problem:
         raise CheckpointError(
-            f"{directory}: does not fit the model ({str(problem)[:500]}). The params file must be the one it was made with; "
-            "Muon's moments also need the same expert-parallel size (init.load=weights does without them)."
+            f"{directory}: does not fit the model ({str(problem)[:500]}). The params file must be the one it was made with."
         ) from problem
     for index, chunk in enumerate(model):
         unwrap(chunk).load_state_dict(loaded["model" if len(model) == 1 else f"model{index}"], strict=False)
     if optimizer is not None:
-        optimizer.load_state_dict(loadable_state(loaded["optimizer"], optimizer))
+        optimizer.load_state_dict(loadable_state(loaded[_TO_LOAD], optimizer, find_step(loaded.get("optimizer"))))
 
 
 def check_safe(directory: Path) -> None:

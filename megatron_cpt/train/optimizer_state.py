@@ -15,7 +15,6 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_cpt.checkpoint.dcp import read_metadata
-from megatron_cpt.checkpoint.megatron_common import find_step
 
 _MAIN = ("optimizer.state.param.", "optimizer.state.fp32_param.")
 
@@ -40,38 +39,41 @@ def rename_main_parameters(state: ShardedStateDict, prefix: str) -> None:
                     break
 
 
-def loadable_state(loaded: dict[Any, Any], optimizer: MegatronOptimizer) -> dict[Any, Any]:
-    """Return loaded optimizer state in the form that this layout's optimizer expects.
+def loadable_state(loaded: dict[Any, Any], optimizer: MegatronOptimizer, step: int | None) -> dict[Any, Any]:
+    """Return loaded optimizer state in the form that this layout's optimizer expects; `step` is its number of updates.
 
     Experts have an optimizer of their own when EP > 1, and share one otherwise.
     """
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    step = find_step({name: value for name, value in loaded.items() if name != "param_state"})
     states = {
-        index: _part_state(loaded if len(parts) == 1 else loaded[index], part, step) for index, part in enumerate(parts)
+        index: _part_state(loaded if len(parts) == 1 else loaded.get(index, {}), part, step)
+        for index, part in enumerate(parts)
     }
     return states[0] if len(parts) == 1 else states
 
 
 def _part_state(source: dict[Any, Any], part: Any, step: int | None) -> dict[Any, Any]:
+    """Return what one optimizer loads.
+
+    A stage of dense layers alone has nothing in its experts' optimizer, and then megatron returns no key for it.
+    """
     state = part.state_dict()
     inner = state.get("optimizer", state)
     for group in inner["param_groups"]:
-        if step is not None:
+        if step is not None and "betas" in group:  # Muon counts no updates, and megatron saves only if all counts agree
             group["step"] = step
     if isinstance(part, DistributedOptimizer):
         parameters = [parameter for buffer in part.buffers for parameter in buffer.param_index_map]
-        for index, values in source["param_state"].items():  # numbered in the order of the buffers
+        values_of = source.get("param_state", {})
+        for index, values in values_of.items():  # numbered in the order of the buffers
             values.setdefault("param", parameters[index].detach().float())
-        return {**state, "param_state": source["param_state"], "param_state_sharding_type": "fully_reshardable"}
-    moments = {
-        index: values
-        for index, values in (source["optimizer"] if "optimizer" in state else source)["state"].items()
-        if index in inner["state"]
-    }
+        return {**state, "param_state": values_of, "param_state_sharding_type": "fully_reshardable"}
+    saved = source.get("optimizer", {}) if "optimizer" in state else source
+    moments = {index: values for index, values in saved.get("state", {}).items() if index in inner["state"]}
     if step is not None and any("step" in values for values in inner["state"].values()):  # torch's own Adam
         moments["common_step"] = step
     filled = {"state": moments, "param_groups": inner["param_groups"]}
     if "fp32_from_fp16_params" not in state:
         return filled
-    return {**state, "optimizer": filled, "fp32_from_fp16_params": source["fp32_from_fp16_params"]}
+    main = source.get("fp32_from_fp16_params", state["fp32_from_fp16_params"])
+    return {**state, "optimizer": filled, "fp32_from_fp16_params": main}

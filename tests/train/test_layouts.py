@@ -62,6 +62,7 @@ def trained(ranks, tmp_path_factory):
         ("moe", 4, {TP: 2, EP: 2, ETP: 2}),
         ("moe", 4, {PP: 2, EP: 2}),
         ("moe", 4, {EP: 4}),
+        ("moe", 4, {PP: 2, "num_layers_in_first_pipeline_stage": 1, EP: 2}),  # no expert in the first stage
         ("moe", 4, {TP: 2, CP: 2, EP: 2, ETP: 1}),
         ("mla", 2, {TP: 2}),
         ("mla", 2, {PP: 2}),

@@ -20,7 +20,7 @@ TP, PP, VPP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "vir
 CP, EP, ETP = "context_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size"
 FIRST, LAST = "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"
 UNEVEN = {PP: 3, FIRST: 1, LAST: 1}
-STAGES = ({}, {PP: 2}, UNEVEN, {PP: 4}, {PP: 2, VPP: 2}, {PP: 2, FIRST: 3})
+STAGES = ({}, {PP: 2}, UNEVEN, {PP: 4}, {PP: 2, VPP: 2}, {PP: 2, FIRST: 3}, {PP: 2, FIRST: 1})
 MOST_RANKS = 4
 
 
