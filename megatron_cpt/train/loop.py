@@ -5,18 +5,22 @@ number, the samples consumed; iteration, tokens, learning rate, batches and per-
 """
 
 import contextlib
+import dataclasses
 import logging
 from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
 
+from megatron_cpt.config.derived import train_iters
 from megatron_cpt.config.iteration_ranges import contains
 from megatron_cpt.config.load import LoadedConfig
+from megatron_cpt.config.schema import RunConfig
 from megatron_cpt.data.blend import finish_stage
 from megatron_cpt.data.datalist import read_data_list
 from megatron_cpt.errors import DataError
-from megatron_cpt.launch.run_dir import run_dir
+from megatron_cpt.launch.progress import read_progress
+from megatron_cpt.launch.run_dir import RunDir, run_dir
 from megatron_cpt.train.batches import microbatches
 from megatron_cpt.train.evaluation import validation_loss
 from megatron_cpt.train.interrupt import Interrupts
@@ -69,8 +73,8 @@ def _train_stage(loaded: LoadedConfig, ends: contextlib.ExitStack) -> str:
     on_rank_0(lambda: check_wandb(config))
     stage = prepare(loaded)
     if stage is None:
-        if rank == 0 and run.data_list_path.exists():
-            finish_stage(config, read_data_list(run.data_list_path))  # a kill may have come just before it
+        if rank == 0:
+            _finish_after_a_kill(config, run)
         logger.info("%s: finished, nothing to do", run.path)
         return "finished"
     writer = MetricsWriter(run, is_writer=rank == 0, config=config, iteration=stage.iteration)
@@ -139,6 +143,17 @@ def _train_stage(loaded: LoadedConfig, ends: contextlib.ExitStack) -> str:
     writer.close()
     logger.info("%s: ended at iteration %d of %d: %s", run.path, iteration, stage.iterations, reason)
     return reason
+
+
+def _finish_after_a_kill(config: RunConfig, run: RunDir) -> None:
+    """Do what a run that was killed between its last save and its end has left undone."""
+    if run.data_list_path.exists():
+        finish_stage(config, read_data_list(run.data_list_path))
+    if run.metrics_path.exists() and read_progress(run).end_reason != "finished":
+        silent = dataclasses.replace(config.logging, tensorboard=False, wandb_project=None)
+        writer = MetricsWriter(run, is_writer=True, config=dataclasses.replace(config, logging=silent))
+        writer.write("end", iteration=train_iters(config.training), reason="finished")
+        writer.close()
 
 
 def _collective_timeout(hang_timeout: int) -> int:

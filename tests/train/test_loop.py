@@ -62,6 +62,17 @@ def test_stages_follow_each_other_and_a_finished_one_does_nothing_more(ranks, af
     assert (run_path(after_base, "replay") / "metrics.jsonl").read_text() == before
 
 
+def test_a_run_that_was_killed_after_its_last_save_is_finished_by_the_same_command(ranks, after_base):
+    metrics = run_path(after_base, "base") / "metrics.jsonl"
+    whole = metrics.read_text()
+    lines = whole.splitlines(keepends=True)
+    assert json.loads(lines[-1])["kind"] == "end"
+    metrics.write_text("".join(lines[:-1]))
+    assert ranks.run(run_stage, 1, str(after_base), "base") == ["finished"]
+    assert [(end["iteration"], end["reason"]) for end in records(after_base, "base", "end")] == [(8, "finished")]
+    assert metrics.read_text().startswith("".join(lines[:-1]))
+
+
 def test_a_run_that_lost_its_last_steps_continues_under_another_layout_as_if_nothing_happened(ranks, after_base):
     assert ranks.run(run_stage, 2, str(after_base), "replay", TP2) == ["finished"] * 2
     whole = losses(after_base, "replay")
