@@ -112,7 +112,7 @@ class Stage:
 def prepare(loaded: LoadedConfig, *, from_start: bool = False) -> Stage | None:
     """Return the stage with everything loaded, None when the run is finished.
 
-    With `from_start` the run's own checkpoints are left aside.
+    With `from_start` the run's own checkpoints are left aside, and nothing that says what the run is gets written.
 
     Raises: CptError for what a user can mend, on every rank.
     """
@@ -131,10 +131,14 @@ def prepare(loaded: LoadedConfig, *, from_start: bool = False) -> Stage | None:
     order = on_rank_0(lambda: _order(config, run, manifest))
     may_change_list = own is None or may_change_data_list(config)
     is_changed = manifest is not None and reads_other_data(manifest["config"], config)
-    behind = None if from_start and own else iteration
-    entries = on_rank_0(
-        lambda: _prepare_run_dir(loaded, run, order, behind, is_changed=is_changed, may_change_list=may_change_list)
-    )
+    if from_start:
+        entries = on_rank_0(lambda: plan_blend(config, begun=run.data_list_path, order=order).entries)
+    else:
+        entries = on_rank_0(
+            lambda: _prepare_run_dir(
+                loaded, run, order, iteration, is_changed=is_changed, may_change_list=may_change_list
+            )
+        )
     data_dir = Path(config.paths.data_dir)
     tokenizer = load_tokenizer(data_dir / config.data.tokenizer) if config.data.tokenizer else None
     if tokenizer is None:
@@ -241,7 +245,7 @@ def _prepare_run_dir(
     loaded: LoadedConfig,
     run: RunDir,
     order: ContinuedOrder | None,
-    iteration: int | None,
+    iteration: int,
     *,
     is_changed: bool,
     may_change_list: bool,
@@ -256,7 +260,7 @@ def _prepare_run_dir(
     plan = plan_blend(loaded.config, begun=run.data_list_path, order=order)
     run.path.mkdir(parents=True, exist_ok=True)
     is_other = run.data_list_path.exists() and list(read_data_list(run.data_list_path)) != list(plan.entries)
-    if iteration is not None and (may_change_list or not is_other):
+    if may_change_list or not is_other:
         keep_superseded(run, iteration, is_changed=is_changed or is_other)
     if order is not None:  # before the list, which follows from it
         write_order(run.data_order_path, order)

@@ -12,7 +12,7 @@ import pytest
 from megatron_cpt.config.sources import CHECKOUT
 from megatron_cpt.train.lr_finder import smooth, suggested_rate
 from tests.distributed import RankFailure
-from tests.train.test_loop import run_path
+from tests.train.test_loop import run_path, run_stage
 
 RATES = [10 ** (-6 + 0.05 * n) for n in range(101)]
 
@@ -56,6 +56,17 @@ def test_a_sweep_writes_a_curve_and_no_checkpoint(ranks, experiment):
     suggestion = json.loads((run / "lr_find" / "suggestion.json").read_text())
     assert suggestion["suggested"] == min(suggestion["steepest"], suggestion["tenth_of_lowest"]) > 0
     assert not (run / "checkpoints").exists() and not (run / "metrics.jsonl").exists()
+
+
+def test_a_sweep_leaves_a_run_that_has_begun_as_it_is(ranks, experiment):
+    """Its settings are not the run's: forks, traces and reports go by what the run directory says."""
+    ranks.run(run_stage, 1, str(experiment), "base")
+    run = run_path(experiment, "base")
+    files = [run / name for name in ("config.yaml", "train_data.yaml", "metrics.jsonl")]
+    before = [path.read_bytes() for path in files]
+    ranks.run(sweep, 2, str(experiment), 12)
+    assert [path.read_bytes() for path in files] == before
+    assert len(list((run / "checkpoints").glob("iter_*"))) == 2
 
 
 def test_more_iterations_than_the_stage_has_are_refused(ranks, experiment):

@@ -93,3 +93,19 @@ def test_a_range_added_for_the_past_changes_no_count(ranks, ramped):
     assert after["skipped_iterations"] == ["3", "5-7"]
     lost = sum(before["tokens_per_corpus"].values()) - sum(after["tokens_per_corpus"].values())
     assert lost == 16 * 32
+
+
+STEPS = 'training.rampup_batch_size=[[4, "256 tokens"], [8, 0.1], [12, 4]]'
+"""The sizes of `SIZES`: 4 until 8 samples, 8 until a tenth of the stage (9.2, so one step), 12 until iteration 4."""
+
+
+def test_a_ramp_in_steps_of_mixed_durations_resumes_exactly(ranks, experiment):
+    steps = (STEPS, "training.global_batch_size=16", "data.mix={D0: 0.5, D1: 0.5}")
+    (seen,) = ranks.run(traced_stage, 1, str(experiment), steps)
+    assert [count for _, count in seen] == SIZES
+    whole, run = losses(experiment, "base"), run_path(experiment, "base")
+    shutil.rmtree(run / "checkpoints" / "iter_0000008")
+    (run / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("4\n")
+    (seen,) = ranks.run(traced_stage, 1, str(experiment), steps)
+    assert seen == [(28, 16), (44, 16), (60, 16), (76, 16)]
+    assert losses(experiment, "base") == whole
