@@ -8,7 +8,8 @@ from typing import Any
 
 from megatron_cpt.config import derived
 from megatron_cpt.config.fields import setting_value
-from megatron_cpt.config.megatron_rows import ROWS, is_mla, is_mla_with_yarn, is_moe, is_muon, is_yarn
+from megatron_cpt.config.megatron_rows import ROWS
+from megatron_cpt.config.megatron_values import is_mla, is_mla_with_yarn, is_moe, is_muon, is_yarn
 from megatron_cpt.config.schema import WHOLE_STAGE, RunConfig
 
 TARGETS = (

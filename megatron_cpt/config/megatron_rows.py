@@ -8,41 +8,35 @@ The file is long because the table is. Source: argument names from megatron-core
 `megatron/training/arguments.py`.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_cpt.config import derived
-from megatron_cpt.config.batch_sizes import batch_sizes
 from megatron_cpt.config.fields import setting_value
+from megatron_cpt.config.megatron_values import (
+    Condition,
+    Value,
+    always,
+    cooldown_samples,
+    duration,
+    exit_minutes,
+    has_weight_decay_schedule,
+    is_bf16,
+    is_mla,
+    is_mla_with_yarn,
+    is_moe,
+    is_muon,
+    is_yarn,
+    lm_cooldown_style,
+    lm_decay_style,
+    moe_layer_freq,
+    recompute,
+    recomputes_layers,
+    step_batch_sizes,
+    weight_decay_bound,
+    window,
+)
 from megatron_cpt.config.schema import RunConfig
-
-Value = Callable[[RunConfig], Any]
-Condition = Callable[[RunConfig], bool]
-
-
-def _always(config: RunConfig) -> bool:
-    return True
-
-
-def is_moe(config: RunConfig) -> bool:
-    """Return whether the model is a mixture of experts."""
-    return config.model.num_moe_experts is not None
-
-
-def is_mla(config: RunConfig) -> bool:
-    """Return whether attention is multi-head latent attention."""
-    return config.model.multi_latent_attention
-
-
-def is_yarn(config: RunConfig) -> bool:
-    """Return whether rotary frequencies are stretched by YaRN."""
-    return config.model.rope_scaling_type == "yarn"
-
-
-def is_mla_with_yarn(config: RunConfig) -> bool:
-    """Return whether both hold: only then has Megatron-Core's configuration YaRN's numbers."""
-    return is_mla(config) and is_yarn(config)
 
 
 @dataclass(frozen=True)
@@ -57,7 +51,7 @@ class Row:
     """Megatron-LM's flag."""
     value: Value | None = None
     """The argument's value; None: the setting itself."""
-    when: Condition = _always
+    when: Condition = always
     """Whether the arguments and the flag are given at all."""
     flag_value: Value | None = None
     """The flag's value: None omits it, True gives the bare flag; no function: the argument's value."""
@@ -79,86 +73,6 @@ def _mla(setting: str, *, when: Condition = is_mla, argument: str | None = None,
     name = argument or setting
     flag = options.pop("flag", "--" + name.replace("_", "-"))
     return Row(f"model.{setting}", (f"MLATransformerConfig.{name}",), flag, when=when, **options)
-
-
-def _window(config: RunConfig) -> tuple[int, int] | None:
-    """Return megatron's window: tokens visible to the left besides the token itself, and to the right."""
-    width = config.model.window_size
-    return None if width is None else (width - 1, 0)
-
-
-def _moe_layer_freq(config: RunConfig) -> list[int]:
-    dense = config.model.moe_num_dense_layers
-    return [0] * dense + [1] * (config.model.num_layers - dense)
-
-
-def _recompute(config: RunConfig) -> str | None:
-    granularity = config.parallel.recompute_granularity
-    return None if granularity == "none" else granularity
-
-
-def _recomputes_layers(config: RunConfig) -> bool:
-    return config.parallel.recompute_granularity == "full"
-
-
-def _is_bf16(config: RunConfig) -> bool:
-    return config.training.precision == "bf16"
-
-
-def is_muon(config: RunConfig) -> bool:
-    """Return whether matrices are updated by Muon."""
-    return config.optimizer.name == "muon"
-
-
-def _has_weight_decay_schedule(config: RunConfig) -> bool:
-    return config.optimizer.weight_decay_incr_style != "constant"
-
-
-def _weight_decay_bound(name: str) -> Value:
-    def bound(config: RunConfig) -> float:
-        value = getattr(config.optimizer, name)
-        return config.optimizer.weight_decay if value is None else value
-
-    return bound
-
-
-def _duration(setting: str, *, is_at_end: bool = False) -> Value:
-    """Return the samples of a duration, or None where it is nothing."""
-
-    def samples(config: RunConfig) -> int | None:
-        duration = setting_value(config, setting)
-        return (derived.duration_samples(duration, config.training, is_at_end=is_at_end) if duration else 0) or None
-
-    return samples
-
-
-_cooldown_samples = _duration("schedule.lr_cooldown", is_at_end=True)
-
-
-def _step_batch_sizes(config: RunConfig) -> str | None:
-    """Return Megatron-LM's step schedule, places in tokens; it ignores `--rampup-batch-size` since 0.19."""
-    training = config.training
-    if training.rampup_batch_size is None:
-        return None
-    return " ".join(f"{piece.samples * training.seq_length}:{piece.size}" for piece in batch_sizes(training).pieces)
-
-
-def _lm_decay_style(config: RunConfig) -> str | None:
-    """Return Megatron-LM's name: a constant rate with a cooldown is its WSD, WSD without one its constant."""
-    style = config.schedule.lr_decay_style
-    if style in ("constant", "WSD"):
-        return "WSD" if _cooldown_samples(config) else "constant"
-    return None if style.startswith("infinite") else style
-
-
-def _lm_cooldown_style(config: RunConfig) -> str | None:
-    style = config.schedule.lr_cooldown_style
-    return style if _cooldown_samples(config) and style != "geometric" else None
-
-
-def _exit_minutes(config: RunConfig) -> int | None:
-    before = config.launch.exit_before_walltime
-    return (config.launch.walltime - before) // 60 if before else None
 
 
 _MODEL = (
@@ -233,14 +147,14 @@ _MODEL = (
     ),
     Row("model.add_qkv_bias", ("TransformerConfig.add_qkv_bias",), "--add-qkv-bias"),
     Row("model.qk_layernorm", ("TransformerConfig.qk_layernorm",), "--qk-layernorm"),
-    Row("model.window_size", ("TransformerConfig.window_size",), "--window-size", value=_window),
+    Row("model.window_size", ("TransformerConfig.window_size",), "--window-size", value=window),
     Row("model.init_method_std", ("TransformerConfig.init_method_std",), "--init-method-std"),
     Row("model.hidden_dropout", ("TransformerConfig.hidden_dropout",), "--hidden-dropout"),
     Row("model.attention_dropout", ("TransformerConfig.attention_dropout",), "--attention-dropout"),
     _moe("num_moe_experts", flag="--num-experts"),
     _moe("moe_ffn_hidden_size"),
     _moe("moe_router_topk"),
-    _moe("moe_num_dense_layers", argument="moe_layer_freq", value=_moe_layer_freq),
+    _moe("moe_num_dense_layers", argument="moe_layer_freq", value=moe_layer_freq),
     _moe("moe_shared_expert_intermediate_size"),
     _moe("moe_router_score_function"),
     _moe("moe_router_pre_softmax"),
@@ -318,19 +232,19 @@ _PARALLEL = (
         "parallel.recompute_granularity",
         ("TransformerConfig.recompute_granularity",),
         "--recompute-granularity",
-        value=_recompute,
+        value=recompute,
     ),
     Row(
         "parallel.recompute_method",
         ("TransformerConfig.recompute_method",),
         "--recompute-method",
-        when=_recomputes_layers,
+        when=recomputes_layers,
     ),
     Row(
         "parallel.recompute_num_layers",
         ("TransformerConfig.recompute_num_layers",),
         "--recompute-num-layers",
-        when=_recomputes_layers,
+        when=recomputes_layers,
     ),
 )
 
@@ -353,7 +267,7 @@ _TRAINING = (
     Row(
         "training.rampup_batch_size",
         flag="--step-batch-size-schedule",
-        flag_value=_step_batch_sizes,
+        flag_value=step_batch_sizes,
         honoured_by="config/batch_sizes.py",
     ),
     Row("training.train_samples", honoured_by="config/derived.py, train_iters"),
@@ -367,7 +281,7 @@ _TRAINING = (
             "DistributedDataParallelConfig.grad_reduce_in_fp32",
         ),
         "--bf16",
-        value=_is_bf16,
+        value=is_bf16,
     ),
     Row("training.seed", ("GPTDatasetConfig.random_seed",), "--seed"),
     Row("training.z_loss_coeff", honoured_by="train/model.py, CptGPTModel"),
@@ -392,21 +306,21 @@ _SCHEDULE = (
     Row(
         "optimizer.weight_decay_start",
         flag="--start-weight-decay",
-        when=_has_weight_decay_schedule,
-        flag_value=_weight_decay_bound("weight_decay_start"),
+        when=has_weight_decay_schedule,
+        flag_value=weight_decay_bound("weight_decay_start"),
         honoured_by="train/schedule.py",
     ),
     Row(
         "optimizer.weight_decay_end",
         flag="--end-weight-decay",
-        when=_has_weight_decay_schedule,
-        flag_value=_weight_decay_bound("weight_decay_end"),
+        when=has_weight_decay_schedule,
+        flag_value=weight_decay_bound("weight_decay_end"),
         honoured_by="train/schedule.py",
     ),
     Row(
         "optimizer.weight_decay_incr_style",
         flag="--weight-decay-incr-style",
-        when=_has_weight_decay_schedule,
+        when=has_weight_decay_schedule,
         honoured_by="train/schedule.py",
     ),
     Row("optimizer.weight_decay_incr", honoured_by="train/schedule.py"),
@@ -417,33 +331,33 @@ _SCHEDULE = (
     Row(
         "schedule.lr_decay_style",
         flag="--lr-decay-style",
-        flag_value=_lm_decay_style,
+        flag_value=lm_decay_style,
         honoured_by="train/schedule.py",
     ),
     Row(
         "schedule.lr_decay",
         flag="--lr-decay-samples",
         when=lambda config: config.schedule.lr_decay is not None,
-        flag_value=_duration("schedule.lr_decay"),
+        flag_value=duration("schedule.lr_decay"),
         honoured_by="train/schedule.py",
     ),
     Row(
         "schedule.lr_warmup",
         flag="--lr-warmup-samples",
-        flag_value=_duration("schedule.lr_warmup"),
+        flag_value=duration("schedule.lr_warmup"),
         honoured_by="train/schedule.py",
     ),
     Row("schedule.lr_warmup_init", flag="--lr-warmup-init", honoured_by="train/schedule.py"),
     Row(
         "schedule.lr_cooldown",
         flag="--lr-wsd-decay-samples",
-        flag_value=_cooldown_samples,
+        flag_value=cooldown_samples,
         honoured_by="train/schedule.py",
     ),
     Row(
         "schedule.lr_cooldown_style",
         flag="--lr-wsd-decay-style",
-        flag_value=_lm_cooldown_style,
+        flag_value=lm_cooldown_style,
         honoured_by="train/schedule.py",
     ),
     Row("schedule.lr_hold", honoured_by="train/schedule.py"),
@@ -512,7 +426,7 @@ _RUN = (
     Row(
         "launch.exit_before_walltime",
         flag="--exit-duration-in-mins",
-        flag_value=_exit_minutes,
+        flag_value=exit_minutes,
         honoured_by="train/interrupt.py",
     ),
     Row("launch.hang_timeout", honoured_by="train/loop.py"),
