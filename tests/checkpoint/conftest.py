@@ -53,6 +53,14 @@ MODELS = {
         "llama",
         {**DENSE, "tie_word_embeddings": True, "head_dim": 16, "rope_parameters": LLAMA3_ROPE},
     ),
+    "llama-linear": (
+        "llama",
+        {
+            **DENSE,
+            "num_key_value_heads": 4,
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+        },
+    ),
     "mistral": ("mistral", {**DENSE, "sliding_window": 8}),
     "qwen2": ("qwen2", {**DENSE}),
     "qwen3": ("qwen3", {**DENSE, "head_dim": 16}),
@@ -85,6 +93,20 @@ MODELS = {
     "deepseek-v3": (
         "deepseek_v3",
         {**LATENT, "q_lora_rank": 12, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "norm_topk_prob": True},
+    ),
+    "deepseek-v3-groups": (
+        "deepseek_v3",
+        {
+            **LATENT,
+            "q_lora_rank": None,
+            "n_shared_experts": 2,
+            "n_group": 2,
+            "topk_group": 1,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 2.5,
+            "rope_parameters": YARN_ROPE,
+            "tie_word_embeddings": True,
+        },
     ),
 }
 
