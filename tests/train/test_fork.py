@@ -59,3 +59,18 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["fork", "--run", str(tmp_path), "--to-variant", "x"])
     assert "no config.yaml" in capsys.readouterr().err
+
+
+def test_a_decay_branch_keeps_the_weight_decay_it_had_and_needs_a_rate_to_cool_down_from(ranks, experiment, capsys):
+    rising = ("optimizer.weight_decay_end=0.3", "optimizer.weight_decay_incr_style=linear", "optimizer.min_lr=5e-3")
+    ranks.run(run_stage, 1, str(experiment), "base", rising)
+    code, _, err = fork(capsys, experiment, "--iteration", "4", "--to-variant", "cool", "--decay", "4")
+    assert code == 2 and "the learning rate after iteration 4 is 0.005, not above optimizer.min_lr (0.005)" in err
+    stated = ("--iteration", "4", "--to-variant", "cool", "--decay", "4", "optimizer.min_lr=0")
+    code, out, _ = fork(capsys, experiment, *stated)
+    assert code == 0
+    words = shlex.split(out)
+    assert "optimizer.weight_decay_incr_style=constant" in words and "optimizer.weight_decay_end=null" in words
+    assert float(
+        next(word for word in words if word.startswith("optimizer.weight_decay=")).partition("=")[2]
+    ) == pytest.approx(0.2)
