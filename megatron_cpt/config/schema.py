@@ -331,8 +331,8 @@ class DataConfig:
     fim_corpora: tuple[str, ...] = ()
     """Corpora whose documents are rearranged; empty: all."""
     reset_attention_mask: bool = True
-    """Documents (the pieces, where a shard has a mask) in a sample do not see each other. Attention then runs on SDPA
-    with a mask, also within Transformer Engine's layers, whose own attention ignores masks."""
+    """Documents (the pieces, where a shard has a mask) in a sample do not see each other. Attention then runs on
+    torch's varlen or SDPA kernels, also within Transformer Engine's layers, whose own attention ignores masks."""
     eod_mask_loss: bool = False
     """Whether predicting the first token after a document's end is left out of the loss."""
 

@@ -36,7 +36,6 @@ def compiled_steps(config, is_compiled):
         ("qwen", {}),
         ("dense", {"tensor_model_parallel_size": 2}),
         ("dense", {"recompute_granularity": "full"}),
-        ("mla", {}),
         ("moe", {}),
     ],
     ids=str,
