@@ -42,7 +42,7 @@ def stage(folder: Path, mix: dict[str, float], train_iters: int, **data) -> RunC
     )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     corpora=st.lists(_SHARDS, min_size=1, max_size=3),
     weights=st.lists(_WEIGHTS, min_size=3, max_size=3),
@@ -119,7 +119,7 @@ def test_the_plan_of_many_tiny_shards_is_drawn_to_the_sample(tmp_path):
     assert dataclasses.replace(plan, entries=[]).train_samples == 400
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     sizes=st.lists(st.integers(40, 400), min_size=4, max_size=4),
     replays=st.lists(st.floats(0.05, 0.9), min_size=3, max_size=3),
