@@ -5,7 +5,6 @@ the task's hash. So the same command again goes on or finds its work done, and a
 """
 
 import fcntl
-import glob
 import json
 import logging
 import os
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cpt.data.documents import Source
-from megatron_cpt.data.own_files import write_record
+from megatron_cpt.data.own_files import rejects_beside, remove_partials, write_record
 from megatron_cpt.errors import DataError
 from megatron_cpt.files import read_json, text_hash, write_json
 
@@ -68,9 +67,7 @@ def begin_task(
         )
     else:
         _lock(work)
-    for target in [*targets, report]:
-        for partial in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
-            partial.unlink(missing_ok=True)
+    remove_partials([report, *targets, *map(rejects_beside, targets)])
     return None
 
 

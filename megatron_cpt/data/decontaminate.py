@@ -25,7 +25,7 @@ from megatron_cpt.data.record_files import (
     reject_writer,
     text_of,
 )
-from megatron_cpt.data.shingles import shingle_hashes, words_of
+from megatron_cpt.data.shingles import shingle_hashes, words_at, words_of
 from megatron_cpt.data.source_pool import map_files
 from megatron_cpt.errors import DataError
 from megatron_cpt.files import read_json, write_json
@@ -89,20 +89,17 @@ def read_passages(
     )
 
 
-def matches(text: str, passages: Passages) -> list[tuple[int, str]]:
-    """Return (evaluation set, passage) of each n-gram of a text that an evaluation set has, in the text's order."""
+def matches(text: str, passages: Passages) -> list[tuple[int, int, int]]:
+    """Return (evaluation set, first word, words) of each n-gram of a text that an evaluation set has."""
     found = []
-    words: list[str] = []
     for length, known in passages.hashes.items():
         hashes = shingle_hashes(text, length, exactly=True)
         if not len(hashes):
             continue
         places = np.searchsorted(known, hashes)
         places[places == len(known)] = 0
-        for start in np.flatnonzero(known[places] == hashes):
-            words = words or words_of(text)
-            owner = int(passages.owners[length][places[start]])
-            found.append((owner, " ".join(words[start : start + length])))
+        for start in np.flatnonzero(known[places] == hashes).tolist():
+            found.append((int(passages.owners[length][places[start]]), start, length))
     return found
 
 
@@ -176,16 +173,19 @@ def _clean_source(
     examples: list[dict[str, Any]] = []
     with record_writer(target) as write, reject_writer(target) as reject:
         for record in read_records(source, reading, tally, reject):
-            found = matches(text_of(reading.value(record)), passages)
+            text = text_of(reading.value(record))
+            found = matches(text, passages)
             if len(found) < options.min_matches:
                 write(record.raw)
                 continue
             removed += 1
-            for owner in {owner for owner, _ in found}:
+            for owner in {owner for owner, _, _ in found}:
                 removed_by[owner] += 1
             if len(examples) < _EXAMPLES:
                 place = {"file": os.fspath(source.path), "line": record.line}
-                examples.append({**place, "evaluation": passages.names[found[0][0]], "passage": found[0][1]})
+                owner, start, length = found[0]
+                passage = " ".join(words_at(text, start, length))
+                examples.append({**place, "evaluation": passages.names[owner], "passage": passage})
     counts = {"tally": tally.record(), "removed": removed, "removed_by": removed_by, "examples": examples}
     write_json(counts_path, counts)
     return counts

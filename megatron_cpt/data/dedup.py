@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_cpt.data.cleaning_task import begin_task, finish_task, work_folder
 from megatron_cpt.data.dedup_clusters import bands_and_rows, find_clusters
-from megatron_cpt.data.dedup_signatures import MinHashOptions, document_text, write_signatures
+from megatron_cpt.data.dedup_signatures import MinHashOptions, document_text, read_signatures, write_signatures
 from megatron_cpt.data.documents import Source
 from megatron_cpt.data.record_files import (
     Reading,
@@ -79,8 +79,8 @@ def deduplicate(
     corpus_of = np.array([names.index(owner) for owner in owners])
     groups = corpus_of.tolist() if options.scope == "corpus" else [0] * len(owners)
     roots, exact = find_clusters(signatures, groups, options.minhash, work, memory_bytes, workers)
-    keep = _survivors(roots, signatures, options.keep)
-    starts = np.cumsum([0, *(len(np.load(path, mmap_mode="r")) for path in signatures)])
+    keep = _survivors(roots, signatures, options)
+    starts = np.cumsum([0, *(len(read_signatures(path, options.minhash)) for path in signatures)])
     tallies = map_files(
         _write_kept,
         [
@@ -125,11 +125,11 @@ def _settings(reading: Reading, options: DedupOptions) -> dict[str, Any]:
     return {**asdict(options), "key": reading.key, "bands": bands, "rows": rows}
 
 
-def _survivors(roots: np.ndarray, signatures: Sequence[Path], keep: str) -> np.ndarray:
+def _survivors(roots: np.ndarray, signatures: Sequence[Path], options: DedupOptions) -> np.ndarray:
     """Return whether each document stays, bool [documents]."""
-    if keep == "first":
+    if options.keep == "first":
         return roots == np.arange(len(roots))
-    lengths = np.concatenate([np.load(path, mmap_mode="r")["length"] for path in signatures]).astype(np.int64)
+    lengths = np.concatenate([read_signatures(path, options.minhash)["length"] for path in signatures]).astype(np.int64)
     order = np.lexsort((np.arange(len(roots)), -lengths, roots))
     is_first = np.append(True, np.diff(roots[order]) != 0) if len(roots) else np.zeros(0, dtype=bool)
     survivors = np.zeros(len(roots), dtype=bool)

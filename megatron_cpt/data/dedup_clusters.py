@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_cpt.data.dedup_signatures import MinHashOptions
+from megatron_cpt.data.dedup_signatures import MinHashOptions, read_signatures
 from megatron_cpt.data.source_pool import map_files
 from megatron_cpt.files import whole_file, write_text
 
@@ -48,7 +48,7 @@ def find_clusters(
     A cluster's root is its first document; the exact root counts equal texts only. `groups` holds a number per file:
     documents of different groups are never joined.
     """
-    sizes = [len(np.load(path, mmap_mode="r")) for path in signatures]
+    sizes = [len(read_signatures(path, options)) for path in signatures]
     starts = np.cumsum([0, *sizes])
     partitions = _spill(signatures, starts, groups, options, folder, memory_bytes // max(workers, 1))
     pairs = map_files(
@@ -86,7 +86,7 @@ def _spill(
         return paths
     for path in paths:
         path.write_bytes(b"")
-    for number, file in enumerate(np.load(path, mmap_mode="r") for path in signatures):
+    for number, file in enumerate(read_signatures(path, options) for path in signatures):
         documents = np.arange(starts[number], starts[number + 1], dtype=np.uint64)
         for begin in range(0, len(file), 1 << 18):
             part = file[begin : begin + (1 << 18)]
@@ -131,7 +131,7 @@ def _write_pairs(signatures: Sequence[Path], starts: np.ndarray, options: MinHas
     result = path.with_suffix(".npy")
     if result.exists():
         return result
-    files = [np.load(name, mmap_mode="r") for name in signatures]
+    files = [read_signatures(name, options) for name in signatures]
     entries = np.fromfile(path, dtype=_ENTRY)
     entries = entries[np.lexsort((entries["document"], entries["bucket"]))]
     bucket = entries["bucket"]

@@ -4,6 +4,7 @@ A source's signatures are written whole, so a run that was killed goes on with t
 """
 
 import hashlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from megatron_cpt.data.source_pool import map_files
 from megatron_cpt.files import whole_file
 
 _BATCH = 4096
+_BATCH_CHARACTERS = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,7 @@ def write_signatures(
 
     Raises: DataError for a bad line, and when a worker dies.
     """
-    paths = [folder / f"signatures_{number:06d}.npy" for number in range(len(sources))]
+    paths = [folder / f"signatures_{number:06d}.bin" for number in range(len(sources))]
     missing = [(source, path) for source, path in zip(sources, paths, strict=True) if not path.exists()]
     map_files(
         _write_source,
@@ -65,16 +67,30 @@ def document_text(record: Record, reading: Reading, options: MinHashOptions) -> 
     return prompt_of(found) if options.is_prompt else text_of(found)
 
 
+def read_signatures(path: Path, options: MinHashOptions) -> np.ndarray:
+    """Return the signatures of a source, memory-mapped, [documents]."""
+    dtype = signature_dtype(options.num_perm)
+    return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
+
+
 def _write_source(source: Source, reading: Reading, options: MinHashOptions, path: Path) -> None:
-    blocks, texts = [], []
-    for record in read_records(source, reading):
-        texts.append(document_text(record, reading, options))
-        if len(texts) == _BATCH:
-            blocks.append(_signatures(texts, options))
-            texts = []
-    blocks.append(_signatures(texts, options))
+    texts = (document_text(record, reading, options) for record in read_records(source, reading))
     with whole_file(path, "wb") as file:
-        np.save(file, np.concatenate(blocks))
+        for batch in _batches(texts):
+            _signatures(batch, options).tofile(file)
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    characters = 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
+        if len(batch) == _BATCH or characters > _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 def _signatures(texts: list[str], options: MinHashOptions) -> np.ndarray:

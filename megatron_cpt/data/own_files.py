@@ -5,13 +5,15 @@ folder of documents can hold them under any name. Manifests of shards lie beside
 in files that end in `.rejects` or `.rejects.jsonl`. None of them is taken for documents unless it is named outright.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_cpt.files import write_json
 
 MARK = "megatron_cpt"
+_PARTIAL = re.compile(r"\.(.+)\.[^.]+\.partial")
 _START = b'{\n  "megatron_cpt": "'
 
 
@@ -25,6 +27,18 @@ def write_record(path: Path, kind: str, value: Mapping[str, Any]) -> dict[str, A
 def rejects_beside(path: Path) -> Path:
     """Return the file of the lines that were left out of a document file."""
     return path.with_name(path.name + ".rejects")
+
+
+def remove_partials(files: Iterable[Path]) -> None:
+    """Remove what a killed process left half-written of the files; each folder is listed once."""
+    names: dict[Path, set[str]] = {}
+    for file in files:
+        names.setdefault(file.parent, set()).add(file.name)
+    for folder, wanted in names.items():
+        for path in folder.glob(".*.partial") if folder.is_dir() else ():
+            match = _PARTIAL.fullmatch(path.name)
+            if match and match[1] in wanted:
+                path.unlink(missing_ok=True)
 
 
 def is_own(path: Path) -> bool:

@@ -10,7 +10,6 @@ Lines = documents + blank lines + empty texts + rejects, but that two objects wh
 """
 
 import contextlib
-import glob
 import gzip
 import json
 import os
@@ -23,6 +22,7 @@ from typing import IO, Any
 from megatron_cpt.data import records
 from megatron_cpt.data.chat_records import MESSAGE_KEYS
 from megatron_cpt.data.documents import Source, plain_name
+from megatron_cpt.data.own_files import rejects_beside, remove_partials
 from megatron_cpt.data.plain_reader import PlainReader
 from megatron_cpt.data.record_files import json_line, reject_writer
 from megatron_cpt.data.records import Problem
@@ -153,6 +153,8 @@ def rewrite_all(rewritings: Sequence[Rewriting], workers: int, label: str) -> li
 
     Raises: DataError at the first bad line where the policy is to fail, and when a worker dies.
     """
+    outputs = [work.output for work in rewritings if work.output]
+    remove_partials([path for output in outputs for path in (output, rejects_beside(output), _record_path(output))])
     sizes = [sum(source.size for source in work.sources) for work in rewritings]
     found = map_files(rewrite, [(work,) for work in rewritings], sizes, workers, label)
     return [findings for group in found for findings in group]
@@ -169,9 +171,6 @@ def rewrite(work: Rewriting) -> list[Findings]:
             return [Findings(**(found | _counters(found))) for found in record["findings"]]
     # written first, so that an output of ours is known as such also when the record of its findings is missing
     write_json(record_path, {"identity": identity, "size": None, "findings": []})
-    for name in (work.output.name, record_path.name):
-        for partial in work.output.parent.glob(f".{glob.escape(name)}.*.partial"):
-            partial.unlink(missing_ok=True)
     with (
         whole_file(work.output, "wb") as file,
         _compressed(file, work.compression) as target,

@@ -20,7 +20,7 @@ from typing import Any
 
 from megatron_cpt.data.cleaning_task import begin_task, finish_task, work_folder
 from megatron_cpt.data.documents import Source
-from megatron_cpt.data.own_files import write_record
+from megatron_cpt.data.own_files import remove_partials, write_record
 from megatron_cpt.data.record_files import (
     Reading,
     Record,
@@ -170,6 +170,7 @@ def split_validation(
             raise DataError(f"{taken}: exists already, from other work. Remove it or choose another output folder.")
     claimed = dict.fromkeys(corpora, None) | known.get("corpora", {})
     write_record(record_path, "validation set", {**stated, "corpora": claimed})
+    remove_partials(path for paths in sides.values() for group in paths.values() for path in group)
     bound = int(fraction * (1 << 128))
     jobs = [
         (source, sides[corpus]["train"][number], sides[corpus][name][number])

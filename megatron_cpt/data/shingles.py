@@ -6,6 +6,7 @@ kana is a word of its own, since those scripts write no spaces. A text shorter t
 """
 
 import functools
+import itertools
 import re
 import unicodedata
 
@@ -17,6 +18,15 @@ _WORD = re.compile(f"[{_IDEOGRAPH}]|[^\\W{_IDEOGRAPH}]+")
 _MULTIPLIER = 0x9E3779B97F4A7C15
 _SEPARATOR, _LETTER, _WHOLE_WORD = 0, 1, 2
 _MAX_WORD = 1 << 12
+_PART = 1 << 20
+_CUT = re.compile("[ \\n\\t\u4e00-\u9fff]")
+"""Before these a text can be cut: no word goes on over them, and no character joins the one before."""
+
+
+def words_at(text: str, start: int, number: int) -> list[str]:
+    """Return `number` words of a text from the word `start` on, without a list of all of them."""
+    found = itertools.islice(_WORD.finditer(normal_form(text)), start, start + number)
+    return [match[0] for match in found]
 
 
 def words_of(text: str) -> list[str]:
@@ -40,14 +50,32 @@ def shingle_hashes(text: str, ngram: int, exactly: bool = False) -> np.ndarray:
     if not len(ids) or (exactly and len(ids) < ngram):
         return np.empty(0, dtype=np.uint64)
     size = min(ngram, len(ids))
-    hashes = np.full(len(ids) - size + 1, size, dtype=np.uint64)
-    for offset in range(size):
-        hashes = (hashes + ids[offset : len(ids) - size + 1 + offset]) * np.uint64(_MULTIPLIER)
-        hashes ^= hashes >> np.uint64(29)
-    return _mix(hashes)
+    number = len(ids) - size + 1
+    found = np.empty(number, dtype=np.uint64)
+    for start in range(0, number, _PART):
+        end = min(start + _PART, number)
+        hashes = np.full(end - start, size, dtype=np.uint64)
+        for offset in range(size):
+            hashes = (hashes + ids[start + offset : end + offset]) * np.uint64(_MULTIPLIER)
+            hashes ^= hashes >> np.uint64(29)
+        found[start:end] = _mix(hashes)
+    return found
 
 
 def _word_hashes(text: str) -> np.ndarray:
+    """Return a hash per word in order, uint64. A long text is taken in parts, since the work needs forty times its size."""
+    if len(text) <= _PART:
+        return _word_hashes_of_part(text)
+    hashes, start = [], 0
+    while start < len(text):
+        cut = _CUT.search(text, start + _PART, start + 2 * _PART)
+        end = min(cut.start() if cut else start + 2 * _PART, len(text))
+        hashes.append(_word_hashes_of_part(text[start:end]))
+        start = end
+    return np.concatenate(hashes)
+
+
+def _word_hashes_of_part(text: str) -> np.ndarray:
     """Return a hash per word in order, uint64: a polynomial over its characters."""
     codes = np.frombuffer(normal_form(text).encode("utf-32-le", "surrogatepass"), dtype="<u4")
     kinds = _kinds()[codes]

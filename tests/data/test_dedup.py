@@ -19,7 +19,7 @@ from megatron_cpt.data.dedup import DedupOptions, deduplicate
 from megatron_cpt.data.dedup_clusters import _union, bands_and_rows
 from megatron_cpt.data.dedup_signatures import MinHashOptions
 from megatron_cpt.data.record_files import Reading
-from megatron_cpt.data.shingles import shingle_hashes, words_of
+from megatron_cpt.data.shingles import shingle_hashes, words_at, words_of
 from megatron_cpt.errors import DataError
 
 
@@ -181,6 +181,26 @@ def test_hashed_words_are_the_words_that_the_pattern_finds(text):
     assert np.array_equal(shingle_hashes(text, 1), shingle_hashes(joined, 1))
     assert len(shingle_hashes(text, 1)) == len(words_of(text))
     assert len(np.unique(shingle_hashes(text, 1))) == len(set(words_of(text)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    text=st.text(
+        st.one_of(st.sampled_from("aΣσéﬁ\u0301\u3099ｶ 東京 \n\t.,_9\u00ad"), st.characters(codec="utf-8")), max_size=80
+    ),
+    part=st.integers(5, 12),
+)
+def test_a_long_text_in_parts_has_the_hashes_of_the_whole(text, part):
+    from megatron_cpt.data import shingles
+
+    spaced = "".join(char + " " * (index % 3 == 0) for index, char in enumerate(text))
+    whole, words = shingle_hashes(spaced, 3), words_of(spaced)
+    before, shingles._PART = shingles._PART, part
+    try:
+        assert np.array_equal(shingle_hashes(spaced, 3), whole)
+    finally:
+        shingles._PART = before
+    assert words_at(spaced, 2, 3) == words[2:5]
 
 
 def test_bands_find_nine_of_ten_pairs_at_the_threshold():
