@@ -254,9 +254,9 @@ def _value(raw: bytes, format: str, key: str) -> dict[str, Any] | Problem:
     found = value[key]
     if isinstance(found, list) and all(isinstance(turn, dict) for turn in found):
         found = text_of(found)
-    if problem := value_problem(found):
+    if kind_of_value := value_problem(found):
         what = f"{key!r} is neither a text nor chat messages but a {type(found).__name__}"
-        return Problem(0, problem, what if problem == records.NOT_TEXT else repr(key), raw)
+        return Problem(0, kind_of_value, what if kind_of_value == records.NOT_TEXT else repr(key), raw)
     return value
 
 
