@@ -6,9 +6,9 @@ manifest does not exist. The partial file is locked, so that two processes canno
 
 import contextlib
 import fcntl
-import glob
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections import Counter
@@ -25,9 +25,10 @@ from megatron_cpt.data.records import Problem
 from megatron_cpt.data.tokenizer import same_tokenizer
 from megatron_cpt.data.workers import PieceResult, TaskResult
 from megatron_cpt.errors import DataError
-from megatron_cpt.files import read_json, sync_dir, whole_file, write_json
+from megatron_cpt.files import read_json, whole_file, write_json
 
 FORMAT = 1
+_LEFTOVER = re.compile(r"\.(.+)\.(?:idx|json|provenance\.npy|rejects\.jsonl)\.[^.]+\.partial")
 
 
 class ShardWriter:
@@ -40,7 +41,9 @@ class ShardWriter:
         dtype: np.dtype,
         tokenizer: dict[str, Any],
         options: dict[str, Any],
+        leftovers: Sequence[Path] = (),
     ):
+        """Open the partial files, and remove `leftovers` of this shard once their lock is held."""
         self.plan, self.keys, self.dtype = plan, keys, dtype
         self.tokenizer, self.options = tokenizer, options
         self.prefixes = [plan.prefix(key) for key in keys]
@@ -56,7 +59,8 @@ class ShardWriter:
         try:
             for prefix in self.prefixes:
                 self._files.append(_open_partial(_partial_path(prefix)))
-                _remove_leftovers(prefix)
+            for path in leftovers:
+                path.unlink(missing_ok=True)
         except BaseException:
             self.abandon()
             raise
@@ -94,7 +98,6 @@ class ShardWriter:
         self._write_rejects()
         for prefix, manifest in zip(self.prefixes, manifests, strict=True):
             write_json(manifest_path(prefix), manifest)
-        sync_dir(self.plan.base.parent)
         self._close()
         return manifests
 
@@ -208,6 +211,22 @@ def is_finished(plan: ShardPlan, keys: Sequence[str], tokenizer: dict[str, Any],
     return finished
 
 
+def list_leftovers(plans: Sequence[ShardPlan], keys: Sequence[str]) -> dict[Path, list[Path]]:
+    """Return by base path the temporary files of index, sidecars and manifest that a killed process left behind.
+
+    Every folder is read once: to look in it for each of its shards takes their number squared.
+    """
+    shard_of = {plan.prefix(key): plan.base for plan in plans for key in keys}
+    shard_of |= {plan.base: plan.base for plan in plans}
+    found: dict[Path, list[Path]] = {}
+    for folder in {plan.base.parent for plan in plans}:
+        for name in os.listdir(folder) if folder.is_dir() else ():
+            match = _LEFTOVER.fullmatch(name)
+            if match and (base := shard_of.get(folder / match[1])):
+                found.setdefault(base, []).append(folder / name)
+    return found
+
+
 def check_neighbours(output_dir: Path, tokenizer: dict[str, Any]) -> None:
     """Refuse an output folder that holds shards of another tokenizer, whatever they are called.
 
@@ -291,13 +310,6 @@ def _open_partial(path: Path) -> int:
     with contextlib.suppress(OSError):
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return descriptor
-
-
-def _remove_leftovers(prefix: Path) -> None:
-    """Remove temporary files of index and manifest that a killed process left behind; the lock is held."""
-    for suffix in ("idx", "json", "provenance.npy"):
-        for path in prefix.parent.glob(f".{glob.escape(prefix.name)}.{suffix}.*.partial"):
-            path.unlink(missing_ok=True)
 
 
 def _short(tokenizer: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ from megatron_cpt.data.engines import ENGINES
 from megatron_cpt.data.grouping import ShardPlan, plan_one, plan_tree, tokens_per_byte
 from megatron_cpt.data.indexed import read_shard_manifest, token_dtype
 from megatron_cpt.data.records import POLICIES
-from megatron_cpt.data.shard_writer import ShardWriter, check_neighbours, is_finished, rejects_path
+from megatron_cpt.data.shard_writer import ShardWriter, check_neighbours, is_finished, list_leftovers, rejects_path
 from megatron_cpt.data.streams import MAX_DOCUMENT_BYTES, PIECE_BYTES, Layout, Piece
 from megatron_cpt.data.task_feed import TaskFeed, close_pieces
 from megatron_cpt.data.tokenizer import Tokenizer, load_tokenizer
@@ -172,10 +172,11 @@ class _Run:
     """Moves tasks to workers and results to shards until every shard is whole."""
 
     def __init__(
-        self, plans: deque[ShardPlan], job: Job, tokenizer: Tokenizer, options: dict[str, Any], piece_bytes: int
+        self, plans: Sequence[ShardPlan], job: Job, tokenizer: Tokenizer, options: dict[str, Any], piece_bytes: int
     ):
         self.waiting, self.job, self.tokenizer, self.options = deque(plans), job, tokenizer, options
         self.piece_bytes = piece_bytes
+        self.leftovers = list_leftovers(plans, job.layout.keys)
         self.open: list[_OpenShard] = []
         self.next_task = 0
         self.shard_of: dict[int, _OpenShard] = {}
@@ -241,7 +242,14 @@ class _Run:
         while self.waiting and len(self.open) < num_workers:
             plan = self.waiting.popleft()
             try:
-                writer = ShardWriter(plan, self.job.layout.keys, self.job.dtype, self.tokenizer.identity, self.options)
+                writer = ShardWriter(
+                    plan,
+                    self.job.layout.keys,
+                    self.job.dtype,
+                    self.tokenizer.identity,
+                    self.options,
+                    self.leftovers.get(plan.base, ()),
+                )
             except BaseException:
                 self.waiting.appendleft(plan)
                 raise

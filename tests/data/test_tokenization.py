@@ -393,3 +393,12 @@ def test_a_shard_that_another_process_writes_is_left_alone(slow_corpus, bpe_dir,
     assert second.returncode == 2 and "another process is writing" in errors
     first.communicate()
     assert first.returncode == 0 and read_index(tmp_path / "x_text_document").num_documents == 18000
+
+
+def test_what_a_killed_process_left_of_a_shard_goes_and_other_files_stay(corpus, bpe_dir, tmp_path):
+    left = [".x_text_document.idx.ab12_c.partial", ".x_text_document.json.q.partial", ".x.rejects.jsonl.q.partial"]
+    others = [".y_text_document.idx.ab12_c.partial", ".x_text_document.idx.partial", "x_text_document.idx.q.partial"]
+    for name in left + others:
+        (tmp_path / name).write_text("half")
+    tokenize([corpus[0]], bpe_dir, output_prefix=tmp_path / "x")
+    assert sorted(name for name in content(tmp_path) if "partial" in name) == sorted(others)
