@@ -29,6 +29,8 @@ INVALID_UTF8 = "invalid UTF-8"
 TOO_LONG = "document too long"
 DAMAGED = "damaged or truncated file"
 
+Line = bytes | memoryview
+
 POLICIES = ("fail", "skip", "strict")
 """fail: stop at the first problem; skip: count problems and keep them in a reject file; strict: stop at notes too."""
 
@@ -171,11 +173,12 @@ def line_problem(line: bytes) -> tuple[str, str]:
     return INVALID_JSON, f"extra text after character {end}"
 
 
-def _split_lines(data: bytes, *, as_views: bool) -> list[bytes] | list[memoryview]:
+def _split_lines(data: bytes, *, as_views: bool) -> list[Any]:
     """Return the lines of a block without their newlines; long ones as views where the parser takes them, to copy nothing."""
     if not as_views or len(data) < _LONG_LINE_BYTES * data.count(b"\n"):
-        return data.removesuffix(b"\n").split(b"\n")
-    view, lines, start = memoryview(data), [], 0
+        return [*data.removesuffix(b"\n").split(b"\n")]
+    view, start = memoryview(data), 0
+    lines: list[Line] = []
     while start < len(data):
         end = data.find(b"\n", start)
         end = len(data) if end < 0 else end
@@ -184,8 +187,8 @@ def _split_lines(data: bytes, *, as_views: bool) -> list[bytes] | list[memoryvie
     return lines
 
 
-def _parse_json_lines(lines: list[bytes] | list[memoryview], key: str, parsed: Parsed) -> None:
-    loads: Callable[[bytes | memoryview], Any] = orjson.loads
+def _parse_json_lines(lines: list[Any], key: str, parsed: Parsed) -> None:
+    loads: Callable[[Line], Any] = orjson.loads
     (texts,), numbers = parsed.texts, parsed.lines
     for number, line in enumerate(lines):
         try:
@@ -200,12 +203,12 @@ def _parse_json_lines(lines: list[bytes] | list[memoryview], key: str, parsed: P
             _parse_odd_line(line, number, (key,), parsed)
 
 
-def _parse_json_lines_of_keys(lines: list[bytes] | list[memoryview], keys: Sequence[str], parsed: Parsed) -> None:
+def _parse_json_lines_of_keys(lines: list[Any], keys: Sequence[str], parsed: Parsed) -> None:
     for number, line in enumerate(lines):
         _parse_odd_line(line, number, keys, parsed)
 
 
-def _parse_odd_line(line: bytes | memoryview, number: int, keys: Sequence[str], parsed: Parsed) -> None:
+def _parse_odd_line(line: Line, number: int, keys: Sequence[str], parsed: Parsed) -> None:
     """Add one line's document, or say why there is none: the long way, used when the short one failed."""
     if line is _DROPPED:
         return
@@ -235,12 +238,11 @@ def _parse_odd_line(line: bytes | memoryview, number: int, keys: Sequence[str], 
     _add_document([record[key] for key in keys], number, parsed)
 
 
-def _parse_text_lines(lines: list[bytes], parsed: Parsed) -> None:
-    for number, line in enumerate(lines):
-        if line is _DROPPED:
+def _parse_text_lines(lines: list[Line], parsed: Parsed) -> None:
+    for number, found in enumerate(lines):
+        if found is _DROPPED:
             continue
-        if line.endswith(b"\r"):
-            line = line[:-1]
+        line = bytes(found).removesuffix(b"\r")
         if line.strip():
             _add_text(line, number, parsed)
         else:
