@@ -66,13 +66,14 @@ def held_out(folder: Path, samples: int) -> str:
     return str(folder / "held_out")
 
 
-@pytest.mark.parametrize(("samples", "eval_iters"), [(1, 10), (3, 10), (11, 10), (11, 1)])
+@pytest.mark.parametrize(("samples", "eval_iters"), [(3, 10), (11, 10), (11, 1)])
 def test_every_sample_counts_once_whatever_the_batch(ranks, tmp_path, checkpoint, samples, eval_iters):
     shard = held_out(tmp_path, samples)
     ((count, expected, by_hand),) = ranks.run(measured, 1, tiny_config(), checkpoint, shard, eval_iters)
     assert samples <= count <= samples + 1
     assert expected["loss"] == pytest.approx(by_hand, rel=1e-6)
     assert expected["bits_per_byte"] == pytest.approx(expected["loss"] / np.log(2) / 2.5)
-    for layout in ({}, {"pipeline_model_parallel_size": 2}, {"context_parallel_size": 2}):
+    layouts = [{}, {"pipeline_model_parallel_size": 2}, {"context_parallel_size": 2}]
+    for layout in layouts if samples == 3 else layouts[:1]:
         for _, losses, _ in ranks.run(measured, 2, tiny_config(**layout), checkpoint, shard, eval_iters):
             assert losses["loss"] == pytest.approx(expected["loss"], rel=5e-6)
