@@ -173,7 +173,7 @@ def line_problem(line: bytes) -> tuple[str, str]:
     return INVALID_JSON, f"extra text after character {end}"
 
 
-def _split_lines(data: bytes, *, as_views: bool) -> list[Any]:
+def _split_lines(data: bytes, *, as_views: bool) -> list[Line]:
     """Return the lines of a block without their newlines; long ones as views where the parser takes them, to copy nothing."""
     if not as_views or len(data) < _LONG_LINE_BYTES * data.count(b"\n"):
         return [*data.removesuffix(b"\n").split(b"\n")]
@@ -187,7 +187,7 @@ def _split_lines(data: bytes, *, as_views: bool) -> list[Any]:
     return lines
 
 
-def _parse_json_lines(lines: list[Any], key: str, parsed: Parsed) -> None:
+def _parse_json_lines(lines: list[Line], key: str, parsed: Parsed) -> None:
     loads: Callable[[Line], Any] = orjson.loads
     (texts,), numbers = parsed.texts, parsed.lines
     for number, line in enumerate(lines):
@@ -203,7 +203,7 @@ def _parse_json_lines(lines: list[Any], key: str, parsed: Parsed) -> None:
             _parse_odd_line(line, number, (key,), parsed)
 
 
-def _parse_json_lines_of_keys(lines: list[Any], keys: Sequence[str], parsed: Parsed) -> None:
+def _parse_json_lines_of_keys(lines: list[Line], keys: Sequence[str], parsed: Parsed) -> None:
     for number, line in enumerate(lines):
         _parse_odd_line(line, number, keys, parsed)
 
