@@ -63,7 +63,7 @@ class Engine:
             for some_ids, some_lengths in encoded:
                 ids.append(some_ids)
                 lengths.append(some_lengths)
-        return np.concatenate(ids), np.concatenate(lengths)
+        return (ids[0] if len(ids) == 1 else np.concatenate(ids)), np.concatenate(lengths)
 
     def check_sample(self, texts: Sequence[str], ids: np.ndarray, lengths: np.ndarray, seed: int) -> str | None:
         """Compare one text of an encoded batch with the reference; return what differs, or None.
@@ -100,9 +100,15 @@ class Engine:
 
     def _encode_long(self, text: str) -> Encoded:
         """Encode one text part by part, keeping the ids in their narrowest type: they are what memory goes to."""
-        dtype = np.uint16 if self.tokenizer.vocab_size <= 1 << 16 else np.uint32
-        ids = np.concatenate([self._encode([part])[0].astype(dtype) for part in self._parts(text)])
-        return ids, np.array([len(ids)])
+        dtype = np.dtype(np.uint16 if self.tokenizer.vocab_size <= 1 << 16 else np.uint32)
+        ids, length = np.empty(len(text), dtype), 0  # pages that are not written to take no memory
+        for part in self._parts(text):
+            found, _ = self._encode([part])
+            if length + len(found) > len(ids):
+                ids = np.concatenate([ids[:length], np.empty(len(ids) // 4 + len(found), dtype)])
+            ids[length : length + len(found)] = found
+            length += len(found)
+        return ids[:length], np.array([length])
 
     def _parts(self, text: str) -> Iterator[str]:
         """Yield a long text cut where it makes no difference; parts have at least half a `LONG_DOCUMENT_CHARACTERS`."""

@@ -33,6 +33,7 @@ ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "FAST
 
 _THREAD_END_SECONDS = 1.0
 _PR_SET_PDEATHSIG = 1
+_LONG_DOCUMENT_TOKENS = 1 << 11
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
@@ -238,11 +239,14 @@ def _encode_task(job: Job, engine: Engine, task: int, pieces: list[Piece]) -> tu
         ids, found = engine.encode(texts)
         if difference := engine.check_sample(texts, ids, found, task):
             raise EngineRefusal(f"{job.engine} gives other ids: {difference}")
+        text_bytes.append(_sums(np.fromiter(map(_utf8_size, texts), np.int64, len(texts)), counts))
+        texts.clear()
+        for piece in parsed:
+            piece.texts[key] = []  # a huge document must not lie beside two copies of its ids
         ids, found = _with_eod(ids, found, job, engine.tokenizer.eod_id)
         arrays.append(ids)
         lengths.append(found)
         tokens.append(_sums(found, counts))
-        text_bytes.append(_sums(np.fromiter(map(_utf8_size, texts), np.int64, len(texts)), counts))
     results = [
         PieceResult(
             source=piece.source,
@@ -266,6 +270,13 @@ def _with_eod(ids: np.ndarray, lengths: np.ndarray, job: Job, eod_id: int) -> tu
         return ids.astype(job.dtype), lengths.astype(np.int32)
     lengths = lengths + 1
     whole = np.empty(len(ids) + len(lengths), dtype=job.dtype)
+    if len(ids) > _LONG_DOCUMENT_TOKENS * len(lengths):  # few and long: no mask of their size
+        start = 0
+        for number, end in enumerate(np.cumsum(lengths).tolist()):
+            whole[start : end - 1] = ids[start - number : end - 1 - number]
+            whole[end - 1] = eod_id
+            start = end
+        return whole, lengths.astype(np.int32)
     is_text = np.ones(len(whole), dtype=bool)
     is_text[np.cumsum(lengths) - 1] = False
     whole[is_text] = ids
