@@ -162,6 +162,13 @@ def test_shards_without_a_whole_sample_cannot_be_held_out(tmp_path):
 def test_documents_are_rearranged_in_shards_without_a_mask_only(tmp_path):
     from megatron_cpt.data.fim import FillInMiddle
 
+    class NoText:  # these ids mean nothing, so that cuts fall between them
+        def decode(self, ids):
+            return "\ufffd" * len(ids)
+
+        def encode_batch(self, texts):
+            return [[0] * len(text) for text in texts]
+
     write_conversations(tmp_path / "chat")
     write_shard(tmp_path / "code", [20] * 40, first_token=1000)
     write_shard(tmp_path / "text", [20] * 40, first_token=5000)
@@ -170,7 +177,15 @@ def test_documents_are_rearranged_in_shards_without_a_mask_only(tmp_path):
     ]
     plain, changed = (build_blended_samples(entries, 36, dataset_config(), tmp_path / "cache") for _ in range(2))
     changed.fim = FillInMiddle(
-        rate=1.0, spm_rate=0.5, prefix=1, middle=2, suffix=3, eod=EOD, seed=1, corpora=("chat", "code")
+        rate=1.0,
+        spm_rate=0.5,
+        prefix=1,
+        middle=2,
+        suffix=3,
+        eod=EOD,
+        seed=1,
+        corpora=("chat", "code"),
+        tokenizer=NoText(),
     )
     changed.fim_prefixes = {
         number: entry.prefix for number, entry in enumerate(entries) if changed.fim.applies_to(entry.corpus)
