@@ -21,6 +21,7 @@ from megatron_cpt.checkpoint.soup import (
     MERGE_INFO,
     check_mergeable,
     compare_models,
+    is_merged,
     merge_info,
     normalised_weights,
     summary,
@@ -87,6 +88,10 @@ def run_mergekit(config: dict[str, Any] | Path, output: Path, *, allow: Sequence
     folders = [HFFolder(path) for path in dict.fromkeys(paths)]
     comparison = compare_models(folders)
     check_mergeable(folders, comparison, allow)
+    shares = [float((entry.get("parameters") or {}).get("weight", 1)) for entry in settings.get("models") or []]
+    info = merge_info(folders, shares, settings["merge_method"], comparison, engine="mergekit") | {"recipe": settings}
+    if is_merged(output, info):
+        return output
     with whole_dir(output) as directory, tempfile.TemporaryDirectory() as scratch:
         recipe = Path(scratch) / "merge.yaml"
         recipe.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
@@ -100,11 +105,7 @@ def run_mergekit(config: dict[str, Any] | Path, output: Path, *, allow: Sequence
             )
         HFFolder(directory)
         shutil.copyfile(recipe, directory / "mergekit_config.yml")
-        shares = [float((entry.get("parameters") or {}).get("weight", 1)) for entry in settings.get("models") or []]
-        write_json(
-            directory / MERGE_INFO,
-            merge_info(folders, shares, settings["merge_method"], comparison, engine="mergekit"),
-        )
+        write_json(directory / MERGE_INFO, info)
     logger.info("%s: %s, %s", output, settings["merge_method"], summary(comparison, len(folders)))
     return output
 

@@ -1,11 +1,12 @@
 """Checkpoints that no training wrote (converted, averaged): what their manifest says, and whether one is made already."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 from megatron_cpt.checkpoint import mcore
+from megatron_cpt.checkpoint.hf_config import TRAINING_FIELDS, differing_fields
+from megatron_cpt.config.derived import padded_vocab_size
 from megatron_cpt.config.schema import ModelConfig
 from megatron_cpt.errors import CheckpointError
 
@@ -29,16 +30,25 @@ def release_manifest(model: dict[str, Any], source: dict[str, Any], **more: Any)
 
 
 def is_made(target: Path, source: dict[str, Any], model: ModelConfig) -> bool:
-    """Return whether `target` is a whole checkpoint made of `source`.
+    """Return whether `target` is a whole checkpoint made of `source`, of the same model.
 
-    Raises: CheckpointError when it is damaged, or was made of something else.
+    Models are compared by what they mean: a setting that is left to its default equals the value that the default gives
+    (`kv_channels`), and settings of training alone (dropout, initialisation) do not count.
+
+    Raises: CheckpointError when it is damaged, or was made of something else, naming what differs.
     """
     if not target.exists():
         return False
     manifest = mcore.verify_checkpoint(target, "size")
-    if manifest.get("source") == json.loads(json.dumps(source)) and manifest["model"] == dataclasses.asdict(model):
+    made, wanted = manifest.get("source") or {}, json.loads(json.dumps(source))
+    different = [f"{key} of the source" for key in {**made, **wanted} if made.get(key) != wanted.get(key)]
+    made_of = mcore.manifest_model(manifest, target)
+    different += differing_fields(made_of, model, TRAINING_FIELDS)
+    if padded_vocab_size(made_of) != padded_vocab_size(model):
+        different.append(f"padded vocabulary: {padded_vocab_size(made_of)} != {padded_vocab_size(model)}")
+    if not different:
         return True
     raise CheckpointError(
-        f"{target}: exists already and was made of something else or with other options. A checkpoint is never "
-        "overwritten. Remove it or choose another folder."
+        f"{target}: exists already and was made of something else or with other options ({'; '.join(different)}). A "
+        "checkpoint is never overwritten. Remove it or choose another folder."
     )

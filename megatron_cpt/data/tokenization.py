@@ -113,6 +113,10 @@ def tokenize(
     }
     if output_prefix is not None:
         plans = plan_one(output_prefix, sources, part)
+        whole = plan_one(output_prefix, sources, None)
+        if part is not None and all(is_finished(plan, keys, tokenizer.identity, options) for plan in whole):
+            logger.info("%s: kept, the parts of these documents are joined already", output_prefix)
+            plans = whole  # what `data merge` joined; its parts are not made again
     else:
         assert output_dir is not None
         check_neighbours(output_dir, tokenizer.identity)
