@@ -13,11 +13,12 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_cpt.cli import VERBS
 from megatron_cpt.config.explain import field_texts
 from megatron_cpt.config.fields import default_value, plain, section_fields, sections
 from megatron_cpt.config.megatron_rows import ROWS
 from megatron_cpt.launch.site import Site, StageResources
+
+from megatron_cpt.cli import VERBS
 from megatron_cpt.verbs.dispatch import load_verb
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_cpt.checkpoint.mcore import MANIFEST, iteration_of, newest_good_checkpoint
-from megatron_cpt.data.documents import list_sources
+from megatron_cpt.checkpoint.torch_dist.mcore import MANIFEST, iteration_of, newest_good_checkpoint
+from megatron_cpt.data.reading.documents import list_sources
 from megatron_cpt.errors import CptError
-from megatron_cpt.evaluate.folders import is_mcore_checkpoint
-from megatron_cpt.evaluate.forgetting import results_from_json
-from megatron_cpt.evaluate.perplexity import Perplexity
+from megatron_cpt.evaluate.models.folders import is_mcore_checkpoint
+from megatron_cpt.evaluate.models.forgetting import results_from_json
+from megatron_cpt.evaluate.models.perplexity import Perplexity
 from megatron_cpt.files import file_hash, read_json, text_hash
 
 Inputs = dict[str, dict[str, Any]]

@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _perplexity(arguments: argparse.Namespace) -> None:
-    from megatron_cpt.evaluate.forgetting import perplexity_table
+    from megatron_cpt.evaluate.models.forgetting import perplexity_table
     from megatron_cpt.files import write_json
 
     results, inputs = _measure(arguments, arguments.output)
@@ -100,14 +100,14 @@ def _perplexity(arguments: argparse.Namespace) -> None:
 
 
 def _forgetting(arguments: argparse.Namespace) -> None:
-    from megatron_cpt.evaluate.drawing import colours
-    from megatron_cpt.evaluate.forgetting import (
+    from megatron_cpt.evaluate.models.forgetting import (
         as_json,
         compare_with_first,
         compare_with_previous,
         forgetting_table,
     )
-    from megatron_cpt.evaluate.plots import plot_forgetting
+    from megatron_cpt.evaluate.report.drawing import colours
+    from megatron_cpt.evaluate.report.plots import plot_forgetting
     from megatron_cpt.files import write_json, write_text
 
     results, inputs = _measure(arguments, arguments.output / "forgetting.json")
@@ -127,9 +127,9 @@ def _forgetting(arguments: argparse.Namespace) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    from megatron_cpt.data.chat_template import load_template
-    from megatron_cpt.evaluate.generation import continuations, side_by_side
-    from megatron_cpt.evaluate.models import loaded_model
+    from megatron_cpt.data.chat.template import load_template
+    from megatron_cpt.evaluate.models.generation import continuations, side_by_side
+    from megatron_cpt.evaluate.models.language_model import loaded_model
 
     texts: dict[str, list[str]] = {}
     path_of_template = Path(arguments.chat) if arguments.chat else None
@@ -150,7 +150,7 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 
 def _harness(arguments: argparse.Namespace) -> None:
-    from megatron_cpt.evaluate.harness import run_harness
+    from megatron_cpt.evaluate.models.harness import run_harness
 
     for name, path in named_paths(arguments.model, "--model").items():
         output = arguments.output / name
@@ -159,8 +159,8 @@ def _harness(arguments: argparse.Namespace) -> None:
 
 
 def _divergence(arguments: argparse.Namespace) -> None:
-    from megatron_cpt.evaluate.plots import plot_divergence
-    from megatron_cpt.evaluate.weights import divergence_table, layer_divergence
+    from megatron_cpt.evaluate.models.weights import divergence_table, layer_divergence
+    from megatron_cpt.evaluate.report.plots import plot_divergence
     from megatron_cpt.files import write_json
 
     models = named_paths(arguments.model, "--model")
@@ -174,7 +174,7 @@ def _divergence(arguments: argparse.Namespace) -> None:
 
 
 def _sweep(arguments: argparse.Namespace) -> None:
-    from megatron_cpt.evaluate.sweep import write_sweep_report
+    from megatron_cpt.evaluate.report.sweep import write_sweep_report
 
     sys.stdout.write(write_sweep_report(arguments.folder, arguments.output) + "\n")
 
@@ -182,9 +182,9 @@ def _sweep(arguments: argparse.Namespace) -> None:
 def _measure(arguments: argparse.Namespace, output: Path | None) -> tuple[list, dict]:
     """Return every model's result on every text set, and what they were made of; those in `output` that hold are kept."""
     from megatron_cpt.evaluate.kept import kept_results, measured_inputs
-    from megatron_cpt.evaluate.models import loaded_model
-    from megatron_cpt.evaluate.perplexity import measure_perplexity
-    from megatron_cpt.evaluate.texts import read_text_set
+    from megatron_cpt.evaluate.models.language_model import loaded_model
+    from megatron_cpt.evaluate.models.perplexity import measure_perplexity
+    from megatron_cpt.evaluate.models.texts import read_text_set
 
     models, texts = named_paths(arguments.model, "--model"), named_sets(arguments.text)
     options = {"context": arguments.context, "stride": arguments.stride, "max_documents": arguments.max_documents}

@@ -105,7 +105,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, tmp_path, mon
 def test_what_is_measured_is_kept_until_its_model_its_text_or_the_way_changes(tiny_model, texts, tmp_path, monkeypatch):
     import shutil
 
-    from megatron_cpt.evaluate import perplexity
+    from megatron_cpt.evaluate.models import perplexity
 
     measured = []
     plain = perplexity.measure_perplexity

@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from megatron_cpt.checkpoint.mcore import list_checkpoints, read_manifest, verify_checkpoint
 
 from megatron_cpt.checkpoint.convert import mcore_to_hf
-from megatron_cpt.checkpoint.mcore import list_checkpoints, read_manifest, verify_checkpoint
 from tests.distributed import RankFailure
 
 TP2 = ("parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true", "launch.gpus_per_node=2")

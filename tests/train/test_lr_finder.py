@@ -8,9 +8,9 @@ import subprocess
 import sys
 
 import pytest
-
 from megatron_cpt.config.sources import CHECKOUT
 from megatron_cpt.train.lr_finder import smooth, suggested_rate
+
 from tests.distributed import RankFailure
 from tests.train.test_loop import run_path, run_stage
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
 from megatron_cpt.data.data_entry import DataEntry
 from megatron_cpt.data.masked import LEARNED, PIECE, mask_prefix, write_masked_shard
+from megatron_cpt.train.shard_samples import loss_of_bits
+
 from megatron_cpt.errors import DataError
 from megatron_cpt.train.samples import build_blended_samples, build_epoch_samples
-from megatron_cpt.train.shard_samples import loss_of_bits
 from tests.train.test_samples import SEQ, dataset_config, write_shard
 from tests.train.tiny import EOD
 

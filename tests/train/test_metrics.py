@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-
 from megatron_cpt.config.derived import padded_vocab_size
 from megatron_cpt.config.schema import LoggingConfig, ModelConfig, RunConfig
 from megatron_cpt.launch.model_size import num_active_parameters

@@ -4,8 +4,8 @@ import threading
 import time
 
 import pytest
-
 from megatron_cpt.train.prefetch import AHEAD, Prefetch
+
 from tests.train.test_loop import losses, run_stage
 
 

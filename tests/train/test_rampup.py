@@ -3,8 +3,8 @@
 import shutil
 
 import pytest
-
 from megatron_cpt.checkpoint.mcore import read_manifest
+
 from tests.train.test_loop import PP2, losses, records, run_path, run_stage
 
 RAMP = (

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-
 from megatron_cpt.data.budget import apportion, spread_samples
 from megatron_cpt.data.data_entry import DataEntry
 from megatron_cpt.data.indexed import bin_path, idx_path, manifest_path, write_index
+
 from megatron_cpt.errors import DataError
 from megatron_cpt.files import write_json
 from megatron_cpt.train.samples import build_blended_samples

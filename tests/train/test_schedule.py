@@ -3,7 +3,6 @@
 import math
 
 import pytest
-
 from megatron_cpt.train.schedule import ANNEAL, STEEPNESS, Schedule
 
 

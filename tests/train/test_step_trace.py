@@ -6,11 +6,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-
 from megatron_cpt.checkpoint.mcore import read_manifest
-from megatron_cpt.cli import main
 from megatron_cpt.data.indexed import document_bounds, read_index, read_tokens
 from megatron_cpt.data.tokenization import tokenize
+
+from megatron_cpt.cli import main
 from megatron_cpt.errors import DataError
 from tests.train.test_loop import run_path, run_stage
 

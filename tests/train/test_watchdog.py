@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-
 from megatron_cpt.train.watchdog import HANG_EXIT_CODE
+
 from tests.distributed import RankFailure
 from tests.train.test_loop import PP2, run_stage
 
