@@ -13,31 +13,30 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_cpt.config.explain import field_texts
-from megatron_cpt.config.fields import default_value, plain, section_fields, sections
-from megatron_cpt.config.megatron_rows import ROWS
-from megatron_cpt.launch.site import Site, StageResources
-
 from megatron_cpt.cli import VERBS
+from megatron_cpt.config.loading.explain import field_texts
+from megatron_cpt.config.megatron.rows import ROWS
+from megatron_cpt.config.settings.fields import default_value, plain, section_fields, sections
+from megatron_cpt.launch.scheduler.site import Site, StageResources
 from megatron_cpt.verbs.dispatch import load_verb
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "docs" / "reference"
 NOTE = "<!-- Written by tools/write_reference.py from the code: `make docs`. Do not edit. -->\n"
 FORMATS = (
-    ("Token files and their index", "data/indexed.py"),
-    ("When a shard is complete", "data/shards.py"),
-    ("Masked and packed shards", "data/masked.py"),
-    ("Data lists", "data/datalist.py"),
-    ("Shell data lists", "data/shell_list.py"),
-    ("Documents to skip", "data/skip_list.py"),
-    ("The replay buffer", "data/replay.py"),
-    ("Checkpoints", "checkpoint/mcore.py"),
-    ("Soups", "checkpoint/soup.py"),
-    ("The ledger of jobs", "launch/ledger.py"),
-    ("Metrics of a run", "evaluate/stages.py"),
-    ("Sweeps", "launch/sweep.py"),
-    ("Locks", "launch/lock.py"),
+    ("Token files and their index", "data/shards/indexed.py"),
+    ("When a shard is complete", "data/shards/discovery.py"),
+    ("Masked and packed shards", "data/shards/masked.py"),
+    ("Data lists", "data/lists/data_list.py"),
+    ("Shell data lists", "data/lists/shell.py"),
+    ("Documents to skip", "data/shards/skip_list.py"),
+    ("The replay buffer", "data/blend/replay.py"),
+    ("Checkpoints", "checkpoint/torch_dist/mcore.py"),
+    ("Soups", "checkpoint/soup/mean.py"),
+    ("The ledger of jobs", "run/ledger.py"),
+    ("Metrics of a run", "evaluate/report/stages.py"),
+    ("Sweeps", "launch/submission/sweep.py"),
+    ("Locks", "run/lock.py"),
 )
 
 
@@ -92,7 +91,7 @@ def configuration_page() -> Iterator[str]:
     for kind, title in ((Site, "site"), (StageResources, "site.stages.STAGE")):
         yield from ["", f"## {title}", "", "In a site file only." if kind is Site else one_line(kind.__doc__ or ""), ""]
         yield from ["| key | default | meaning |", "|---|---|---|"]
-        described = attribute_texts(ROOT / "megatron_cpt" / "launch" / "site.py", kind.__name__)
+        described = attribute_texts(ROOT / "megatron_cpt" / "launch" / "scheduler" / "site.py", kind.__name__)
         for item in dataclasses.fields(kind):
             default = item.default if item.default is not dataclasses.MISSING else {}
             yield f"| `{item.name}` | `{cell(str(default))}` | {cell(described[item.name])} |"
@@ -174,7 +173,7 @@ def formats_page() -> Iterator[str]:
 
 def run_paths() -> Iterator[tuple[str, str]]:
     """Yield each path of a run directory with what its property says of it."""
-    tree = ast.parse((ROOT / "megatron_cpt" / "launch" / "run_dir.py").read_text(encoding="utf-8"))
+    tree = ast.parse((ROOT / "megatron_cpt" / "run" / "directory.py").read_text(encoding="utf-8"))
     kind = next(node for node in tree.body if isinstance(node, ast.ClassDef))
     for node in kind.body:
         if isinstance(node, ast.FunctionDef):

@@ -181,7 +181,7 @@ def _sweep(arguments: argparse.Namespace) -> None:
 
 def _measure(arguments: argparse.Namespace, output: Path | None) -> tuple[list, dict]:
     """Return every model's result on every text set, and what they were made of; those in `output` that hold are kept."""
-    from megatron_cpt.evaluate.kept import kept_results, measured_inputs
+    from megatron_cpt.evaluate.models.kept import kept_results, measured_inputs
     from megatron_cpt.evaluate.models.language_model import loaded_model
     from megatron_cpt.evaluate.models.perplexity import measure_perplexity
     from megatron_cpt.evaluate.models.texts import read_text_set

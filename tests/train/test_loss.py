@@ -10,9 +10,9 @@ from tests.train.tiny import VOCAB, run_steps, tiny_config
 def losses_of(config, padded):
     """Return (loss of GPTModel, loss from its logits without the padded rows, z-loss from them) on one batch."""
     import torch
-    from megatron_cpt.train.parallel import finish_parallel, initialize_parallel
 
-    from megatron_cpt.train.model import build_model_chunks
+    from megatron_cpt.train.backend.parallel import finish_parallel, initialize_parallel
+    from megatron_cpt.train.model.build import build_model_chunks
     from tests.train.tiny import batches
 
     initialize_parallel(config)
@@ -59,8 +59,9 @@ def split_loss(config, vocab_size):
     """Return losses `[s, b]` and this rank's gradient of the vocabulary-parallel loss, and those of the whole vocabulary."""
     import torch
     from megatron.core import parallel_state
-    from megatron_cpt.train.loss import vocab_parallel_loss
-    from megatron_cpt.train.parallel import finish_parallel, initialize_parallel
+
+    from megatron_cpt.train.backend.parallel import finish_parallel, initialize_parallel
+    from megatron_cpt.train.model.loss import vocab_parallel_loss
 
     initialize_parallel(config)
     group = parallel_state.get_tensor_model_parallel_group()
@@ -95,10 +96,10 @@ def test_the_loss_of_a_gpu_is_that_of_the_whole_vocabulary(ranks):
 def poisoned_step(config):
     """Return whether a step with an infinite weight updated anything, and whether the parameters stayed."""
     import torch
-    from megatron_cpt.train.parallel import finish_parallel, initialize_parallel
-    from megatron_cpt.train.step import train_step
 
-    from megatron_cpt.train.model import build_training_model, unwrap
+    from megatron_cpt.train.backend.parallel import finish_parallel, initialize_parallel
+    from megatron_cpt.train.model.build import build_training_model, unwrap
+    from megatron_cpt.train.stage.step import train_step
     from tests.train.tiny import batches
 
     initialize_parallel(config)
