@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from megatron_cpt.checkpoint.convert.release import is_made, release_manifest
 from megatron_cpt.checkpoint.convert.verify import verify_against_hf
 from megatron_cpt.checkpoint.huggingface.companion_files import copy_tokenizer, tokenizer_hash, write_configs
 from megatron_cpt.checkpoint.huggingface.folder import HFFolder, OutputGroup, write_safetensors
@@ -35,7 +36,6 @@ from megatron_cpt.checkpoint.mapping.rules import Unit, check_coverage, family_o
 from megatron_cpt.checkpoint.torch_dist import mcore
 from megatron_cpt.checkpoint.torch_dist.dcp_writer import Slice, write_dcp
 from megatron_cpt.checkpoint.torch_dist.megatron_arguments import write_megatron_metadata
-from megatron_cpt.checkpoint.torch_dist.release import is_made, release_manifest
 from megatron_cpt.checkpoint.torch_dist.weights import MegatronWeights, TorchDistWeights
 from megatron_cpt.config.settings.schema import ModelConfig
 from megatron_cpt.errors import CheckpointError

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from megatron_cpt.checkpoint.convert.hf_mcore import claimed, mcore_to_hf, remove_partial
+from megatron_cpt.checkpoint.convert.release import release_manifest
 from megatron_cpt.checkpoint.huggingface.read_config import TRAINING_FIELDS, differing_fields
 from megatron_cpt.checkpoint.huggingface.write_config import hf_config_from_model
 from megatron_cpt.checkpoint.mapping.rules import Unit, family_of, units
@@ -18,7 +19,6 @@ from megatron_cpt.checkpoint.soup.mean import MERGE_INFO, normalised_weights, we
 from megatron_cpt.checkpoint.torch_dist import mcore
 from megatron_cpt.checkpoint.torch_dist.dcp_writer import Slice, write_dcp
 from megatron_cpt.checkpoint.torch_dist.megatron_arguments import write_megatron_metadata
-from megatron_cpt.checkpoint.torch_dist.release import release_manifest
 from megatron_cpt.checkpoint.torch_dist.weights import TorchDistWeights
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.files import text_hash, whole_dir, write_json

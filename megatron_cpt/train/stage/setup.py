@@ -15,7 +15,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron_cpt.checkpoint.torch_dist.mcore import newest_good_checkpoint, read_manifest
 from megatron_cpt.config.loading.resolve import LoadedConfig, write_resolved
 from megatron_cpt.config.settings.batch_sizes import BatchSizes, batch_sizes
-from megatron_cpt.config.settings.derived import train_iters, train_samples, train_tokens
+from megatron_cpt.config.settings.derived import may_change_data_list, train_iters, train_samples, train_tokens
 from megatron_cpt.config.settings.iteration_ranges import Ranges
 from megatron_cpt.config.settings.schema import RunConfig
 from megatron_cpt.data.blend.continued_order import ContinuedOrder, write_order
@@ -39,7 +39,6 @@ from megatron_cpt.train.state.resume_check import (
     check_model_fits,
     check_position,
     check_unchanged,
-    may_change_data_list,
     reads_other_data,
 )
 from megatron_cpt.train.state.start_weights import initial_checkpoint
