@@ -18,6 +18,7 @@ from megatron_cpt.config.load import load_config
 from megatron_cpt.data.masked import MaskedShardWriter
 from megatron_cpt.launch.plan import plan_run
 from megatron_cpt.verbs.dispatch import load_verb
+from tests.tiers import full_except
 
 ROOT = Path(__file__).resolve().parents[2]
 TASKS = ROOT / "tasks"
@@ -166,7 +167,7 @@ def directory(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", PARAMS)
+@pytest.mark.parametrize("task", full_except(PARAMS, "snakmodel-danish"))
 def test_the_short_form_of_each_mini_runs_and_its_checks_hold(task, directory):
     command = [sys.executable, "-m", f"tasks.{task}.mini", "--short", "--directory", directory]
     answer = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=280)

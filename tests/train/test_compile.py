@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from tests.tiers import full_except
 from tests.train.tiny import batches, tiny_config
 
 
@@ -32,12 +33,15 @@ def compiled_steps(config, is_compiled):
 
 @pytest.mark.parametrize(
     ("kind", "layout"),
-    [
+    full_except(
+        [
+            ("qwen", {}),
+            ("dense", {"tensor_model_parallel_size": 2}),
+            ("dense", {"recompute_granularity": "full"}),
+            ("moe", {}),
+        ],
         ("qwen", {}),
-        ("dense", {"tensor_model_parallel_size": 2}),
-        ("dense", {"recompute_granularity": "full"}),
-        ("moe", {}),
-    ],
+    ),
     ids=str,
 )
 def test_compiled_layers_train_as_plain_ones(ranks, kind, layout):

@@ -20,6 +20,7 @@ import pytest
 
 from tests.distributed import REPOSITORY
 from tests.gpu_ranks import run_on_gpus
+from tests.tiers import in_full
 from tests.train.test_layouts import CP, EP, ETP, PP, TP, VPP
 from tests.train.tiny import BATCH, EOD, SEQ, VOCAB, batches, run_steps, tiny_config
 
@@ -37,7 +38,10 @@ def needs_gpus(count: int) -> None:
         pytest.skip(f"needs {count} CUDA device{'s' * (count > 1)}, {num_gpus()} here")
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
+
+
+@pytest.fixture(params=[in_full("cpu"), CUDA])
 def device(request):
     """Where the ranks of the test are."""
     if request.param == "cuda":
@@ -287,6 +291,7 @@ def fused_pieces(device):
     return found
 
 
+@pytest.mark.parametrize("device", ["cpu", CUDA], indirect=True)  # the CPU variant that `make test` runs
 def test_fused_and_compiled_pieces_compute_what_plain_ones_do(run, device):
     (found,) = run(fused_pieces, 1, device)
     assert set(found) == {"loss", "rope", "swiglu", "adamw"}

@@ -74,6 +74,7 @@ def scratch(tmp_path_factory):
     return tmp_path_factory.mktemp("resharded")
 
 
+@pytest.mark.full
 @given(CASES)
 @settings(
     max_examples=int(os.environ.get("RESHARDING_EXAMPLES", "4")),
