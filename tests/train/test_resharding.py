@@ -3,15 +3,16 @@
 `RESHARDING_EXAMPLES` sets how many pairs of layouts are drawn (4; a release tries 100).
 """
 
+import dataclasses
 import itertools
 import os
 import shutil
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.tolerances import STEP_TOKENS, assert_bf16_rounding, assert_fp32_rounding
 from tests.train.foreign import load_and_save
 from tests.train.test_foreign import assert_equal
 from tests.train.tiny import run_steps, tiny_config
@@ -86,7 +87,12 @@ def test_what_one_layout_saves_any_other_loads(ranks, trained, scratch, case):
     checkpoint, expected = trained(kind)
     for part in scratch.iterdir():
         shutil.rmtree(part)
-    ranks.run(load_and_save, left_ranks, tiny_config(kind, **left), str(checkpoint), str(scratch / "left"))
+    holder = tiny_config(kind, **left)
+    if not trains(
+        left_ranks, left
+    ):  # megatron-core asks for a batch that divides over three, also where no step follows
+        holder = dataclasses.replace(holder, training=dataclasses.replace(holder.training, global_batch_size=12))
+    ranks.run(load_and_save, left_ranks, holder, str(checkpoint), str(scratch / "left"))
     assert_equal(scratch / "left" / "iter_0000001", checkpoint)
     results = ranks.run(
         load_and_save,
@@ -98,15 +104,21 @@ def test_what_one_layout_saves_any_other_loads(ranks, trained, scratch, case):
     )
     assert_equal(scratch / "right" / "iter_0000001", checkpoint)
     for result in results:
-        np.testing.assert_allclose(result, expected, rtol=5e-6)
+        assert_fp32_rounding(result, expected)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(("saved", "loaded"), [(False, False), (True, False), (False, True)])
 def test_the_plain_and_the_distributed_optimizer_load_each_others_state(ranks, tmp_path, precision, saved, loaded):
+    """Weights and moments bit by bit; the next step by rounding, because the two keep their tensors in other places of memory."""
     first = tiny_config("dense", precision, use_distributed_optimizer=saved)
-    (whole,) = ranks.run(run_steps, 1, first, 0, 4, None, None)
+    (whole,) = ranks.run(run_steps, 1, first, 0, 3, None, None)
     ranks.run(run_steps, 1, first, 0, 2, None, str(tmp_path))
     then = tiny_config("dense", precision, use_distributed_optimizer=loaded)
-    (again,) = ranks.run(run_steps, 1, then, 2, 4, str(tmp_path / "iter_0000002"), None)
-    np.testing.assert_allclose(again, whole[2:], rtol=5e-6)
+    source = tmp_path / "iter_0000002"
+    (step,) = ranks.run(load_and_save, 1, then, str(source), str(tmp_path / "again"), 2)
+    assert_equal(tmp_path / "again" / "iter_0000001", source)
+    if precision == "fp32":
+        assert_fp32_rounding(step, whole[2])
+    else:
+        assert_bf16_rounding(step, whole[2], averaged=STEP_TOKENS)
