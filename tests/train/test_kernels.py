@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from megatron_cpt.train.kernels import multi_tensor_l2_norm, multi_tensor_scale
+from megatron_cpt.train.backend.kernels import multi_tensor_l2_norm, multi_tensor_scale
 from tests.tolerances import assert_fp32_rounding
 
 
 def adam_difference(is_fused):
     """Return our parameters and torch's AdamW's after ten steps, our state's keys and its step."""
-    from megatron_cpt.train.kernels import FusedAdam
+    from megatron_cpt.train.backend.kernels import FusedAdam
 
     torch.manual_seed(0)
     ours = [torch.nn.Parameter(torch.randn(5, 3)), torch.nn.Parameter(torch.randn(4))]
@@ -55,7 +55,7 @@ def kernels_of_megatron(_):
     """Return what megatron-core's optimizer uses after the substitution."""
     from megatron.core.optimizer import clip_grads, distrib_optimizer
 
-    from megatron_cpt.train import cpu, kernels
+    from megatron_cpt.train.backend import cpu, kernels
 
     cpu.substitute()
     assert clip_grads.l2_norm_impl is kernels.multi_tensor_l2_norm

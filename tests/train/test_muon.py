@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from megatron_cpt.config.schema import OptimizerConfig
+from megatron_cpt.config.settings.schema import OptimizerConfig
 from tests.distributed import RankFailure
 from tests.tiers import full_except
 from tests.tolerances import assert_bf16_rounding
