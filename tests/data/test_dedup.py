@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_cpt import cli
-from megatron_cpt.data import cleaning_task
 from megatron_cpt.data import dedup as dedup_module
 from megatron_cpt.data.corpus_inputs import named_corpora
 from megatron_cpt.data.dedup import DedupOptions, deduplicate
@@ -309,7 +308,6 @@ def test_two_processes_do_not_work_in_one_folder(corpora, monkeypatch):
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
-    cleaning_task.release(corpora / ".out.work")
     try:
         holder.stdout.readline()
         with pytest.raises(DataError, match="another process is at this work"):
