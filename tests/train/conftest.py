@@ -10,7 +10,7 @@ import orjson
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megatron_cpt.data.tokenization import tokenize
+from megatron_cpt.data.tokenize.driver import tokenize
 from tests.train.tiny import run_steps, tiny_config
 
 WORDS = {
