@@ -2,7 +2,7 @@
 
 A safetensors file is eight bytes (length of the header, little endian), a JSON header (name -> dtype, shape, offsets) and
 the values. Reading with `preadv` into a tensor of our own keeps the memory bounded by what is asked for, which a mapped
-file does not. `pytorch_model*.bin` folders are read with `torch.load(weights_only=True, mmap=True)`.
+file does not. `pytorch_model*.bin` folders are read by `safe.load_safely`, mapped.
 """
 
 import hashlib
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from megatron_cpt.checkpoint.dcp_writer import HashingWriter
+from megatron_cpt.checkpoint.safe import load_safely
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.files import read_json, write_json
 
@@ -66,7 +67,7 @@ class HFFolder:
             if file.suffix == ".safetensors":
                 self._entries.update(_read_header(file))
             else:
-                self._pickled.update(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+                self._pickled.update(_read_pickled(file))
         self._check_index()
 
     def names(self) -> list[str]:
@@ -249,6 +250,15 @@ def _read_header(file: Path) -> dict[str, tuple[Path, int, int, torch.dtype, tup
             raise CheckpointError(f"{file}: {name} ends at byte {start + high} of {size}. The file is truncated.")
         entries[name] = (file, start + low, high - low, dtype, shape)
     return entries
+
+
+def _read_pickled(file: Path) -> dict[str, torch.Tensor]:
+    content = load_safely(file, os.fspath(file), mmap=True, only_tensors=True)
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items()
+    ):
+        raise CheckpointError(f"{file}: holds no dictionary of tensors by name. Weights are needed. Fetch it again.")
+    return content
 
 
 def _read_fully(descriptor: int, view: memoryview, offset: int, file: Path) -> None:

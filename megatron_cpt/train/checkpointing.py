@@ -28,7 +28,6 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_cpt.checkpoint.dcp import read_metadata
 from megatron_cpt.checkpoint.mcore import (
     MANIFEST,
     check_free_space,
@@ -40,6 +39,7 @@ from megatron_cpt.checkpoint.mcore import (
 from megatron_cpt.checkpoint.megatron_common import (
     CHECKPOINT_VERSION,
     CONTENT,
+    check_safe,
     find_step,
     megatron_args,
     read_common,
@@ -48,6 +48,7 @@ from megatron_cpt.checkpoint.megatron_common import (
 from megatron_cpt.config.schema import ModelConfig
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.files import file_hash, read_json, write_json
+from megatron_cpt.train.approved import load_approved
 from megatron_cpt.train.model import unwrap
 from megatron_cpt.train.optimizer_state import loadable_state, main_prefix, rename_main_parameters
 from megatron_cpt.train.parallel import on_rank_0
@@ -259,7 +260,7 @@ def load_checkpoint(directory: Path, model: list[Any], optimizer: MegatronOptimi
         state[_TO_LOAD] = optimizer.sharded_state_dict(_flat(state), is_loading=True, metadata=_metadata())
         rename_main_parameters(state[_TO_LOAD], on_rank_0(lambda: main_prefix(directory)))
     try:
-        loaded = dist_checkpointing.load(state, os.fspath(directory))
+        loaded = load_approved(state, directory)
     except (KeyError, ValueError, dist_checkpointing.core.CheckpointingException) as problem:
         raise CheckpointError(
             f"{directory}: does not fit the model ({str(problem)[:500]}). The params file must be the one it was made with."
@@ -268,15 +269,6 @@ def load_checkpoint(directory: Path, model: list[Any], optimizer: MegatronOptimi
         unwrap(chunk).load_state_dict(loaded["model" if len(model) == 1 else f"model{index}"], strict=False)
     if optimizer is not None:
         optimizer.load_state_dict(loadable_state(loaded[_TO_LOAD], optimizer, find_step(loaded.get("optimizer"))))
-
-
-def check_safe(directory: Path) -> None:
-    """Raise CheckpointError when a pickle that megatron-core and torch will load without an allow-list could run code.
-
-    That is the index `.metadata` and the common state; tensors are read with `weights_only` by them too.
-    """
-    read_metadata(directory)
-    read_common(directory)
 
 
 def _metadata() -> dict[str, Any]:

@@ -1,0 +1,66 @@
+"""megatron-core's loading of `torch_dist` folders from what was approved, instead of from the files a second time.
+
+torch unpickles the index with plain `pickle.load` and objects with `weights_only=False`; megatron-core asks for both. Here the
+index is the one that `checkpoint/dcp.py` built from checked values, and objects are those that `checkpoint/safe.py` let through,
+so that a file which changes in between, or which two readers understand differently, gains nothing.
+"""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import serialization
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader, LoadPlan, LoadPlanner, Metadata
+from torch.distributed.checkpoint.planner import LoadItemType
+
+from megatron_cpt.checkpoint.dcp import DcpReader
+from megatron_cpt.checkpoint.megatron_common import read_common
+from megatron_cpt.checkpoint.safe import first_line
+from megatron_cpt.errors import CheckpointError, CptError
+
+
+def load_approved(state: ShardedStateDict, directory: Path) -> dict[str, Any]:
+    """Return `state` filled from the checkpoint `directory`, with its common state, as `dist_checkpointing.load` does.
+
+    Raises: CheckpointError when a pickle in it could run code or is damaged; whatever megatron-core raises when it does not fit.
+    """
+    reader = _ApprovedReader(directory)
+    common = read_common(directory, reader.slices)
+    with (  # names that a later megatron-core no longer has fail here, loudly
+        mock.patch.object(torch_strategy, "_get_filesystem_reader", lambda *_, **__: reader),
+        mock.patch.object(serialization, "load_common_state_dict", lambda _: common),
+    ):
+        try:
+            loaded: dict[str, Any] = dist_checkpointing.load(state, os.fspath(directory))
+        except CheckpointException as failed:  # no Exception: nothing else would catch it
+            cause = next(iter(failed.failures.values()))[0]
+            if isinstance(cause, CptError | OSError):
+                raise cause from None
+            raise CheckpointError(
+                f"{directory}: cannot be loaded ({first_line(cause)}). It is damaged or does not fit the model. Use another one."
+            ) from failed
+    return loaded
+
+
+class _ApprovedReader(FileSystemReader):
+    """torch's reader with our index and our way to read objects."""
+
+    def __init__(self, directory: Path):
+        super().__init__(directory)
+        self.slices = DcpReader(directory)
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        return self.slices.metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> torch.futures.Future[None]:
+        objects = [item for item in plan.items if item.type == LoadItemType.BYTE_IO]
+        for item in objects:  # the planner would unpickle them without an allow-list
+            planner.state_dict[item.dest_index.fqn] = self.slices.read_object(item.storage_index.fqn)
+        tensors = [item for item in plan.items if item.type != LoadItemType.BYTE_IO]
+        return super().read_data(dataclasses.replace(plan, items=tensors), planner)
