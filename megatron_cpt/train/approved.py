@@ -1,7 +1,7 @@
 """megatron-core's loading of `torch_dist` folders from what was approved, instead of from the files a second time.
 
 torch unpickles the index with plain `pickle.load` and objects with `weights_only=False`; megatron-core asks for both. Here the
-index is the one that `checkpoint/dcp.py` built from checked values, and objects are those that `checkpoint/safe.py` let through,
+index is the one that `checkpoint/torch_dist/dcp.py` built from checked values, and objects are those that `checkpoint/torch_dist/pickles.py` let through,
 so that a file which changes in between, or which two readers understand differently, gains nothing.
 """
 
@@ -19,9 +19,9 @@ from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, LoadPlan, LoadPlanner, Metadata
 from torch.distributed.checkpoint.planner import LoadItemType
 
-from megatron_cpt.checkpoint.dcp import DcpReader
-from megatron_cpt.checkpoint.megatron_common import read_common
-from megatron_cpt.checkpoint.safe import first_line
+from megatron_cpt.checkpoint.torch_dist.dcp import DcpReader
+from megatron_cpt.checkpoint.torch_dist.megatron_arguments import read_common
+from megatron_cpt.checkpoint.torch_dist.pickles import first_line
 from megatron_cpt.errors import CheckpointError, CptError
 
 

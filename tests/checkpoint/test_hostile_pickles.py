@@ -14,18 +14,18 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_cpt import cli
-from megatron_cpt.checkpoint.convert import hf_to_mcore
-from megatron_cpt.checkpoint.dcp import DcpReader, read_metadata
-from megatron_cpt.checkpoint.dcp_writer import Slice, write_dcp
-from megatron_cpt.checkpoint.deepspeed import DeepSpeedUniversalWeights, universal_step
-from megatron_cpt.checkpoint.foreign import open_foreign
-from megatron_cpt.checkpoint.hf import HFFolder
-from megatron_cpt.checkpoint.mapping import Unit
-from megatron_cpt.checkpoint.mcore import read_manifest, write_manifest
-from megatron_cpt.checkpoint.megatron_common import COMMON_STATE, check_safe, read_common
-from megatron_cpt.checkpoint.safe import load_safely
-from megatron_cpt.checkpoint.torch_format import TorchFormat
-from megatron_cpt.config.schema import ModelConfig
+from megatron_cpt.checkpoint.convert.hf_mcore import hf_to_mcore
+from megatron_cpt.checkpoint.foreign.deepspeed import DeepSpeedUniversalWeights, universal_step
+from megatron_cpt.checkpoint.foreign.opening import open_foreign
+from megatron_cpt.checkpoint.foreign.torch_format import TorchFormat
+from megatron_cpt.checkpoint.huggingface.folder import HFFolder
+from megatron_cpt.checkpoint.mapping.rules import Unit
+from megatron_cpt.checkpoint.torch_dist.dcp import DcpReader, read_metadata
+from megatron_cpt.checkpoint.torch_dist.dcp_writer import Slice, write_dcp
+from megatron_cpt.checkpoint.torch_dist.mcore import read_manifest, write_manifest
+from megatron_cpt.checkpoint.torch_dist.megatron_arguments import COMMON_STATE, check_safe, read_common
+from megatron_cpt.checkpoint.torch_dist.pickles import load_safely
+from megatron_cpt.config.settings.schema import ModelConfig
 from megatron_cpt.errors import CheckpointError
 from tests.hostile import attacks, misusing, running
 
