@@ -14,8 +14,8 @@ def load_everything(folder: str) -> dict[str, bool]:
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
 
-    from megatron_cpt.train.approved import load_approved
     from megatron_cpt.train.backend.parallel import finish_parallel, initialize_parallel
+    from megatron_cpt.train.state.approved import load_approved
     from tests.train.tiny import tiny_config
 
     initialize_parallel(tiny_config())

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_cpt.checkpoint.index_pickle import NameRefused, read_index
+from megatron_cpt.checkpoint.torch_dist.index_pickle import NameRefused, read_index
 from megatron_cpt.checkpoint.torch_dist.pickles import first_line, load_safely
 from megatron_cpt.errors import CheckpointError
 

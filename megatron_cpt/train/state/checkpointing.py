@@ -48,9 +48,9 @@ from megatron_cpt.checkpoint.torch_dist.megatron_arguments import (
 from megatron_cpt.config.settings.schema import ModelConfig
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.files import file_hash, read_json, write_json
-from megatron_cpt.train.approved import load_approved
 from megatron_cpt.train.backend.parallel import on_rank_0
 from megatron_cpt.train.model.build import unwrap
+from megatron_cpt.train.state.approved import load_approved
 from megatron_cpt.train.state.optimizer_state import loadable_state, main_prefix, rename_main_parameters
 
 logger = logging.getLogger(__name__)

@@ -24,10 +24,10 @@ from megatron_cpt.checkpoint.torch_dist.mcore import manifest_model, read_manife
 from megatron_cpt.config.megatron.arguments import megatron_arguments
 from megatron_cpt.config.settings.schema import ModelConfig, RunConfig, TrainingConfig
 from megatron_cpt.errors import CheckpointError
-from megatron_cpt.train.approved import load_approved
 from megatron_cpt.train.backend.parallel import finish_parallel, initialize_parallel
 from megatron_cpt.train.model.build import CptGPTModel, set_rotary_frequencies, transformer_config
 from megatron_cpt.train.model.layer_spec import build_layer_spec
+from megatron_cpt.train.state.approved import load_approved
 
 
 @dataclass(frozen=True)
