@@ -26,7 +26,8 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_cpt.checkpoint.torch_dist.index_pickle import NameRefused, read_index
 from megatron_cpt.checkpoint.torch_dist.pickles import first_line, load_safely
-from megatron_cpt.errors import CheckpointError
+from megatron_cpt.errors import CheckpointError, DamagedError
+from megatron_cpt.files import naming
 
 METADATA = ".metadata"
 _CHUNK_BYTES = 1 << 22
@@ -129,14 +130,14 @@ class DcpReader:
             )
         path = self.directory / info.relative_path
         try:
-            with path.open("rb", buffering=0) as file:
+            with path.open("rb", buffering=0) as file, naming(path):
                 view = cast("IO[bytes]", _FileView(file, info.offset, info.length))
                 where = f"{path}: {index.fqn} at byte {info.offset}"
                 _check_crc(view, where)
                 view.seek(0)
                 return load_safely(view, where, only_tensors=only_tensors)
         except FileNotFoundError:
-            raise CheckpointError(f"{path}: no such file. {index.fqn} is in it. Use another checkpoint.") from None
+            raise DamagedError(f"{path}: no such file. {index.fqn} is in it. Use another checkpoint.") from None
 
 
 def read_metadata(directory: Path) -> Metadata:
@@ -146,7 +147,9 @@ def read_metadata(directory: Path) -> Metadata:
     """
     path = directory / METADATA
     try:
-        return read_index(path.read_bytes())
+        with naming(path):
+            content = path.read_bytes()
+        return read_index(content)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file. A torch_dist checkpoint folder is needed.") from None
     except NameRefused as name:
@@ -154,8 +157,10 @@ def read_metadata(directory: Path) -> Metadata:
             f"{path}: names {name}, which has no business in an index and could run code. It is not loaded. "
             "Do not use a checkpoint from this source."
         ) from None
+    except OSError:
+        raise
     except Exception as problem:  # a damaged pickle can raise nearly anything
-        raise CheckpointError(
+        raise DamagedError(
             f"{path}: cannot be read ({first_line(problem)}). The checkpoint is damaged. Use another one."
         ) from None
 
@@ -175,7 +180,7 @@ def _check_crc(view: IO[bytes], where: str) -> None:
             except zipfile.BadZipFile:
                 if number == 0 and info.file_size < 64:
                     return  # the smallest record too: written without (torch.serialization.set_crc32_options)
-                raise CheckpointError(
+                raise DamagedError(
                     f"{where}: its CRC-32 does not fit its content. The file is damaged. Use another checkpoint."
                 ) from None
 

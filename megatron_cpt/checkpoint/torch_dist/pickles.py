@@ -19,7 +19,7 @@ import numpy
 import torch
 from numpy._core.multiarray import _reconstruct
 
-from megatron_cpt.errors import CheckpointError
+from megatron_cpt.errors import CheckpointError, DamagedError
 
 _MEGATRON_CLASSES = (
     "megatron.core.enums.ModelType",
@@ -64,7 +64,7 @@ def load_safely(source: Path | IO[bytes], where: str, *, mmap: bool = False, onl
     except Exception as problem:  # a damaged or hostile file can raise nearly anything
         refused = _refused_name(problem)
         if refused is None:
-            raise CheckpointError(
+            raise DamagedError(
                 f"{where}: cannot be read ({first_line(problem)}). The file is damaged. Use another one."
             ) from None
         raise CheckpointError(

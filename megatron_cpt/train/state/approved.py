@@ -14,6 +14,7 @@ from unittest import mock
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import serialization
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, LoadPlan, LoadPlanner, Metadata
@@ -22,28 +23,51 @@ from torch.distributed.checkpoint.planner import LoadItemType
 from megatron_cpt.checkpoint.torch_dist.dcp import DcpReader
 from megatron_cpt.checkpoint.torch_dist.megatron_arguments import read_common
 from megatron_cpt.checkpoint.torch_dist.pickles import first_line
-from megatron_cpt.errors import CheckpointError, CptError
+from megatron_cpt.errors import CheckpointError, CptError, DamagedError, storage_error
+from megatron_cpt.train.backend.parallel import on_every_rank
 
 
 def load_approved(state: ShardedStateDict, directory: Path) -> dict[str, Any]:
     """Return `state` filled from the checkpoint `directory`, with its common state, as `dist_checkpointing.load` does.
 
-    Raises: CheckpointError when a pickle in it could run code or is damaged; whatever megatron-core raises when it does not fit.
+    Collective: what one rank cannot read is an error on all.
+
+    Raises: CheckpointError when a pickle in it could run code, or it does not fit the model; DamagedError when it cannot be read.
     """
-    reader = _ApprovedReader(directory)
-    common = read_common(directory, reader.slices)
+    reader, common = on_every_rank(lambda: _opened(directory))
+    return on_every_rank(lambda: _loaded(state, directory, reader, common))
+
+
+def _opened(directory: Path) -> tuple["_ApprovedReader", dict[str, Any]]:
+    """Return what is needed before ranks first speak to each other, so that none waits for one that failed."""
+    try:
+        reader = _ApprovedReader(directory)
+        serialization.verify_checkpoint(os.fspath(directory))
+        return reader, read_common(directory, reader.slices)
+    except OSError as problem:
+        raise DamagedError(f"{directory}: cannot be read: {storage_error(problem)}") from None
+
+
+def _loaded(
+    state: ShardedStateDict, directory: Path, reader: "_ApprovedReader", common: dict[str, Any]
+) -> dict[str, Any]:
     with (  # names that a later megatron-core no longer has fail here, loudly
         mock.patch.object(torch_strategy, "_get_filesystem_reader", lambda *_, **__: reader),
         mock.patch.object(serialization, "load_common_state_dict", lambda _: common),
     ):
         try:
             loaded: dict[str, Any] = dist_checkpointing.load(state, os.fspath(directory))
+        except (KeyError, ValueError, CheckpointingException) as problem:
+            raise CheckpointError(
+                f"{directory}: does not fit the model ({str(problem)[:500]}). The params file must be the one it was made with."
+            ) from problem
         except CheckpointException as failed:  # no Exception: nothing else would catch it
             cause = next(iter(failed.failures.values()))[0]
-            if isinstance(cause, CptError | OSError):
+            if isinstance(cause, CptError):
                 raise cause from None
-            raise CheckpointError(
-                f"{directory}: cannot be loaded ({first_line(cause)}). It is damaged or does not fit the model. Use another one."
+            said = str(storage_error(cause)) if isinstance(cause, OSError) else first_line(cause)
+            raise DamagedError(
+                f"{directory}: cannot be loaded ({said}). It is damaged or does not fit the model."
             ) from failed
     return loaded
 
