@@ -20,9 +20,11 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
+from megatron.core.datasets import gpt_dataset
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 
@@ -250,7 +252,8 @@ def _shard_samples(
 
         def build(to: Path, config: GPTDatasetConfig = epoch_config) -> GPTDataset:
             built = dataclasses.replace(config, path_to_cache=os.fspath(to))
-            return GPTDataset(indexed, entry.prefix, documents, key["num_samples"], Split.train, built)
+            with mock.patch.object(gpt_dataset, "safe_numpy_load", _plain_array):
+                return GPTDataset(indexed, entry.prefix, documents, key["num_samples"], Split.train, built)
 
         _build_once(folder, build, key)
         datasets.append(build(folder))
@@ -285,7 +288,22 @@ def _cached_order(
         np.save(to / "sample_index.npy", sample_index)
 
     _build_once(folder, build, {"samples": int(sum(samples)), "entries": len(entries)})
-    return np.load(folder / "dataset_index.npy", mmap_mode="r"), np.load(folder / "sample_index.npy", mmap_mode="r")
+    dataset_index, sample_index = (folder / f"{name}_index.npy" for name in ("dataset", "sample"))
+    return _plain_array(dataset_index, mmap_mode="r"), _plain_array(sample_index, mmap_mode="r")
+
+
+def _plain_array(path: str | Path, *, mmap_mode: Any = None, **_: Any) -> np.ndarray:
+    """Return a cached array without unpickling: megatron-core's own list of safe names holds one that unpickles anything.
+
+    Raises: DataError when the file holds something else or is damaged.
+    """
+    try:
+        array: np.ndarray = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as problem:
+        raise DataError(
+            f"{path}: cannot be read ({problem}). It is part of an index cache. Remove its folder; it is built anew."
+        ) from None
+    return array
 
 
 def _build_once(folder: Path, build: Any, description: dict[str, Any]) -> None:

@@ -5,7 +5,9 @@ builds everything and loads it.
 """
 
 import dataclasses
+import gc
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from megatron_cpt.data.blend.plan import plan_blend
 from megatron_cpt.data.blend.start_position import stage_order
 from megatron_cpt.data.lists.data_list import DataEntry, read_data_list, write_data_list
 from megatron_cpt.data.tokenizer.interface import Tokenizer, load_tokenizer
-from megatron_cpt.errors import ConfigError, DataError
+from megatron_cpt.errors import ConfigError, DamagedError, DataError
 from megatron_cpt.run.data_history import keep_superseded
 from megatron_cpt.run.directory import RunDir, run_dir
 from megatron_cpt.run.revision import code_revision
@@ -112,15 +114,35 @@ class Stage:
 def prepare(loaded: LoadedConfig, *, from_start: bool = False) -> Stage | None:
     """Return the stage with everything loaded, None when the run is finished.
 
-    With `from_start` the run's own checkpoints are left aside, and nothing that says what the run is gets written.
+    With `from_start` the run's own checkpoints are left aside, and nothing that says what the run is gets written. A
+    checkpoint of the run that verifies on rank 0 and that a rank then cannot load is passed over as a damaged one is.
 
     Raises: CptError for what a user can mend, on every rank.
     """
+    unreadable: set[Path] = set()
+    while True:
+        try:
+            return _prepare(loaded, unreadable, from_start=from_start)
+        except _Unloadable as failed:
+            logger.warning("WALKING BACK: %s", failed)
+            unreadable.add(failed.directory)
+        gc.collect()  # the model that was half loaded
+
+
+class _Unloadable(Exception):
+    """A checkpoint of the run that cannot be read on some rank."""
+
+    def __init__(self, directory: Path, problem: DamagedError):
+        super().__init__(str(problem))
+        self.directory = directory
+
+
+def _prepare(loaded: LoadedConfig, unreadable: Collection[Path], *, from_start: bool) -> Stage | None:
     config, run = loaded.config, run_dir(loaded.config)
     iterations = train_iters(config.training)
-    own = on_rank_0(lambda: newest_good_checkpoint(run.checkpoints, config.checkpoint.verify_on_load))
+    own = on_rank_0(lambda: newest_good_checkpoint(run.checkpoints, config.checkpoint.verify_on_load, unreadable))
     resume = None if from_start else own
-    manifest = read_manifest(resume) if resume else None
+    manifest = on_rank_0(lambda: read_manifest(resume)) if resume else None
     iteration = int(manifest["iteration"]) if manifest else 0
     if iteration >= iterations:
         return None
@@ -149,6 +171,7 @@ def prepare(loaded: LoadedConfig, *, from_start: bool = False) -> Stage | None:
 
     model, optimizer = build_training_model(config)
     origin = _load_start(config, run, resume, model, optimizer)
+    origin_manifest = on_rank_0(lambda: read_manifest(origin)) if origin else {}
     return Stage(
         config=config,
         run=run,
@@ -160,7 +183,7 @@ def prepare(loaded: LoadedConfig, *, from_start: bool = False) -> Stage | None:
         validation_sets=validation_sets,
         model=model,
         optimizer=optimizer,
-        hf=read_manifest(origin).get("hf") if origin else None,
+        hf=origin_manifest.get("hf"),
         skipped=on_rank_0(lambda: skipped_ranges(config, run, manifest)),
         resume=resume,
         iteration=iteration,
@@ -176,7 +199,7 @@ def go_back(stage: Stage) -> None:
     directory = on_rank_0(lambda: newest_good_checkpoint(run.checkpoints, config.checkpoint.verify_on_load))
     load_checkpoint(directory, stage.model, stage.optimizer)
     set_hyperparameters(stage.optimizer, config)
-    manifest = read_manifest(directory)
+    manifest = on_rank_0(lambda: read_manifest(directory))
     stage.resume, stage.iteration = directory, int(manifest["iteration"])
     stage.counted = dict(manifest["tokens_per_corpus"])
     stage.recent_losses = manifest.get("recent_losses", [])
@@ -196,14 +219,17 @@ def _load_start(
     """Load the run's own checkpoint, else what the stage starts from; return it, None for random weights."""
     source = None
     if resume is not None:
-        check_model_fits(resume, config.model)
-        load_checkpoint(resume, model, optimizer)
+        on_rank_0(lambda: check_model_fits(resume, config.model))
+        try:
+            load_checkpoint(resume, model, optimizer)
+        except DamagedError as problem:
+            raise _Unloadable(resume, problem) from None
     else:
         source = on_rank_0(lambda: initial_checkpoint(config, run))
         if source is None:
             logger.warning("init.from_path is not set: training starts from random weights")
             return None
-        check_model_fits(source, config.model)
+        on_rank_0(lambda: check_model_fits(source, config.model))
         is_full = config.init.load == "full"
         load_checkpoint(source, model, optimizer if is_full else None)
         logger.info("loaded %s (%s)", source, "weights and optimizer" if is_full else "weights")
