@@ -1,7 +1,8 @@
 """Which files hold the documents: inputs named by path, folder or glob become a sorted list of sources.
 
-A source is `.jsonl`/`.json`/`.ndjson` (an object per line), `.txt` (a document per line or per file), each plain or
-`.gz`, `.zst`, `.xz`, `.bz2`, or `.parquet`, or `.arrow` (also those of a Hugging Face `save_to_disk` folder).
+A source is `.jsonl`/`.json`/`.ndjson` (an object per line, an array of objects, or objects over several lines; the first
+bytes tell), `.txt` (a document per line or per file), each plain or `.gz`, `.zst`, `.xz`, `.bz2`, or `.parquet`, or `.arrow`
+(also those of a Hugging Face `save_to_disk` folder).
 """
 
 import fnmatch
@@ -14,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from megatron_cpt.data.json_values import HEAD_BYTES, holds_values
 from megatron_cpt.data.own_files import is_own
+from megatron_cpt.data.plain_reader import PlainReader
 from megatron_cpt.errors import DataError
 from megatron_cpt.files import read_json
 
@@ -41,7 +44,7 @@ class Source:
     relative: PurePosixPath
     """Path below the folder or glob that the user named; the output tree mirrors it."""
     format: str
-    """jsonl, txt, parquet or arrow."""
+    """jsonl (an object per line), json (an array, or objects over several lines), txt, parquet or arrow."""
     compression: str | None
     size: int
     mtime_ns: int
@@ -258,6 +261,8 @@ def _source(path: Path, relative: PurePosixPath, format: str | None, is_named: b
         raise DataError(f"{path}: is not a regular file. Documents are read from files. Exclude it.")
     if not os.access(path, os.R_OK):
         raise DataError(f"{path}: cannot be read (permission denied). Make it readable or exclude it.")
+    if format is None and found == "jsonl" and _holds_values(path, compression):
+        found = "json"
     return Source(
         path=path,
         relative=relative,
@@ -266,3 +271,9 @@ def _source(path: Path, relative: PurePosixPath, format: str | None, is_named: b
         size=status.st_size,
         mtime_ns=status.st_mtime_ns,
     )
+
+
+def _holds_values(path: Path, compression: str | None) -> bool:
+    """Return whether a file's first bytes are those of a JSON array or of an object over several lines."""
+    with PlainReader(path, compression) as stream:
+        return holds_values(stream.read_block(HEAD_BYTES)[0])

@@ -7,12 +7,14 @@ share of one big file, and no copy of it touches the disk.
 """
 
 import io
+import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_cpt.data.documents import Source
+from megatron_cpt.data.json_values import ValueSplitter
 from megatron_cpt.data.plain_reader import PlainReader
 from megatron_cpt.data.records import DAMAGED, TOO_LONG, Parsed, Problem, parse_lines, parse_text_file, parse_values
 from megatron_cpt.data.tables import columns_of_block, table_blocks
@@ -22,6 +24,7 @@ PIECE_BYTES = 8 << 20
 MAX_DOCUMENT_BYTES = 256 << 20
 _READ_BYTES = 1 << 20
 _EDGE_BYTES = 1 << 14
+_BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,8 +163,12 @@ def stream_blocks(
 ) -> Iterator[tuple[bytes, bool, Problem | None]]:
     """Yield (whole lines, whether the stream ends there, what is wrong after them) of a stream in order.
 
-    The last block may lack its newline. A line over the limit is read past without being kept.
+    The last block may lack its newline. A line over the limit is read past without being kept. Values of a JSON file that has
+    no object per line come as lines.
     """
+    if source.format == "json":
+        yield from _value_blocks(source, piece_bytes, max_document_bytes)
+        return
     with PlainReader(source.path, source.compression) as stream:
         rest = b""
         while True:
@@ -187,6 +194,32 @@ def stream_blocks(
                     yield b"", True, Problem(0, DAMAGED, damage, rest or None)
                 if damage or is_end:
                     return
+
+
+def _value_blocks(
+    source: Source, piece_bytes: int, max_document_bytes: int
+) -> Iterator[tuple[bytes, bool, Problem | None]]:
+    """Yield the values of a JSON file as `stream_blocks` does lines; a byte-order mark stays at the start."""
+    splitter = ValueSplitter(max_document_bytes)
+    with PlainReader(source.path, source.compression) as stream:
+        data, damage = stream.read_block(max(piece_bytes, len(_BOM) + 1))
+        block = [_BOM] if data.startswith(_BOM) else []
+        data = data.removeprefix(_BOM)
+        while True:
+            is_end = not data or damage is not None
+            found = splitter.feed(data)
+            for value in itertools.chain(found, splitter.finish()) if is_end and not damage else found:
+                if isinstance(value, Problem):
+                    yield b"".join(block), False, value
+                    block = []
+                else:
+                    block += [value, b"\n"]
+            if is_end:
+                yield b"".join(block), True, Problem(0, DAMAGED, damage) if damage else None
+                return
+            yield b"".join(block), False, None
+            block = []
+            data, damage = stream.read_block(piece_bytes)
 
 
 def _whole_text(source: Source, number: int, layout: Layout) -> Iterator[Piece]:
@@ -216,8 +249,9 @@ def _whole_text(source: Source, number: int, layout: Layout) -> Iterator[Piece]:
 
 def _stream_pieces(source: Source, number: int, layout: Layout, piece_bytes: int) -> Iterator[Piece]:
     is_start = True
+    format = "jsonl" if source.format == "json" else source.format
     for data, is_end, problem in stream_blocks(source, piece_bytes, layout.max_document_bytes):
-        yield _in_memory((data, is_start, is_end, problem), source, number, source.format)
+        yield _in_memory((data, is_start, is_end, problem), source, number, format)
         is_start = False
 
 
