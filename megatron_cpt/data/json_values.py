@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import orjson
 
-from megatron_cpt.data.records import DAMAGED, INVALID_JSON, TOO_LONG, Problem, object_of_line
+from megatron_cpt.data.reading.records import DAMAGED, INVALID_JSON, TOO_LONG, Problem, object_of_line
 
 _BOM = b"\xef\xbb\xbf"
 HEAD_BYTES = 1 << 16

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_cpt.cli import main
-from megatron_cpt.data.documents import list_sources
 from megatron_cpt.data.json_values import ValueSplitter, holds_values
-from megatron_cpt.data.record_files import Reading, read_records
-from megatron_cpt.data.records import Problem
-from megatron_cpt.data.streams import Layout, parse_piece, pieces_of
+from megatron_cpt.data.reading.documents import list_sources
+from megatron_cpt.data.reading.record_files import Reading, read_records
+from megatron_cpt.data.reading.records import Problem
+from megatron_cpt.data.reading.streams import Layout, parse_piece, pieces_of
 
 ALPACA = [
     {"instruction": "Say [hi] {twice}", "input": "", "output": 'He said "hi", \\ and\nleft.', "text": "a ] b"},
@@ -186,10 +186,10 @@ def test_every_verb_that_reads_documents_reads_an_array(words, output, tmp_path,
 
 
 def test_tokenizing_an_array_gives_the_shard_of_its_lines_and_the_audit_and_the_trace_know_it(tmp_path, bpe_dir):
-    from megatron_cpt.data.audit import audit_shard
-    from megatron_cpt.data.tokenization import tokenize
-    from megatron_cpt.data.tokenizer import load_tokenizer
-    from megatron_cpt.data.trace import trace_document
+    from megatron_cpt.data.audit.shards import audit_shard
+    from megatron_cpt.data.audit.trace import trace_document
+    from megatron_cpt.data.tokenize.driver import tokenize
+    from megatron_cpt.data.tokenizer.interface import load_tokenizer
 
     write(tmp_path / "a.json", json.dumps(ALPACA, indent=2))
     write(tmp_path / "b.jsonl", "".join(json.dumps(record) + "\n" for record in ALPACA))

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_cpt.data.corpus_inputs import named_corpora
-from megatron_cpt.data.decontaminate import DecontaminationOptions, decontaminate, read_passages
-from megatron_cpt.data.dedup import DedupOptions, deduplicate
-from megatron_cpt.data.documents import list_sources
-from megatron_cpt.data.record_files import Reading
-from megatron_cpt.data.shingles import normal_form, shingle_hashes, shingles_of_texts, words_of
+from megatron_cpt.data.cleaning.decontaminate import DecontaminationOptions, decontaminate, read_passages
+from megatron_cpt.data.cleaning.dedup import DedupOptions, deduplicate
+from megatron_cpt.data.cleaning.shingles import normal_form, shingle_hashes, shingles_of_texts, words_of
+from megatron_cpt.data.reading.documents import list_sources
+from megatron_cpt.data.reading.named_corpora import named_corpora
+from megatron_cpt.data.reading.record_files import Reading
 
 SPACED = {
     "Hindi": "नमस्ते दुनिया आप कैसे हैं क्योंकि संस्कृति",
@@ -158,7 +158,7 @@ _ANY = st.text(
 @settings(max_examples=100, deadline=None)
 @given(texts=st.lists(_ANY, max_size=12), ngram=st.integers(1, 6), group=st.sampled_from([1, 30, 1 << 15]))
 def test_many_texts_at_once_have_the_hashes_of_each(texts, ngram, group):
-    from megatron_cpt.data import shingles
+    from megatron_cpt.data.cleaning import shingles
 
     before, shingles._GROUP = shingles._GROUP, group
     try:
