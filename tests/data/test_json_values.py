@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_cpt.cli import main
-from megatron_cpt.data.json_values import ValueSplitter, holds_values
 from megatron_cpt.data.reading.documents import list_sources
+from megatron_cpt.data.reading.json_values import ValueSplitter, holds_values
 from megatron_cpt.data.reading.record_files import Reading, read_records
 from megatron_cpt.data.reading.records import Problem
 from megatron_cpt.data.reading.streams import Layout, parse_piece, pieces_of
@@ -59,7 +59,7 @@ def test_every_way_to_write_records_gives_the_same_records(form, name, tmp_path)
         assert [text for parsed in found for text in parsed.texts[0]] == [record["text"] for record in ALPACA]
         assert not any(parsed.problems for parsed in found)
         assert sum(parsed.num_lines for parsed in found) == 3
-        assert sum((parsed.notes.total() for parsed in found)) == ("mark" in form)
+        assert sum(parsed.notes.total() for parsed in found) == ("mark" in form)
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_cpt.data.json_values import ValueSplitter
 from megatron_cpt.data.reading.documents import Source
+from megatron_cpt.data.reading.json_values import ValueSplitter
 from megatron_cpt.data.reading.plain_reader import PlainReader
 from megatron_cpt.data.reading.records import (
     DAMAGED,
     TOO_LONG,
+    UNREADABLE,
     Parsed,
     Problem,
     parse_lines,
@@ -71,7 +72,10 @@ class Layout:
 
 def pieces_of(source: Source, number: int, layout: Layout, piece_bytes: int = PIECE_BYTES) -> Iterator[Piece]:
     """Yield the pieces of a source in order; `number` is what their `source` says."""
-    if source.is_splittable and not (source.format == "txt" and layout.txt_documents == "file"):
+    if source.problem:
+        damage = Problem(0, UNREADABLE, source.problem)
+        yield _in_memory((b"", True, True, damage), source, number, "jsonl")
+    elif source.is_splittable and not (source.format == "txt" and layout.txt_documents == "file"):
         for start in range(0, max(source.size, 1), piece_bytes):
             end = min(start + piece_bytes, source.size)
             yield Piece(
@@ -174,10 +178,13 @@ def stream_blocks(
     The last block may lack its newline. A line over the limit is read past without being kept. Values of a JSON file that has
     no object per line come as lines.
     """
+    if source.problem:
+        yield b"", True, Problem(0, UNREADABLE, source.problem)
+        return
     if source.format == "json":
         yield from _value_blocks(source, piece_bytes, max_document_bytes)
         return
-    with PlainReader(source.path, source.compression) as stream:
+    with PlainReader(source.path, source.compression, source.encoding) as stream:
         rest = b""
         while True:
             data, damage = stream.read_block(piece_bytes)
@@ -209,7 +216,7 @@ def _value_blocks(
 ) -> Iterator[tuple[bytes, bool, Problem | None]]:
     """Yield the values of a JSON file as `stream_blocks` does lines; a byte-order mark stays at the start."""
     splitter = ValueSplitter(max_document_bytes)
-    with PlainReader(source.path, source.compression) as stream:
+    with PlainReader(source.path, source.compression, source.encoding) as stream:
         data, damage = stream.read_block(max(piece_bytes, len(_BOM) + 1))
         block = [_BOM] if data.startswith(_BOM) else []
         data = data.removeprefix(_BOM)
@@ -247,7 +254,7 @@ def _whole_text(source: Source, number: int, layout: Layout) -> Iterator[Piece]:
         data = b""
         problem: Problem | None = Problem(0, TOO_LONG, f"over {limit:,} bytes")
     else:
-        with PlainReader(source.path, source.compression) as stream:
+        with PlainReader(source.path, source.compression, source.encoding) as stream:
             data, damage = stream.read_block(limit + 1)
         problem = Problem(0, DAMAGED, damage) if damage else None
         if len(data) > limit:

@@ -133,7 +133,13 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.pack is not None:
         pack = PackOptions(seq_length=arguments.pack, max_packs=arguments.max_packs, seed=arguments.seed)
     manifests = prepare_chat(
-        list_sources(arguments.input, arguments.include, arguments.exclude, arguments.format),
+        list_sources(
+            arguments.input,
+            arguments.include,
+            arguments.exclude,
+            arguments.format,
+            keep_bad_files=arguments.on_bad == "skip",
+        ),
         arguments.output_prefix,
         job,
         Choice(

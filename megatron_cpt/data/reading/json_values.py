@@ -99,10 +99,9 @@ class ValueSplitter:
                 start = position = self._begin(data, position)
                 continue
             position = self._advance(data, position)
-            if self._is_inside:
-                continue
-            self._keep(data[start:position])
-            yield self._take()
+            if not self._has_begun():
+                self._keep(data[start:position])
+                yield self._take()
         if self._is_inside:
             self._keep(data[start : len(data) - len(self._held)])
 
@@ -114,6 +113,9 @@ class ValueSplitter:
             yield Problem(0, DAMAGED, "the file ends within a record", b"".join(self._parts) + self._held)
         elif self._in_array:
             yield Problem(0, DAMAGED, "the array has no end")
+
+    def _has_begun(self) -> bool:
+        return self._is_inside
 
     def _begin(self, data: bytes, position: int) -> int:
         """Pass over what parts values; return where one begins, or where the block ends."""
