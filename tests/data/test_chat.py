@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_cpt.cli import main
-from megatron_cpt.data.chat_records import BadConversation, turns_of
+from megatron_cpt.data.chat_turns import BadConversation, turns_of
 from megatron_cpt.data.indexed import bin_path, document_bounds, idx_path, read_index, read_shard_manifest, read_tokens
 from megatron_cpt.data.masked import LEARNED, PIECE, mask_prefix, read_mask
 from megatron_cpt.data.tokenizer import load_tokenizer
@@ -242,7 +242,7 @@ def test_a_tokenizer_without_the_templates_tokens_is_warned_of(prepare, tmp_path
     path = write_lines(tmp_path / "in.jsonl", [chat("a?", "a!")])
     code, said = prepare(path, options=["--tokenizer", bpe_dir])
     assert code == 0 and "ends no answer with a special token" in said
-    assert documents(tmp_path / "tokens/a_chat_document", bpe_dir)[0][1] == "a!<|end_of_text|>"
+    assert documents(tmp_path / "tokens/a_chat_document", bpe_dir)[0][1] == "a!<|im_end|><|end_of_text|>"
 
 
 def test_workers_change_nothing(prepare, tmp_path):
