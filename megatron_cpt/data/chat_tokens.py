@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_cpt.data.chat_masks import Rendered, Said, Span
-from megatron_cpt.data.masked import LEARNED, PIECE, PROMPT
+from megatron_cpt.data.chat.masks import Rendered, Said, Span
+from megatron_cpt.data.shards.masked import LEARNED, PIECE, PROMPT
 
 TRAIN_ON_EOS = ("turn", "last", "none")
 

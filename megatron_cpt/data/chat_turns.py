@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_cpt.data.records import NOT_TEXT, NULL_TEXT, value_problem
+from megatron_cpt.data.reading.records import NOT_TEXT, NULL_TEXT, value_problem
 
 SYSTEM, USER, ASSISTANT, TOOL = "system", "user", "assistant", "tool"
 _CALL = "call"

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from megatron_cpt.cli import main
-from megatron_cpt.data.indexed import document_bounds, read_index, read_shard_manifest, read_tokens
-from megatron_cpt.data.masked import LEARNED, read_mask
+from megatron_cpt.data.shards.indexed import document_bounds, read_index, read_shard_manifest, read_tokens
+from megatron_cpt.data.shards.masked import LEARNED, read_mask
 from tests.data.chat_families import FAMILIES, HEADER_OUTSIDE, SPECIAL, WITH_REASONING, WITH_TOOLS
 from tests.data.conftest import build_bpe, save_tokenizer
 
