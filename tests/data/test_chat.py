@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_cpt.cli import main
-from megatron_cpt.data.chat_turns import BadConversation, turns_of
+from megatron_cpt.data.reading.turns import BadConversation, turns_of
 from megatron_cpt.data.shards.indexed import (
     bin_path,
     document_bounds,

@@ -10,7 +10,7 @@ import pytest
 from megatron_cpt.data.chat.encode import ChatEncoder, ChatJob
 from megatron_cpt.data.chat.masks import Rendered, Said, UnclearTemplate, render_with_spans
 from megatron_cpt.data.chat.template import BUILT_IN, ChatTemplate, TemplateRefusal, load_template
-from megatron_cpt.data.chat_tokens import Learned, tokens_of
+from megatron_cpt.data.chat.tokens import Learned, tokens_of
 from megatron_cpt.data.shards.masked import LEARNED, PIECE, PROMPT
 from megatron_cpt.errors import DataError
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from megatron_cpt.data.chat.encode import ChatEncoder, ChatJob
-from megatron_cpt.data.chat_tokens import Tokenized
+from megatron_cpt.data.chat.tokens import Tokenized
 from megatron_cpt.data.reading.conversations import ChatLayout, Conversation, read_piece
 from megatron_cpt.data.reading.documents import Source
 from megatron_cpt.data.reading.streams import pieces_of

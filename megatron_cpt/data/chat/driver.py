@@ -26,11 +26,11 @@ from megatron_cpt.data.chat.encode import (
 )
 from megatron_cpt.data.chat.pool import ChatPool
 from megatron_cpt.data.chat.selection import bounds_record, read_bounds, select
+from megatron_cpt.data.chat.tokens import TRAIN_ON_EOS
 from megatron_cpt.data.chat.writing import ChatWriting, chat_pieces, chat_rejects_path, listed, shard_prefix
-from megatron_cpt.data.chat_tokens import TRAIN_ON_EOS
-from megatron_cpt.data.chat_turns import ON_EMPTY_ANSWER
 from megatron_cpt.data.joining.packing import PackOptions, pack_shard
 from megatron_cpt.data.reading.documents import Source
+from megatron_cpt.data.reading.turns import ON_EMPTY_ANSWER
 from megatron_cpt.data.shards.indexed import manifest_path, read_index, read_shard_manifest
 from megatron_cpt.data.shards.masked import read_mask
 from megatron_cpt.data.tokenizer.interface import same_tokenizer

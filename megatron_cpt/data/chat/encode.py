@@ -24,8 +24,7 @@ from megatron_cpt.data.chat.masks import (
     strings_of,
 )
 from megatron_cpt.data.chat.template import ChatTemplate, TemplateRefusal, load_template
-from megatron_cpt.data.chat_tokens import Learned, Tokenized, tokens_of
-from megatron_cpt.data.chat_turns import ASSISTANT, REASONING, Mark, Turn, is_empty, text_of
+from megatron_cpt.data.chat.tokens import Learned, Tokenized, tokens_of
 from megatron_cpt.data.cleaning.sample import condition_field, field_text, parse_condition
 from megatron_cpt.data.reading.conversations import (
     ChatLayout,
@@ -38,6 +37,7 @@ from megatron_cpt.data.reading.conversations import (
 )
 from megatron_cpt.data.reading.records import Problem
 from megatron_cpt.data.reading.streams import Piece
+from megatron_cpt.data.reading.turns import ASSISTANT, REASONING, Mark, Turn, is_empty, text_of
 from megatron_cpt.data.shards.masked import LEARNED, PIECE
 from megatron_cpt.data.tokenizer.interface import HuggingFaceTokenizer, load_tokenizer
 from megatron_cpt.errors import DataError

@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any
 
 from megatron_cpt.data.chat.template import CLOSE, OPEN, STAND_IN, ChatTemplate, Reads
-from megatron_cpt.data.chat_turns import ASSISTANT, REASONING, Turn, reasoning_of, text_of
+from megatron_cpt.data.reading.turns import ASSISTANT, REASONING, Turn, reasoning_of, text_of
 
 Span = tuple[int, int]
 

@@ -23,7 +23,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from megatron_cpt.data.chat_turns import REASONING, Turn, text_of
+from megatron_cpt.data.reading.turns import REASONING, Turn, text_of
 from megatron_cpt.errors import DataError
 from megatron_cpt.files import read_json, text_hash
 

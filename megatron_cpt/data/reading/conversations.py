@@ -1,6 +1,6 @@
 """Conversations in document files, and a name for everything that is wrong with one.
 
-A record has `conversations` or `messages`, a list of turns (`data/chat_turns.py` says how they are spelled). What belongs to
+A record has `conversations` or `messages`, a list of turns (`data/reading/turns.py` says how they are spelled). What belongs to
 the whole conversation are `tools` (OpenAI's older `functions`), `documents`, `chat_template_kwargs`, and a system prompt in
 `system`. A record without messages but with a text field is completion data: a document, learned whole.
 """
@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_cpt.data.chat_turns import BadConversation, Mark, Turn, from_json, text_of, turns_of, without_nulls
 from megatron_cpt.data.reading.records import (
     BLANK_LINE,
     BYTE_ORDER_MARK,
@@ -30,6 +29,7 @@ from megatron_cpt.data.reading.records import (
 )
 from megatron_cpt.data.reading.streams import MAX_DOCUMENT_BYTES, Layout, Piece, piece_bytes
 from megatron_cpt.data.reading.tables import rows_of_block
+from megatron_cpt.data.reading.turns import BadConversation, Mark, Turn, from_json, text_of, turns_of, without_nulls
 
 MESSAGE_KEYS = ("conversations", "messages")
 KEPT_FIELDS = ("tools", "functions", "documents", "chat_template_kwargs", "system")
