@@ -96,6 +96,9 @@ def build_train_samples(
     samples = build_blended_samples(
         entries, num_samples, dataset_config, cache, skip=skip, shuffle_seed=shuffle_seed, order=order
     )
+    for shard in samples.shards:
+        if shard is not None:
+            shard.prompt_loss_weight = config.data.prompt_loss_weight
     if fim is not None:
         samples.fim = fim
         samples.fim_prefixes = {
