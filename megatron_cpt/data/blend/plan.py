@@ -27,7 +27,7 @@ from megatron_cpt.data.blend.table import BlendPlan, CorpusPlan, corpus_plans, i
 from megatron_cpt.data.lists.budget import apportion, exact, spread_samples
 from megatron_cpt.data.lists.data_list import DataEntry, read_data_list
 from megatron_cpt.data.shards.discovery import Shard, tokenizer_problems
-from megatron_cpt.data.shards.form import packing_problem, read_shard_form
+from megatron_cpt.data.shards.form import packing_problem, prompt_problem, read_shard_form
 from megatron_cpt.data.shards.skip_list import unread_prefixes
 from megatron_cpt.errors import DataError
 from megatron_cpt.log import format_count
@@ -62,6 +62,8 @@ def plan_blend(config: RunConfig, begun: Path | None = None, order: StageOrder |
         for prefix, length in lengths.items()
         if (problem := packing_problem(length, config.training.seq_length))
     ]
+    if config.data.prompt_loss_weight and shards:
+        problems += _prompt_problems([shard.prefix for shard in shards])
     _refuse(config, problems)
 
     total, num_samples = derived.train_tokens(config.training), derived.train_samples(config.training)
@@ -203,6 +205,15 @@ def _held_out_lengths(config: RunConfig) -> dict[str, int | None]:
         return {}
     prefixes = [prefix for corpus in config.data.corpora for prefix in validation_prefixes(config, corpus, [])]
     return {prefix: read_shard_form(Path(prefix)).packed_seq_length for prefix in prefixes}
+
+
+def _prompt_problems(prefixes: Sequence[str]) -> list[str]:
+    forms = {prefix: read_shard_form(Path(prefix)) for prefix in prefixes}
+    if not any(form.is_masked for form in forms.values()):
+        return [
+            "data.prompt_loss_weight has no effect: no shard of this stage has a mask. Remove it, or read shards of chats."
+        ]
+    return [f"{prefix} {problem}" for prefix, form in forms.items() if (problem := prompt_problem(form))]
 
 
 def _sentinel_problems(config: RunConfig) -> list[str]:

@@ -87,6 +87,9 @@ def build_train_samples(
 ) -> BlendedSamples:
     """Return the stage's samples in its order, without the documents of `data.skip_list`."""
     samples = build_ordered_samples(order, dataset_config, cache, skip=stage_skip_list(config))
+    for shard in samples.shards:
+        if shard is not None:
+            shard.prompt_loss_weight = config.data.prompt_loss_weight
     if fim is not None:
         samples.fim = fim
         samples.fim_prefixes = {
