@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from megatron_cpt.config.loading.sources import CHECKOUT
 
+from megatron_cpt.config.loading.sources import CHECKOUT
 from megatron_cpt.run.directory import RunDir
 from megatron_cpt.run.ledger import read_jobs
 from tests.checkpoint.conftest import build_hf_model
@@ -112,7 +112,10 @@ def ledger(root: Path, variant: str = "main") -> list[dict]:
     return list(read_jobs(RunDir(root / "runs/t/own/S" / variant).jobs).values())
 
 
-@pytest.mark.parametrize("architecture", ["llama", "llama-tied-llama3", "qwen3", "qwen3-moe"])
+@pytest.mark.parametrize(
+    "architecture",
+    ["llama", *(pytest.param(name, marks=pytest.mark.full) for name in ("llama-tied-llama3", "qwen3", "qwen3-moe"))],
+)
 def test_a_saved_folder_goes_through_every_stage(tmp_path, architecture):
     names = make_task(tmp_path, architecture)
     ended = call(tmp_path, "submit", "pipeline", *names)
@@ -127,6 +130,7 @@ def test_a_saved_folder_goes_through_every_stage(tmp_path, architecture):
     assert all(name in shown.stdout for name in STAGES), shown.stdout
 
 
+@pytest.mark.full
 def test_a_pipeline_again_keeps_what_holds_and_makes_what_does_not(tmp_path):
     names = make_task(tmp_path, "llama")
     ended = call(tmp_path, "submit", "pipeline", *names, "--only", "tokenize")
