@@ -16,6 +16,7 @@ the job starts in $HOME with OMP_NUM_THREADS=192, umask 0077 and a node file tha
                      for running jobs, and `qstat ID` of an ended one 153
     server="down"    the server is stopped: every command says `cannot connect to server` and gives 255
     qsub="silent"    the job is taken, and qsub ends without its answer (`End of File`, 1), as in a time-out
+    qsub="lost"      the connection breaks before the job is taken, with the same words
     qsub="notice"    a site's notice follows the id
     exit_status=-29  what PBS says of a job that was killed at its walltime, also where it had saved and ended well
     nodes=[...]      names in the node file
@@ -62,6 +63,8 @@ def behaviour(name: str, usual: object = None) -> object:
 
 def qsub(argv: list[str]) -> int:
     """Take a job and leave its keeper."""
+    if behaviour("qsub") == "lost":
+        return refuse(1, "qsub: End of File")
     options, words = parse_options(argv)
     if len(words) != 1:
         return refuse(2, "usage: qsub [options] script; a script takes no arguments")

@@ -36,8 +36,8 @@ def document_problems(config: RunConfig) -> list[str]:
 def untokenized(config: RunConfig) -> dict[str, list[str]]:
     """Return corpus -> documents that its token files were not made of, or not in the size that they have now.
 
-    Only what can be known counts: a corpus whose documents are not here (any more), or whose token files have no manifest
-    with sources, has no entry.
+    Only what can be known counts: a corpus whose documents are not here (any more), whose token files have no manifest with
+    sources, or were made of other files altogether (cleaned copies, say), has no entry.
     """
     found = {}
     for name in stage_corpora(config.data):
@@ -55,7 +55,21 @@ def untokenized(config: RunConfig) -> dict[str, list[str]]:
     return found
 
 
+def check_tokenized(config: RunConfig) -> None:
+    """Raise DataError where documents of a corpus are not in its token files: a job that made them failed, or they are new."""
+    problems = [
+        f"data.corpora.{name}: {len(paths)} of its documents are not in its token files, such as {paths[0]}. Tokens of all "
+        "documents are needed. Tokenize them (`submit pipeline --only tokenize`), or take them out of `documents`."
+        for name, paths in untokenized(config).items()
+    ]
+    if problems:
+        raise DataError("\n".join(problems))
+
+
 def _missing(sources: Sequence[Source], made_of: Counter[tuple[str, int]]) -> list[str]:
+    names = {name for name, _ in made_of}
+    if not any(source.path.name in names for source in sources):
+        return []
     left, missing = Counter(made_of), []
     for source in sources:
         key = (source.path.name, source.size)

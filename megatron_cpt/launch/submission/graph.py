@@ -134,7 +134,7 @@ def current_stages(submission: Submission, stages: Sequence[Work]) -> set[str]:
 
 def _is_current(stage: Work, jobs: Mapping[str, Mapping[str, Any]], *, has_outputs: bool) -> bool:
     """Return whether the newest job of this name finished, made of these inputs, and its outputs are as it left them."""
-    newest = next((job for job in reversed(jobs) if jobs[job].get("name") == stage.name and "/" not in job), None)
+    newest = next((job for job in reversed(list(jobs)) if jobs[job].get("name") == stage.name and "/" not in job), None)
     if newest is None:
         return False
     records: list[Mapping[str, Any]] = [jobs[newest]]

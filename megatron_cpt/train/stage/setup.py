@@ -25,6 +25,7 @@ from megatron_cpt.data.blend.stage_order import StageOrder, write_order
 from megatron_cpt.data.blend.start_position import continued_order
 from megatron_cpt.data.blend.table import BlendPlan
 from megatron_cpt.data.lists.data_list import DataEntry, read_data_list, write_data_list
+from megatron_cpt.data.shards.corpus_documents import check_tokenized
 from megatron_cpt.data.tokenizer.interface import Tokenizer, load_tokenizer
 from megatron_cpt.errors import ConfigError, DamagedError, DataError
 from megatron_cpt.run.data_history import keep_superseded
@@ -156,6 +157,8 @@ def _prepare(loaded: LoadedConfig, unreadable: Collection[Path], *, from_start: 
     def planned() -> StageOrder:
         plan = plan_blend(config, begun=run.data_list_path, order=_continued_order(config, run, manifest))
         if not from_start:
+            if own is None:
+                check_tokenized(config)
             _prepare_run_dir(loaded, run, plan, iteration, is_changed=is_changed, may_change_list=may_change_list)
         return plan.order
 
