@@ -70,6 +70,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--must-finish", action="store_true", help=f"exit {NOT_FINISHED_EXIT_CODE} if it is not finished"
     )
     parser.add_argument("--preflight", action="store_true", help="measure the nodes first; bad ones end the job")
+    parser.add_argument("--device", choices=("cuda", "xpu", "cpu"), help="preflight: what every rank must find")
     parser.add_argument("--max-failures", type=int, default=2, help="links without progress that break the chain")
     parser.add_argument("--reads", type=json.loads, default=[], help="what it is made of, for the ledger, as JSON")
     parser.add_argument("--writes", type=json.loads, default=[], help="what it makes, for the ledger, as JSON")
@@ -323,6 +324,7 @@ def _preflight(arguments: argparse.Namespace, run: RunDir, job: str, host: str, 
     """
     program = [arguments.program[0], "-m", "megatron_cpt", "preflight", "--run-dir", str(run.path)]
     program += ["--gpus-per-node", str(arguments.gpus_per_node)]
+    program += ["--device", arguments.device] if arguments.device else []
     measured = argparse.Namespace(**{**vars(arguments), "program": program, "log_dir": arguments.log_dir / "preflight"})
     measured.log_dir.mkdir(parents=True, exist_ok=True)
     before = read_excluded(run.jobs)

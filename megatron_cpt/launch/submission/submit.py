@@ -112,6 +112,7 @@ def rank_job(
     options = ["--launcher", launcher, "--processes", site.processes, "--nodes", str(launch.nodes)]
     options += ["--gpus-per-node", str(launch.gpus_per_node), *more_options]
     options += ["--preflight"] if site.preflight else []
+    options += ["--device", launch.device] if launch.device else []
     options += ["--forward", ",".join(site.environment)] if site.environment else []
     command = [submission.python, "-m", "megatron_cpt", *words]
     job = _job(submission, stage, label, options, command)
