@@ -179,7 +179,7 @@ class Pipeline(RuleBasedStateMachine):
         executor.scheduler = self.fake
         executor.begin()
         stages = self.stages()
-        return list(pipeline._submit(executor, stages, current_stages(own, stages), links, 2).ids)
+        return list(pipeline._submit(executor, stages, current_stages(own, stages), links, 2, []).ids)
 
     @rule(links=st.integers(1, 3), loses=st.booleans())
     def command(self, links, loses):

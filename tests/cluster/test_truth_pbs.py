@@ -227,3 +227,30 @@ def test_dependencies_that_both_hold(pbs_run):
         later(pbs_run), "convert", ["show-config"], dependencies=[Dependency("afterok", (first, second))]
     )
     assert [state.state for state in pbs_run.wait(first, second, third)] == ["finished", "failed", "cancelled"]
+
+
+def test_a_pipeline_that_the_scheduler_refuses_in_the_middle_names_what_is_queued(pbs_run, monkeypatch):
+    from megatron_cpt.launch.submission import pipeline
+    from megatron_cpt.launch.submission.executor import Batch
+
+    stages = [
+        Work(name="build-index", stage="build-index", words=("blend", "build-index")),
+        Work(name="train", stage="train", words=("train",), on_ranks=True, link=Link(number=1), needs=("build-index",)),
+    ]
+    monkeypatch.setattr(pipeline, "pipeline_stages", lambda *_, **__: stages)
+    monkeypatch.setattr(pipeline, "training_problems", lambda *_, **__: [])
+    slow_parent(pbs_run, 0)
+    site = dataclasses.replace(later(pbs_run).site, options=("-Z wrong",))
+    plain = Batch.submit
+
+    def submit(self, work, after=()):
+        if work.link is not None:
+            self.submission = dataclasses.replace(self.submission, site=site)
+        return plain(self, work, after)
+
+    monkeypatch.setattr(Batch, "submit", submit)
+    with pytest.raises(
+        LaunchError, match=r"illegal option.*Queued before that and still there: 1.pbs1. Correct the cause"
+    ):
+        pipeline.submit_pipeline(later(pbs_run))
+    assert pbs_run.jobs()["1.pbs1"]["name"] == "build-index" and not open_intents(pbs_run.run.jobs)

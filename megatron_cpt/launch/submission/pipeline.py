@@ -54,13 +54,27 @@ def submit_pipeline(
         return Submitted()
     with run_lock(submission.run.jobs / "submit.lock", "another submission"):
         executor.begin()
-        return _submit(executor, stages, current, num_links, max_failures)
+        submitted: list[str] = []
+        try:
+            return _submit(executor, stages, current, num_links, max_failures, submitted)
+        except LaunchError as problem:
+            if not executor.waits or not submitted:
+                raise
+            raise type(problem)(
+                f"{problem} Queued before that and still there: {', '.join(submitted)}. Correct the cause and give the same "
+                "command again: it goes on behind them."
+            ) from None
 
 
 def _submit(
-    executor: Executor, stages: Sequence[Work], current: set[str], num_links: int, max_failures: int
+    executor: Executor,
+    stages: Sequence[Work],
+    current: set[str],
+    num_links: int,
+    max_failures: int,
+    submitted: list[str],
 ) -> Submitted:
-    submitted: list[str] = []
+    """Run or queue the stages that are not current; `submitted` gains the ids as they come."""
     last_ids: dict[str, str] = {}
     first = executor.parents()
     for stage in stages:
