@@ -6,7 +6,6 @@ and writes the result, so that memory holds a few tensors per worker. An output 
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import json
 import logging
@@ -39,7 +38,7 @@ from megatron_cpt.checkpoint.torch_dist.release import is_made, release_manifest
 from megatron_cpt.checkpoint.torch_dist.weights import MegatronWeights, TorchDistWeights
 from megatron_cpt.config.settings.schema import ModelConfig
 from megatron_cpt.errors import CheckpointError
-from megatron_cpt.files import file_hash, read_json, text_hash, whole_dir, write_json
+from megatron_cpt.files import file_hash, read_json, take_lock, text_hash, whole_dir, write_json
 from megatron_cpt.log import Progress, format_bytes
 
 logger = logging.getLogger(__name__)
@@ -285,12 +284,8 @@ def claimed(directory: Path) -> Iterator[None]:
     """
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise
-        except OSError:
-            logger.debug("%s: this file system has no locks", directory)
+        if not take_lock(descriptor, directory):
+            raise BlockingIOError
         yield
     finally:
         os.close(descriptor)
