@@ -18,11 +18,12 @@ from typing import IO, Any
 
 import numpy as np
 
+from megatron_cpt.data.checksums import COLUMNS, as_text, placed, sampled_hash
 from megatron_cpt.data.documents import Source
 from megatron_cpt.data.grouping import ShardPlan
 from megatron_cpt.data.indexed import bin_path, idx_path, manifest_path, read_index, write_index
-from megatron_cpt.data.records import Problem
-from megatron_cpt.data.tokenizer import same_tokenizer
+from megatron_cpt.data.records import CONTROL_TOKEN, EMPTY_TEXT, Problem
+from megatron_cpt.data.tokenizer import describe, same_tokenizer
 from megatron_cpt.data.workers import PieceResult, TaskResult
 from megatron_cpt.errors import DataError
 from megatron_cpt.files import read_json, whole_file, write_json
@@ -50,7 +51,8 @@ class ShardWriter:
         self.offsets = [0] * len(keys)
         self.lengths: list[list[np.ndarray]] = [[] for _ in keys]
         self.counts = [_SourceCounts(len(keys)) for _ in plan.sources]
-        self.rows: list[np.ndarray] = []
+        self.rows: list[list[np.ndarray]] = [[] for _ in keys]
+        self.sums = [np.zeros(COLUMNS, dtype=f"<u{dtype.itemsize}") for _ in keys]
         self.rejects: IO[str] | None = None
         """A nameless file: a broken source of many gigabytes must not lie in memory."""
         self.keeps_provenance = options["provenance"]
@@ -75,6 +77,7 @@ class ShardWriter:
         places = []
         for key, lengths in enumerate(result.lengths):
             places.append((str(_partial_path(self.prefixes[key])), self.offsets[key]))
+            self.sums[key] += placed(result.sums[key], self.offsets[key] // self.dtype.itemsize)
             self.offsets[key] += int(lengths.sum(dtype=np.int64)) * self.dtype.itemsize
             self.lengths[key].append(lengths)
         return places
@@ -93,7 +96,7 @@ class ShardWriter:
             write_index(idx_path(prefix), self.dtype, lengths)
             if self.keeps_provenance:
                 with whole_file(provenance_path(prefix), "wb") as file:
-                    np.save(file, np.concatenate([np.empty((0, 2), np.int64), *self.rows]))
+                    np.save(file, np.concatenate([np.empty((0, 2), np.int64), *self.rows[key]]))
             manifests.append(self._manifest(key, len(lengths)))
         self._write_rejects()
         for prefix, manifest in zip(self.prefixes, manifests, strict=True):
@@ -127,10 +130,11 @@ class ShardWriter:
             counts.rejects[problem.kind] += 1
             self._reject(problem.record(os.path.abspath(source.path), counts.lines + problem.line + 1))
         if self.keeps_provenance and piece.lines is not None:
-            rows = np.empty((len(piece.lines), 2), dtype=np.int64)
-            rows[:, 0] = piece.source
-            rows[:, 1] = counts.lines + 1 + piece.lines.astype(np.int64)
-            self.rows.append(rows)
+            for of_key, lines in zip(self.rows, piece.lines, strict=True):
+                rows = np.empty((len(lines), 2), dtype=np.int64)
+                rows[:, 0] = piece.source
+                rows[:, 1] = counts.lines + 1 + lines.astype(np.int64)
+                of_key.append(rows)
         counts.add(piece)
 
     def _check_sources(self) -> None:
@@ -146,9 +150,11 @@ class ShardWriter:
         ]
         totals: Counter[str] = Counter()
         notes: Counter[str] = Counter()
-        for counts in self.counts:
+        control: Counter[str] = Counter()
+        for counts, source in zip(self.counts, sources, strict=True):
             totals += counts.rejects
-            notes += counts.notes
+            notes += Counter(source["notes"])
+            control += counts.control_tokens[key]
         return {
             "format": FORMAT,
             "documents": documents,
@@ -157,6 +163,8 @@ class ShardWriter:
             "lines": sum(counts.lines for counts in self.counts),
             "rejects": dict(totals),
             "notes": dict(notes),
+            "control_tokens": dict(sorted(control.items())),
+            "checksums": {"columns": as_text(self.sums[key]), "sampled": sampled_hash(bin_path(self.prefixes[key]))},
             "dtype": self.dtype.name,
             "key": self.keys[key],
             "tokenizer": self.tokenizer,
@@ -193,7 +201,7 @@ def is_finished(plan: ShardPlan, keys: Sequence[str], tokenizer: dict[str, Any],
         manifest = read_json(manifest_path(prefix), DataError)
         if not same_tokenizer(manifest["tokenizer"], tokenizer):
             raise DataError(
-                f"{prefix}: was tokenized with {_short(manifest['tokenizer'])}, not with {_short(tokenizer)}. "
+                f"{prefix}: was tokenized with {describe(manifest['tokenizer'])}, not with {describe(tokenizer)}. "
                 "Shards of one output must not mix tokenizers. Remove the old shards or choose another output."
             )
         if changed := [name for name in options if manifest["options"].get(name) != options[name]]:
@@ -236,8 +244,8 @@ def check_neighbours(output_dir: Path, tokenizer: dict[str, Any]) -> None:
         manifest = read_json(path, DataError)
         if isinstance(manifest, dict) and not same_tokenizer(manifest.get("tokenizer"), tokenizer):
             raise DataError(
-                f"{path}: is of a shard tokenized with {_short(manifest.get('tokenizer') or {})}, not with "
-                f"{_short(tokenizer)}. Shards of one folder must not mix tokenizers. Choose another output."
+                f"{path}: is of a shard tokenized with {describe(manifest.get('tokenizer'))}, not with "
+                f"{describe(tokenizer)}. Shards of one folder must not mix tokenizers. Choose another output."
             )
 
 
@@ -266,27 +274,40 @@ class _SourceCounts:
     """What one source has given so far; lists have one entry per key."""
 
     def __init__(self, num_keys: int):
-        self.lines = self.documents = 0
-        self.tokens, self.text_bytes = [0] * num_keys, [0] * num_keys
+        self.lines = 0
+        self.documents, self.tokens, self.text_bytes = [0] * num_keys, [0] * num_keys, [0] * num_keys
+        self.empty, self.without_tokens, self.with_control = [0] * num_keys, [0] * num_keys, [0] * num_keys
+        self.control_tokens: list[Counter[str]] = [Counter() for _ in range(num_keys)]
         self.rejects: Counter[str] = Counter()
         self.notes: Counter[str] = Counter()
 
     def add(self, piece: PieceResult) -> None:
         self.lines += piece.num_lines
-        self.documents += piece.documents
-        self.tokens = [a + b for a, b in zip(self.tokens, piece.tokens, strict=True)]
-        self.text_bytes = [a + b for a, b in zip(self.text_bytes, piece.text_bytes, strict=True)]
+        self.documents = _added(self.documents, piece.documents)
+        self.tokens = _added(self.tokens, piece.tokens)
+        self.text_bytes = _added(self.text_bytes, piece.text_bytes)
+        self.empty = _added(self.empty, piece.empty)
+        self.without_tokens = _added(self.without_tokens, piece.without_tokens)
+        self.with_control = _added(self.with_control, piece.with_control_tokens)
         self.notes += piece.notes
+        for total, found in zip(self.control_tokens, piece.control_tokens, strict=True):
+            total.update(found)
 
     def record(self, key: int) -> dict[str, Any]:
+        notes = self.notes + Counter({EMPTY_TEXT: self.empty[key], CONTROL_TOKEN: self.with_control[key]})
         return {
             "lines": self.lines,
-            "documents": self.documents,
+            "documents": self.documents[key],
             "tokens": self.tokens[key],
             "bytes": self.text_bytes[key],
+            "without_tokens": self.without_tokens[key],
             "rejects": dict(self.rejects),
-            "notes": dict(self.notes),
+            "notes": dict(notes),
         }
+
+
+def _added(totals: list[int], counts: Sequence[int]) -> list[int]:
+    return [total + count for total, count in zip(totals, counts, strict=True)]
 
 
 def _partial_path(prefix: Path) -> Path:
@@ -311,6 +332,3 @@ def _open_partial(path: Path) -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return descriptor
 
-
-def _short(tokenizer: dict[str, Any]) -> str:
-    return f"{tokenizer.get('name')} (hash {str(tokenizer.get('hash'))[:8]}, eod {tokenizer.get('eod_id')})"
