@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from megatron_cpt.data.records import CONTROL_TOKEN, Parsed, Problem, as_line
+from megatron_cpt.data.reading.records import CONTROL_TOKEN, Parsed, Problem, as_line
 
 SPECIAL_TOKENS = ("text", "token", "reject")
 """text: a control token in a text is text; token: it is that token; reject: such a document is a bad line."""

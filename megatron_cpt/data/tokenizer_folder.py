@@ -67,7 +67,9 @@ def named_tokens(folder: Path) -> list[str]:
 
 def folder_hash(folder: Path) -> str:
     """Return the hash of all that decides a folder's ids: vocabulary files, added tokens and settings, not the chat template."""
-    names = (JSON,) if (folder / JSON).is_file() else VOCABULARIES  # transformers takes the first where there are several
+    names = (
+        (JSON,) if (folder / JSON).is_file() else VOCABULARIES
+    )  # transformers takes the first where there are several
     files = {name: file_hash(folder / name) for name in names if (folder / name).is_file()}
     config = {key: value for key, value in settings_of(folder / CONFIG).items() if key not in _HARMLESS}
     beside = {name: settings_of(folder / name) for name in (SPECIAL_MAP, ADDED)}
@@ -81,7 +83,11 @@ def is_tiktoken(path: Path) -> bool:
             token, _, rank = file.readline(4096).strip().partition(b" ")
     except OSError:
         return False
-    return bool(token) and rank.isdigit() and not token.strip(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=")
+    return (
+        bool(token)
+        and rank.isdigit()
+        and not token.strip(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=")
+    )
 
 
 def tiktoken_refusal(path: Path) -> DataError:

@@ -54,7 +54,9 @@ def transformers_reading(folder: Path) -> dict[str, Any]:
     try:
         version = importlib.metadata.version("transformers")
     except importlib.metadata.PackageNotFoundError:
-        raise DataError(f"{folder}: transformers is not installed. It says how the folder is read. Install it.") from None
+        raise DataError(
+            f"{folder}: transformers is not installed. It says how the folder is read. Install it."
+        ) from None
     path = _cache_path(folder, version)
     with contextlib.suppress(OSError, ValueError):
         return dict(json.loads(path.read_text(encoding="utf-8")))
@@ -115,8 +117,14 @@ def _prefix(tokenizer: Any) -> list[int]:
 
 def _ask(folder: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", __name__, os.fspath(folder.absolute())]
-    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(megatron_cpt.__file__).parent.parent), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
+    environment["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [str(Path(megatron_cpt.__file__).parent.parent), os.environ.get("PYTHONPATH")])
+    )
     try:
         answer = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_SECONDS, env=environment, check=False
@@ -134,7 +142,9 @@ def _ask(folder: Path) -> dict[str, Any]:
 
 def _cache_path(folder: Path, version: str) -> Path:
     digest = hashlib.blake2b(f"{_FORMAT} {version}\n".encode(), digest_size=16)
-    names = sorted({*_FILES, *(path.name for path in folder.glob("*.model")), *(p.name for p in folder.glob("*.tiktoken"))})
+    names = sorted(
+        {*_FILES, *(path.name for path in folder.glob("*.model")), *(p.name for p in folder.glob("*.tiktoken"))}
+    )
     for name in names:
         if (folder / name).is_file():
             digest.update(f"{name} {file_hash(folder / name)}\n".encode())
