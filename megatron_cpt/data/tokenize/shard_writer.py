@@ -18,9 +18,9 @@ from typing import IO, Any
 
 import numpy as np
 
-from megatron_cpt.data.checksums import COLUMNS, as_text, placed, sampled_hash
 from megatron_cpt.data.reading.documents import Source
 from megatron_cpt.data.reading.records import CONTROL_TOKEN, EMPTY_TEXT, Problem
+from megatron_cpt.data.shards.checksums import COLUMNS, as_text, placed, sampled_hash
 from megatron_cpt.data.shards.indexed import bin_path, idx_path, manifest_path, read_index, write_index
 from megatron_cpt.data.tokenize.shard_plan import ShardPlan
 from megatron_cpt.data.tokenize.workers import PieceResult, TaskResult

@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_cpt.data.checksums import column_sums
-from megatron_cpt.data.control_tokens import ControlTokens
 from megatron_cpt.data.reading.records import EMPTY_TEXT, Parsed, Problem
 from megatron_cpt.data.reading.streams import Layout, Piece, parse_piece
+from megatron_cpt.data.shards.checksums import column_sums
+from megatron_cpt.data.tokenizer.control_tokens import ControlTokens
 from megatron_cpt.data.tokenizer.engines import Engine, EngineRefusal, load_checked_engine, load_engine
 from megatron_cpt.data.tokenizer.interface import SpecialTokens, Tokenizer, load_tokenizer
 from megatron_cpt.errors import CptError, DataError
@@ -97,7 +97,7 @@ class TaskResult:
     lengths: list[np.ndarray]
     """Tokens of each document, end-of-document token included; int32 [documents] per key."""
     sums: list[np.ndarray]
-    """Column sums of the ids (`data/checksums.py`) per key."""
+    """Column sums of the ids (`data/shards/checksums.py`) per key."""
 
 
 class WorkerPool:

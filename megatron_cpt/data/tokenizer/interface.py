@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from megatron_cpt.data.tokenizer_folder import (
+from megatron_cpt.data.tokenizer.folder import (
     CONFIG,
     JSON,
     MODEL,
@@ -27,7 +27,7 @@ from megatron_cpt.data.tokenizer_folder import (
     settings_of,
     tiktoken_refusal,
 )
-from megatron_cpt.data.transformers_reading import transformers_reading
+from megatron_cpt.data.tokenizer.transformers_reading import transformers_reading
 from megatron_cpt.errors import DataError
 from megatron_cpt.files import file_hash
 

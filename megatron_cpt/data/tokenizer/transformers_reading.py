@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import megatron_cpt
-from megatron_cpt.data.tokenizer_folder import ADDED, CONFIG, SPECIAL_MAP, VOCABULARIES
+from megatron_cpt.data.tokenizer.folder import ADDED, CONFIG, SPECIAL_MAP, VOCABULARIES
 from megatron_cpt.errors import DataError
 from megatron_cpt.files import file_hash, write_text
 

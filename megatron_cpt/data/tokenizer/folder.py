@@ -3,7 +3,7 @@
 transformers reads a folder as a whole: tokens that stand in `tokenizer_config.json` (`added_tokens_decoder`, named special
 tokens, extra special tokens), or without that in `special_tokens_map.json` and `added_tokens.json`, join the vocabulary of
 `tokenizer.json` or `tokenizer.model`. Where they add nothing, the vocabulary's file is the whole tokenizer, and its hash is
-the tokenizer's. Everything else is read by transformers itself (`data/transformers_reading.py`), and hashed with what it read.
+the tokenizer's. Everything else is read by transformers itself (`data/tokenizer/transformers_reading.py`), and hashed with what it read.
 
 Source: transformers 5.23, tokenization_utils_base.py, `_from_pretrained`; tokenization_utils_tokenizers.py, `__init__`.
 """
