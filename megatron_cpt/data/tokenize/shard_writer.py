@@ -21,7 +21,14 @@ import numpy as np
 from megatron_cpt.data.reading.documents import Source
 from megatron_cpt.data.reading.records import CONTROL_TOKEN, EMPTY_TEXT, Problem
 from megatron_cpt.data.shards.checksums import COLUMNS, as_text, placed, sampled_hash
-from megatron_cpt.data.shards.indexed import bin_path, idx_path, manifest_path, read_index, write_index
+from megatron_cpt.data.shards.indexed import (
+    bin_path,
+    idx_path,
+    manifest_path,
+    read_index,
+    shard_options,
+    write_index,
+)
 from megatron_cpt.data.tokenize.shard_plan import ShardPlan
 from megatron_cpt.data.tokenize.workers import PieceResult, TaskResult
 from megatron_cpt.data.tokenizer.interface import describe, same_tokenizer
@@ -204,8 +211,9 @@ def is_finished(plan: ShardPlan, keys: Sequence[str], tokenizer: dict[str, Any],
                 f"{prefix}: was tokenized with {describe(manifest['tokenizer'])}, not with {describe(tokenizer)}. "
                 "Shards of one output must not mix tokenizers. Remove the old shards or choose another output."
             )
-        if changed := [name for name in options if manifest["options"].get(name) != options[name]]:
-            old, new = manifest["options"].get(changed[0]), options[changed[0]]
+        made_with = shard_options(manifest)
+        if changed := [name for name in options if made_with.get(name) != options[name]]:
+            old, new = made_with.get(changed[0]), options[changed[0]]
             raise DataError(
                 f"{prefix}: was tokenized with {changed[0]}={old!r}, not {new!r}. "
                 "Shards of one output must not mix options. Remove the old shards or choose another output."
@@ -235,18 +243,33 @@ def list_leftovers(plans: Sequence[ShardPlan], keys: Sequence[str]) -> dict[Path
     return found
 
 
-def check_neighbours(output_dir: Path, tokenizer: dict[str, Any]) -> None:
+def is_of_an_older_release(prefix: Path) -> bool:
+    """Return whether a shard is there that was tokenized before its manifest told of control tokens and BOS."""
+    return manifest_path(prefix).exists() and _is_older(read_json(manifest_path(prefix), DataError))
+
+
+def _is_older(manifest: dict[str, Any]) -> bool:
+    options = manifest.get("options") or {}
+    return "append_eod" in options and not options.get("adopted") and "special_tokens" not in options
+
+
+def check_neighbours(output_dir: Path, tokenizer: dict[str, Any]) -> bool:
     """Refuse an output folder that holds shards of another tokenizer, whatever they are called.
+
+    Returns whether there are some that were tokenized by an earlier release.
 
     Raises: DataError naming the first.
     """
+    is_older = False
     for path in sorted(output_dir.rglob("*_document.json")):
         manifest = read_json(path, DataError)
+        is_older |= isinstance(manifest, dict) and _is_older(manifest)
         if isinstance(manifest, dict) and not same_tokenizer(manifest.get("tokenizer"), tokenizer):
             raise DataError(
                 f"{path}: is of a shard tokenized with {describe(manifest.get('tokenizer'))}, not with "
                 f"{describe(tokenizer)}. Shards of one folder must not mix tokenizers. Choose another output."
             )
+    return is_older
 
 
 def bad_line(source: Source, line: int, problem: Problem, policy: str) -> DataError:

@@ -6,7 +6,6 @@ worker writes with `pwrite`. So no ids travel between processes, nothing is merg
 depend on who is faster. Messages to a worker are small, so that no two processes can wait for each other's pipes.
 """
 
-import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -28,10 +27,8 @@ from megatron_cpt.data.shards.checksums import column_sums
 from megatron_cpt.data.tokenizer.control_tokens import ControlTokens
 from megatron_cpt.data.tokenizer.engines import Engine, EngineRefusal, load_checked_engine, load_engine
 from megatron_cpt.data.tokenizer.interface import SpecialTokens, Tokenizer, load_tokenizer
+from megatron_cpt.data.tokenizer.threads import ONE_THREAD, one_thread
 from megatron_cpt.errors import CptError, DataError
-
-ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "FASTOKENS_BPE_THREADS": "1"}
-"""Environment that keeps the engines to one thread in each worker; fastokens has threads of its own besides rayon's."""
 
 _THREAD_END_SECONDS = 1.0
 _PR_SET_PDEATHSIG = 1
@@ -173,7 +170,7 @@ class WorkerPool:
 def _prepare(job: Job, tokenizer: Tokenizer) -> tuple[Engine, bool]:
     """Return a checked engine, and whether workers may be forked from this process with it: it has one thread."""
     was_alone = _num_threads() == 1
-    with _one_thread():
+    with one_thread():
         try:
             engine = load_checked_engine(tokenizer, job.engine)
         except EngineRefusal as refusal:
@@ -186,21 +183,6 @@ def _prepare(job: Job, tokenizer: Tokenizer) -> tuple[Engine, bool]:
 
 def _num_threads() -> int:
     return len(os.listdir("/proc/self/task"))
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Keep the engines that are loaded here to one thread: a process that has others cannot be forked."""
-    before = {name: os.environ.get(name) for name in ONE_THREAD}
-    os.environ.update(ONE_THREAD)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _work(

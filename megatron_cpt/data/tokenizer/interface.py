@@ -27,6 +27,7 @@ from megatron_cpt.data.tokenizer.folder import (
     settings_of,
     tiktoken_refusal,
 )
+from megatron_cpt.data.tokenizer.threads import one_thread
 from megatron_cpt.data.tokenizer.transformers_reading import transformers_reading
 from megatron_cpt.errors import DataError
 from megatron_cpt.files import file_hash
@@ -75,7 +76,6 @@ class HuggingFaceTokenizer:
         definition: bytes,
         backend: Any,
         eod_token: str | None,
-        special_tokens: SpecialTokens,
     ):
         """Keep a loaded `backend`; without `json_path` several files of the folder `path` gave its definition."""
         self.path = path
@@ -85,8 +85,7 @@ class HuggingFaceTokenizer:
         self.backend = backend
         self.backend.no_truncation()
         self.backend.no_padding()
-        self.special_tokens = special_tokens
-        self.backend.encode_special_tokens = special_tokens == "text"
+        self.special_tokens: SpecialTokens = "token"
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(len(vocabulary), max(vocabulary.values(), default=-1) + 1)
         self.eod_id = _eod_id(where, vocabulary, eod_token)
@@ -170,10 +169,9 @@ def load_tokenizer(path: Path, eod_token: str | None = None, special_tokens: Spe
     Raises: DataError when there is none, it is damaged, or its end-of-document token cannot be told.
     """
     path = Path(path)
-    how = special_tokens or "token"
     tokenizer: Tokenizer
     if path.is_dir():
-        tokenizer = _read_folder(path, eod_token, how)
+        tokenizer = _read_folder(path, eod_token)
     elif not path.is_file():
         raise DataError(f"{path}: no such tokenizer. Name a Hugging Face folder, a tokenizer.json or a .model file.")
     elif path.suffix == ".tiktoken":
@@ -182,15 +180,27 @@ def load_tokenizer(path: Path, eod_token: str | None = None, special_tokens: Spe
         raise DataError(f"{path}: is a part of a tokenizer. The others are needed too. Name the folder {path.parent}.")
     elif path.suffix == ".json":
         definition, backend = _definition(path)
-        tokenizer = HuggingFaceTokenizer(path, path, definition, backend, eod_token, how)
+        tokenizer = HuggingFaceTokenizer(path, path, definition, backend, eod_token)
     else:
         tokenizer = SentencePieceTokenizer(path, path, eod_token)
-    if special_tokens == "token" and isinstance(tokenizer, SentencePieceTokenizer):
-        raise DataError(
-            f"{path}: is a SentencePiece model, which reads control symbols in a text as text. Use --special-tokens text, or "
-            "a folder with the model's tokenizer.json."
-        )
+    if special_tokens:
+        read_special_tokens(tokenizer, special_tokens)
     return tokenizer
+
+
+def read_special_tokens(tokenizer: Tokenizer, how: SpecialTokens) -> None:
+    """Let a tokenizer read the control tokens that a text spells as `how` says.
+
+    Raises: DataError when it cannot.
+    """
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        tokenizer.special_tokens = how
+        tokenizer.backend.encode_special_tokens = how == "text"
+    elif how == "token":
+        raise DataError(
+            f"{tokenizer.path}: is a SentencePiece model, which reads control symbols in a text as text. Use --special-tokens "
+            "text, or a folder with the model's tokenizer.json."
+        )
 
 
 def check_reading(tokenizer: Tokenizer) -> list[int]:
@@ -211,7 +221,7 @@ def check_reading(tokenizer: Tokenizer) -> list[int]:
     if "error" in reading:
         raise _unreadable(folder, reading["error"])
     if difference := _difference(tokenizer, reading):
-        file = getattr(tokenizer, "json_path", None) or getattr(tokenizer, "model_path", folder)
+        file: Path = getattr(tokenizer, "json_path", getattr(tokenizer, "model_path", None)) or folder
         raise DataError(
             f"{folder}: {file.name} alone is read otherwise than by transformers ({reading['class']}): {difference}. Training "
             f"and evaluation must read alike. {save_remedy(folder)} Or name {file} itself, to mean this file alone."
@@ -274,14 +284,14 @@ def describe(identity: dict[str, Any] | None) -> str:
     )
 
 
-def _read_folder(folder: Path, eod_token: str | None, special_tokens: SpecialTokens) -> Tokenizer:
+def _read_folder(folder: Path, eod_token: str | None) -> Tokenizer:
     """Return the tokenizer of a folder: of the file that says everything, else as transformers puts it together."""
     json_path, model_path = folder / JSON, folder / MODEL
     named = set(named_tokens(folder))
     if json_path.is_file():
         definition, backend = _definition(json_path)
         if named <= {token.content for token in backend.get_added_tokens_decoder().values()}:
-            return HuggingFaceTokenizer(folder, json_path, definition, backend, eod_token, special_tokens)
+            return HuggingFaceTokenizer(folder, json_path, definition, backend, eod_token)
     elif model_path.is_file():
         # a plain piece that is named as a token would be found whole in a text by transformers
         if not is_tiktoken(model_path):
@@ -295,7 +305,7 @@ def _read_folder(folder: Path, eod_token: str | None, special_tokens: SpecialTok
             f"{folder}: holds neither tokenizer.json nor tokenizer.model, nor another vocabulary that is known "
             f"({', '.join(VOCABULARIES[2:])}). Name a tokenizer's folder or file."
         )
-    return _read_by_transformers(folder, eod_token, special_tokens)
+    return _read_by_transformers(folder, eod_token)
 
 
 def _definition(path: Path, definition: bytes | None = None) -> tuple[bytes, Any]:
@@ -309,17 +319,17 @@ def _definition(path: Path, definition: bytes | None = None) -> tuple[bytes, Any
         raise DataError(f"{path}: not a tokenizer ({problem}).") from None
 
 
-def _read_by_transformers(folder: Path, eod_token: str | None, special_tokens: SpecialTokens) -> HuggingFaceTokenizer:
-    reading = transformers_reading(folder)
+def _read_by_transformers(folder: Path, eod_token: str | None) -> HuggingFaceTokenizer:
+    reading = transformers_reading(folder, needs_definition=True)
     if "error" in reading:
         if is_tiktoken(folder / MODEL):
             raise tiktoken_refusal(folder / MODEL)
         raise _unreadable(folder, reading["error"])
-    if reading["definition"] is None:
+    if not reading["is_fast"]:
         raise _unreadable(folder, f"its class {reading['class']} is no fast tokenizer")
     definition, backend = _definition(folder, reading["definition"].encode())
     eod_token = eod_token or _configured_eos(folder) or reading["eos_token"]
-    tokenizer = HuggingFaceTokenizer(folder, None, definition, backend, eod_token, special_tokens)
+    tokenizer = HuggingFaceTokenizer(folder, None, definition, backend, eod_token)
     logger.info("%s: read by transformers (%s), since several files make the tokenizer", folder, reading["class"])
     return tokenizer
 
@@ -348,14 +358,12 @@ def _difference(tokenizer: Tokenizer, reading: dict[str, Any]) -> str | None:
         # a model reads control symbols as text, transformers as tokens: --special-tokens text is all that it can do
         kept = [i for i, text in enumerate(texts) if not any(content in text for content in added.values())]
         ids, texts = [ids[i] for i in kept], [texts[i] for i in kept]
-    how = getattr(tokenizer, "backend", None) if isinstance(tokenizer, HuggingFaceTokenizer) else None
-    if how is not None:
-        how.encode_special_tokens = False
-    try:
+    how = tokenizer.special_tokens
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        read_special_tokens(tokenizer, "token")
+    with one_thread():
         found_ids = tokenizer.encode_batch(texts)
-    finally:
-        if how is not None:
-            how.encode_special_tokens = tokenizer.special_tokens == "text"
+    read_special_tokens(tokenizer, how)
     for text, expected, mine in zip(texts, ids, found_ids, strict=True):
         if list(expected) != list(mine):
             return f"{text[:40]!r} is {expected[:8]}, here {list(mine)[:8]}"

@@ -42,12 +42,12 @@ _PROBES = (
 )
 
 
-def transformers_reading(folder: Path) -> dict[str, Any]:
+def transformers_reading(folder: Path, *, needs_definition: bool = False) -> dict[str, Any]:
     """Return what transformers makes of a tokenizer's folder.
 
-    `class`, `length`, `added` (id, content and properties of each added token), `texts` and `ids` (probes, without special
-    tokens around them), `prefix` (ids that are put before a text), `definition` (a `tokenizer.json`; None where its
-    tokenizer is no fast one); or `error` alone, when it refuses.
+    `class`, `length`, `added` (id, content and whether it is special, of each added token), `texts` and `ids` (probes, without
+    special tokens around them), `prefix` (ids that are put before a text), `eos_token`, `is_fast`, and if asked for
+    `definition` (its `tokenizer.json`); or `error` alone, when it refuses.
 
     Raises: DataError when transformers cannot be asked at all.
     """
@@ -59,14 +59,20 @@ def transformers_reading(folder: Path) -> dict[str, Any]:
         ) from None
     path = _cache_path(folder, version)
     with contextlib.suppress(OSError, ValueError):
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        kept = dict(json.loads(path.read_text(encoding="utf-8")))
+        if needs_definition:
+            kept["definition"] = _definition_path(path).read_text(encoding="utf-8")
+        return kept
     found = read(folder) if "transformers" in sys.modules else _ask(folder)
-    if "error" not in found:  # a refusal may have passing causes
-        try:
-            write_text(path, json.dumps(found))
-        except OSError as problem:
-            logger.debug("%s: not kept (%s)", path, problem.strerror)
-    return found
+    if "error" in found:  # a refusal may have passing causes
+        return found
+    definition = found.pop("definition")
+    try:
+        write_text(_definition_path(path), definition)
+        write_text(path, json.dumps(found))
+    except OSError as problem:
+        logger.debug("%s: not kept (%s)", path, problem.strerror)
+    return found | ({"definition": definition} if needs_definition else {})
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -97,7 +103,8 @@ def read(folder: Path) -> dict[str, Any]:
         "ids": [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts],
         "prefix": _prefix(tokenizer),
         "eos_token": None if tokenizer.eos_token is None else str(tokenizer.eos_token),
-        "definition": None if backend is None else backend.to_str(),
+        "is_fast": backend is not None,
+        "definition": "" if backend is None else backend.to_str(),
     }
 
 
@@ -150,6 +157,10 @@ def _cache_path(folder: Path, version: str) -> Path:
             digest.update(f"{name} {file_hash(folder / name)}\n".encode())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "megatron-cpt" / "tokenizers" / f"{digest.hexdigest()}.json"
+
+
+def _definition_path(path: Path) -> Path:
+    return path.with_name(path.stem + ".tokenizer.json")
 
 
 if __name__ == "__main__":
