@@ -76,6 +76,8 @@ class HuggingFaceTokenizer:
         definition: bytes,
         backend: Any,
         eod_token: str | None,
+        *,
+        needs_eod: bool = True,
     ):
         """Keep a loaded `backend`; without `json_path` several files of the folder `path` gave its definition."""
         self.path = path
@@ -88,7 +90,12 @@ class HuggingFaceTokenizer:
         self.special_tokens: SpecialTokens = "token"
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(len(vocabulary), max(vocabulary.values(), default=-1) + 1)
-        self.eod_id = _eod_id(where, vocabulary, eod_token)
+        try:
+            self.eod_id = _eod_id(where, vocabulary, eod_token)
+        except DataError:
+            if needs_eod:
+                raise
+            self.eod_id = -1
         own_hash = folder_hash(path) if json_path is None else file_hash(json_path)
         self.identity = _identity(path, "huggingface", where, own_hash, self.vocab_size, self.eod_id)
         # the post-processor is replaced where conversations are encoded
@@ -160,18 +167,21 @@ class SentencePieceTokenizer:
         return {backend.id_to_piece(id): id for id in ids}
 
 
-def load_tokenizer(path: Path, eod_token: str | None = None, special_tokens: SpecialTokens | None = None) -> Tokenizer:
+def load_tokenizer(
+    path: Path, eod_token: str | None = None, special_tokens: SpecialTokens | None = None, *, needs_eod: bool = True
+) -> Tokenizer:
     """Return the tokenizer of a Hugging Face folder, a `tokenizer.json` or a SentencePiece `.model` file.
 
     The end-of-document token is `eod_token`, or what the files beside the tokenizer call `eos_token`. `special_tokens` says
-    how control tokens in a text are read; None: as the tokenizer does by itself.
+    how control tokens in a text are read; None: as the tokenizer does by itself. Without `needs_eod` an end-of-document token
+    that cannot be told is -1.
 
     Raises: DataError when there is none, it is damaged, or its end-of-document token cannot be told.
     """
     path = Path(path)
     tokenizer: Tokenizer
     if path.is_dir():
-        tokenizer = _read_folder(path, eod_token)
+        tokenizer = _read_folder(path, eod_token, needs_eod=needs_eod)
     elif not path.is_file():
         raise DataError(f"{path}: no such tokenizer. Name a Hugging Face folder, a tokenizer.json or a .model file.")
     elif path.suffix == ".tiktoken":
@@ -180,9 +190,9 @@ def load_tokenizer(path: Path, eod_token: str | None = None, special_tokens: Spe
         raise DataError(f"{path}: is a part of a tokenizer. The others are needed too. Name the folder {path.parent}.")
     elif path.suffix == ".json":
         definition, backend = _definition(path)
-        tokenizer = HuggingFaceTokenizer(path, path, definition, backend, eod_token)
+        tokenizer = HuggingFaceTokenizer(path, path, definition, backend, eod_token, needs_eod=needs_eod)
     else:
-        tokenizer = SentencePieceTokenizer(path, path, eod_token)
+        tokenizer = SentencePieceTokenizer(path, path, eod_token, needs_eod=needs_eod)
     if special_tokens:
         read_special_tokens(tokenizer, special_tokens)
     return tokenizer
@@ -284,20 +294,22 @@ def describe(identity: dict[str, Any] | None) -> str:
     )
 
 
-def _read_folder(folder: Path, eod_token: str | None) -> Tokenizer:
+def _read_folder(folder: Path, eod_token: str | None, *, needs_eod: bool) -> Tokenizer:
     """Return the tokenizer of a folder: of the file that says everything, else as transformers puts it together."""
     json_path, model_path = folder / JSON, folder / MODEL
     named = set(named_tokens(folder))
     if json_path.is_file():
         definition, backend = _definition(json_path)
         if named <= {token.content for token in backend.get_added_tokens_decoder().values()}:
-            return HuggingFaceTokenizer(folder, json_path, definition, backend, eod_token)
+            return HuggingFaceTokenizer(folder, json_path, definition, backend, eod_token, needs_eod=needs_eod)
     elif model_path.is_file():
         # a plain piece that is named as a token would be found whole in a text by transformers
         if not is_tiktoken(model_path):
             model = SentencePieceTokenizer(folder, model_path, eod_token or _configured_eos(folder), needs_eod=False)
             if named <= model.control_tokens().keys():
-                return SentencePieceTokenizer(folder, model_path, eod_token or _configured_eos(folder))
+                return SentencePieceTokenizer(
+                    folder, model_path, eod_token or _configured_eos(folder), needs_eod=needs_eod
+                )
     elif tiktoken := sorted(folder.glob("*.tiktoken")):
         raise tiktoken_refusal(tiktoken[0])
     elif not any((folder / name).is_file() for name in VOCABULARIES):
@@ -305,7 +317,7 @@ def _read_folder(folder: Path, eod_token: str | None) -> Tokenizer:
             f"{folder}: holds neither tokenizer.json nor tokenizer.model, nor another vocabulary that is known "
             f"({', '.join(VOCABULARIES[2:])}). Name a tokenizer's folder or file."
         )
-    return _read_by_transformers(folder, eod_token)
+    return _read_by_transformers(folder, eod_token, needs_eod=needs_eod)
 
 
 def _definition(path: Path, definition: bytes | None = None) -> tuple[bytes, Any]:
@@ -319,7 +331,7 @@ def _definition(path: Path, definition: bytes | None = None) -> tuple[bytes, Any
         raise DataError(f"{path}: not a tokenizer ({problem}).") from None
 
 
-def _read_by_transformers(folder: Path, eod_token: str | None) -> HuggingFaceTokenizer:
+def _read_by_transformers(folder: Path, eod_token: str | None, *, needs_eod: bool) -> HuggingFaceTokenizer:
     reading = transformers_reading(folder, needs_definition=True)
     if "error" in reading:
         if is_tiktoken(folder / MODEL):
@@ -329,7 +341,7 @@ def _read_by_transformers(folder: Path, eod_token: str | None) -> HuggingFaceTok
         raise _unreadable(folder, f"its class {reading['class']} is no fast tokenizer")
     definition, backend = _definition(folder, reading["definition"].encode())
     eod_token = eod_token or _configured_eos(folder) or reading["eos_token"]
-    tokenizer = HuggingFaceTokenizer(folder, None, definition, backend, eod_token)
+    tokenizer = HuggingFaceTokenizer(folder, None, definition, backend, eod_token, needs_eod=needs_eod)
     logger.info("%s: read by transformers (%s), since several files make the tokenizer", folder, reading["class"])
     return tokenizer
 

@@ -20,8 +20,10 @@ from megatron_cpt.config.settings.iteration_ranges import Ranges
 from megatron_cpt.config.settings.schema import RunConfig
 from megatron_cpt.data.blend.continued_order import ContinuedOrder, write_order
 from megatron_cpt.data.blend.plan import plan_blend
+from megatron_cpt.data.blend.sources import validation_prefixes
 from megatron_cpt.data.blend.start_position import stage_order
 from megatron_cpt.data.lists.data_list import DataEntry, read_data_list, write_data_list
+from megatron_cpt.data.shards.discovery import content_problems
 from megatron_cpt.data.tokenizer.interface import Tokenizer, load_tokenizer
 from megatron_cpt.errors import ConfigError, DataError
 from megatron_cpt.run.data_history import keep_superseded
@@ -139,6 +141,7 @@ def prepare(loaded: LoadedConfig, *, from_start: bool = False) -> Stage | None:
                 loaded, run, order, iteration, is_changed=is_changed, may_change_list=may_change_list
             )
         )
+    on_rank_0(lambda: _check_contents(config, entries))
     data_dir = Path(config.paths.data_dir)
     tokenizer = load_tokenizer(data_dir / config.data.tokenizer) if config.data.tokenizer else None
     if tokenizer is None:
@@ -168,6 +171,18 @@ def prepare(loaded: LoadedConfig, *, from_start: bool = False) -> Stage | None:
         recent_losses=manifest.get("recent_losses", []) if manifest else [],
         differences=differences,
     )
+
+
+def _check_contents(config: RunConfig, entries: list[DataEntry]) -> None:
+    """Look at blocks of every shard that is read: a damaged one would be trained on.
+
+    Raises: DataError naming the damaged ones.
+    """
+    held_out = config.data.corpora if config.evaluation.eval_interval else ()
+    prefixes = [entry.prefix for entry in entries]
+    prefixes += [prefix for corpus in held_out for prefix in validation_prefixes(config, corpus, [])]
+    if problems := content_problems(list(dict.fromkeys(prefixes))):
+        raise DataError("\n".join(problems))
 
 
 def go_back(stage: Stage) -> None:
