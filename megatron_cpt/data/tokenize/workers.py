@@ -291,12 +291,14 @@ def _encode_key(
     ids, lengths = engine.encode(texts)
     if difference := engine.check_sample(texts, ids, lengths, task):
         raise EngineRefusal(f"{job.engine} gives other ids: {difference}")
-    text_bytes = _sums(np.fromiter(map(_utf8_size, texts), np.int64, len(texts)), counts)
+    sizes = np.fromiter(map(_utf8_size, texts), np.int64, len(texts))
     lines = [np.array(piece.lines, dtype=np.int32) for piece in parsed] if job.keep_lines else None
     first_empty: list[int | None] = [None] * len(parsed)
+    documents = counts
     empty = without_tokens = [0] * len(parsed)
     if len(lengths) and not lengths.all():
         has_tokens = lengths > 0
+        sizes *= has_tokens
         empty = _sums((~has_tokens).astype(np.int64), counts)
         has_text = np.fromiter(map(bool, texts), bool, len(texts))
         without_tokens = _sums((has_text & ~has_tokens).astype(np.int64), counts)
@@ -307,7 +309,7 @@ def _encode_key(
                 if lines is not None:
                     lines[number] = lines[number][kept]
         lengths = lengths[has_tokens]
-        counts = [int(np.count_nonzero(kept)) for kept in of_piece]
+        documents = [int(np.count_nonzero(kept)) for kept in of_piece]
     texts.clear()
     for piece in parsed:
         piece.texts[key] = []  # a huge document must not lie beside two copies of its ids
@@ -315,9 +317,9 @@ def _encode_key(
     return _Encoded(
         ids=ids,
         lengths=lengths,
-        documents=counts,
-        tokens=_sums(lengths, counts),
-        text_bytes=text_bytes,
+        documents=documents,
+        tokens=_sums(lengths, documents),
+        text_bytes=_sums(sizes, counts),
         empty=empty,
         without_tokens=without_tokens,
         control=spelled,
