@@ -13,6 +13,7 @@ Sampled conversations are rendered and encoded again (`data/audit/conversations.
 nothing, so audit the shard that they were made of.
 """
 
+import contextlib
 import glob
 import hashlib
 import itertools
@@ -40,7 +41,7 @@ from megatron_cpt.data.shards.indexed import (
     read_tokens,
     shard_options,
 )
-from megatron_cpt.data.shards.masked import LEARNED, PIECE, has_mask, is_mask, read_mask
+from megatron_cpt.data.shards.masked import LEARNED, PIECE, PROMPT, has_mask, is_mask, mask_prefix, read_mask
 from megatron_cpt.data.tokenize.document_rules import DocumentRules
 from megatron_cpt.data.tokenize.shard_writer import provenance_path
 from megatron_cpt.data.tokenizer.engines import EncodeFlat, load_engine
@@ -268,6 +269,12 @@ def _check_checksums(index: ShardIndex, manifest: dict[str, Any], tokens: np.nda
     stated = manifest.get("checksums", {}).get("columns")
     if stated is not None and as_text(file_sums(tokens)) != stated:
         found.problems.append(f"{bin_path(index.prefix)}: holds other tokens than were written (its checksum differs)")
+    of_mask = manifest.get("checksums", {}).get("mask")
+    if of_mask is not None and has_mask(index.prefix):
+        with contextlib.suppress(DataError):  # a mask that does not fit is told of elsewhere
+            if as_text(file_sums(read_mask(index))) != of_mask:
+                path = bin_path(mask_prefix(index.prefix))
+                found.problems.append(f"{path}: holds another mask than was written (its checksum differs)")
 
 
 def _check_starts(bounds: np.ndarray, tokens: np.ndarray, bos_ids: list[int], found: Audit) -> None:
@@ -323,6 +330,8 @@ def _check_mask(
     counts = {"documents": index.num_documents, "tokens": index.num_tokens}
     stated = {name: manifest[name] for name in counts} | manifest.get("mask", {})
     counts |= {"learned": learned, "pieces": pieces}
+    if "prompt" in stated:
+        counts["prompt"] = int(np.count_nonzero(mask & PROMPT))
     for name, count in counts.items():
         if stated.get(name) != count:
             found.problems.append(f"{name}: {count:,} in the files, {stated.get(name)} in the manifest")

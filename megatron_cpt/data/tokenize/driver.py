@@ -124,7 +124,7 @@ def tokenize(
             f"tokenize: special_tokens is {special_tokens!r} and bos {bos!r}. Choose one of {', '.join(SPECIAL_TOKENS)}, and "
             f"one of {', '.join(BOS)}."
         )
-    sources = list_sources(inputs, include, exclude, format)
+    sources = list_sources(inputs, include, exclude, format, keep_bad_files=on_bad_line == "skip")
     tokenizer = load_tokenizer(tokenizer_path, eod_token)
     layout = Layout(keys=tuple(keys), txt_documents=txt_documents, max_document_bytes=max_document_bytes)
     options: dict[str, Any] = {

@@ -289,7 +289,7 @@ def _encode_key(
     counts = [len(piece.lines) for piece in parsed]
     spelled = [control.count(piece.texts[key]) for piece in parsed]
     ids, lengths = engine.encode(texts)
-    if difference := engine.check_sample(texts, ids, lengths, task):
+    if difference := engine.sample_difference(texts, ids, lengths, task):
         raise EngineRefusal(f"{job.engine} gives other ids: {difference}")
     sizes = np.fromiter(map(_utf8_size, texts), np.int64, len(texts))
     lines = [np.array(piece.lines, dtype=np.int32) for piece in parsed] if job.keep_lines else None
