@@ -108,7 +108,7 @@ def tokenize(
 
     Shards that are whole already, of the same inputs, tokenizer and options, are kept. `part` is (i, n): the i-th of n
     members of a job array, counted from 0. The output does not depend on `workers` and `engine`. `special_tokens` is text,
-    token or reject (None: text), `bos` is auto, on or off; by default an output that an earlier release began goes on as it
+    token or reject (None: text), `bos` is auto, on or off; by default an output that an earlier release began continues as it
     began, with control tokens as tokens and without BOS.
 
     Raises: DataError on bad lines under the policy, on damaged inputs, on shards of another tokenizer or other options.
@@ -176,7 +176,7 @@ def _reading_options(tokenizer: Tokenizer, special_tokens: str | None, bos: str,
     older = older_options(tokenizer.identity)
     if is_older and (special_tokens is None or bos == "auto"):
         logger.warning(
-            "tokenize: the output holds shards of an earlier release, which goes on: control tokens in a text are %ss, without "
+            "tokenize: the output holds shards of an earlier release and continues as they are: control tokens in a text are %ss, without "
             "BOS. Choose another output, or state --special-tokens and --bos",
             older["special_tokens"],
         )
