@@ -165,11 +165,19 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _extension(arguments: argparse.Namespace) -> VocabExtension | None:
-    from megatron_cpt.checkpoint.huggingface.vocabulary import VocabExtension, subtokens_of_new_tokens
+    from megatron_cpt.checkpoint.huggingface.vocabulary import (
+        VocabExtension,
+        check_new_tokenizer,
+        subtokens_of_new_tokens,
+    )
     from megatron_cpt.files import read_json
 
     if arguments.extend_vocab is None:
+        if arguments.new_tokenizer is not None:
+            raise ConfigError("--new-tokenizer: says which ids are new. Give --extend-vocab ROWS with it.")
         return None
+    if arguments.new_tokenizer is not None:
+        check_new_tokenizer(arguments.new_tokenizer, arguments.extend_vocab)
     subtokens: dict[int, list[int]] = {}
     if arguments.extend_method == "subtokens":
         if arguments.new_tokenizer is None:

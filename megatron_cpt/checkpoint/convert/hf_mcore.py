@@ -36,7 +36,9 @@ from megatron_cpt.checkpoint.torch_dist.dcp_writer import Slice, write_dcp
 from megatron_cpt.checkpoint.torch_dist.megatron_arguments import write_megatron_metadata
 from megatron_cpt.checkpoint.torch_dist.release import is_made, release_manifest
 from megatron_cpt.checkpoint.torch_dist.weights import MegatronWeights, TorchDistWeights
+from megatron_cpt.config.checks.vocabulary import vocabulary_problem
 from megatron_cpt.config.settings.schema import ModelConfig
+from megatron_cpt.data.tokenizer.interface import load_tokenizer
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.files import file_hash, read_json, take_lock, text_hash, whole_dir, write_json
 from megatron_cpt.log import Progress, format_bytes
@@ -136,6 +138,10 @@ def mcore_to_hf(
         checkpoint = mcore.find_checkpoint(checkpoint)
     manifest = mcore.read_manifest(checkpoint) if manifest is None else manifest
     model = mcore.manifest_model(manifest, checkpoint)
+    if tokenizer is not None and tokenizer.exists():
+        num_ids = load_tokenizer(tokenizer, needs_eod=False).vocab_size
+        if problem := vocabulary_problem(str(tokenizer), num_ids, model, "Export with the tokenizer of the training."):
+            raise CheckpointError(problem)
     weights = weights or TorchDistWeights(checkpoint)
     options = {"dtype": dtype, "max_shard_bytes": max_shard_bytes, "tokenizer": tokenizer_hash(tokenizer)}
     identity = {"kind": "megatron", "files": text_hash(json.dumps(manifest.get("files"), sort_keys=True)), **options}

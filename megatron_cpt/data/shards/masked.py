@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_cpt.data.shards.checksums import COLUMNS, as_text, column_sums, placed, sampled_hash
 from megatron_cpt.data.shards.indexed import (
     ShardIndex,
     bin_path,
@@ -94,6 +95,8 @@ class MaskedShardWriter:
     def __init__(self, prefix: Path, dtype: np.dtype, *, marks_prompts: bool = True):
         self.prefix, self.dtype, self.marks_prompts = prefix, np.dtype(dtype), marks_prompts
         self.learned = self.pieces = self.prompt = self.tokens = self.documents = 0
+        self._sums = np.zeros(COLUMNS, dtype=f"<u{self.dtype.itemsize}")
+        self._mask_sums = np.zeros(COLUMNS, dtype="<u1")
         self._lengths: list[np.ndarray] = []
         self._is_finished = False
         self._files = contextlib.ExitStack()
@@ -124,8 +127,11 @@ class MaskedShardWriter:
             )
         mask = np.ascontiguousarray(mask, dtype=np.uint8)
         if len(ids):
-            self._ids.write(memoryview(np.ascontiguousarray(ids, dtype=self.dtype)).cast("B"))
+            ids = np.ascontiguousarray(ids, dtype=self.dtype)
+            self._ids.write(memoryview(ids).cast("B"))
             self._mask.write(memoryview(mask))
+            self._sums += placed(column_sums(ids), self.tokens)
+            self._mask_sums += placed(column_sums(mask), self.tokens)
         self._lengths.append(np.asarray(lengths, dtype=np.int32))
         self.learned += int(np.count_nonzero(mask & LEARNED))
         self.pieces += int(np.count_nonzero(mask & PIECE))
@@ -148,6 +154,11 @@ class MaskedShardWriter:
             "dtype": self.dtype.name,
             "mask": {"learned": self.learned, "pieces": self.pieces}
             | ({"prompt": self.prompt} if self.marks_prompts else {}),
+            "checksums": {
+                "columns": as_text(self._sums),
+                "sampled": sampled_hash(bin_path(self.prefix)),
+                "mask": as_text(self._mask_sums),
+            },
         }
         write_json(manifest_path(self.prefix), whole)
         return whole

@@ -21,10 +21,12 @@ from megatron_cpt.config.settings.derived import train_iters, train_samples, tra
 from megatron_cpt.config.settings.iteration_ranges import Ranges
 from megatron_cpt.config.settings.schema import RunConfig
 from megatron_cpt.data.blend.plan import plan_blend
+from megatron_cpt.data.blend.sources import validation_prefixes
 from megatron_cpt.data.blend.stage_order import StageOrder, write_order
 from megatron_cpt.data.blend.start_position import continued_order
 from megatron_cpt.data.blend.table import BlendPlan
 from megatron_cpt.data.lists.data_list import DataEntry, read_data_list, write_data_list
+from megatron_cpt.data.shards.discovery import content_problems
 from megatron_cpt.data.tokenizer.interface import Tokenizer, load_tokenizer
 from megatron_cpt.errors import ConfigError, DamagedError, DataError
 from megatron_cpt.run.data_history import keep_superseded
@@ -158,6 +160,7 @@ def _prepare(loaded: LoadedConfig, unreadable: Collection[Path], *, from_start: 
         plan = plan_blend(config, begun=run.data_list_path, order=_continued_order(config, run, manifest))
         if not from_start:
             _prepare_run_dir(loaded, run, plan, iteration, is_changed=is_changed, may_change_list=may_change_list)
+        _check_contents(config, plan.entries)
         return plan.order
 
     order: StageOrder = on_rank_0(planned)
@@ -191,6 +194,18 @@ def _prepare(loaded: LoadedConfig, unreadable: Collection[Path], *, from_start: 
         recent_losses=manifest.get("recent_losses", []) if manifest else [],
         differences=differences,
     )
+
+
+def _check_contents(config: RunConfig, entries: list[DataEntry]) -> None:
+    """Look at blocks of every shard that is read: a damaged one would be trained on.
+
+    Raises: DataError naming the damaged ones.
+    """
+    held_out = config.data.corpora if config.evaluation.eval_interval else ()
+    prefixes = [entry.prefix for entry in entries]
+    prefixes += [prefix for corpus in held_out for prefix in validation_prefixes(config, corpus, [])]
+    if problems := content_problems(list(dict.fromkeys(prefixes))):
+        raise DataError("\n".join(problems))
 
 
 def go_back(stage: Stage) -> None:
