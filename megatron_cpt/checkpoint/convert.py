@@ -25,8 +25,8 @@ from megatron_cpt.checkpoint.hf import HFFolder, OutputGroup, write_safetensors
 from megatron_cpt.checkpoint.hf_config import (
     POSITION_FIELDS,
     TRAINING_FIELDS,
-    architecture_name,
     differing_fields,
+    family_of_config,
     model_config_from_hf,
 )
 from megatron_cpt.checkpoint.hf_export_config import hf_config_from_model
@@ -72,9 +72,9 @@ def hf_to_mcore(
     Raises: CheckpointError when a tensor or a key has no place, when sizes differ, or when there is something else already.
     """
     source = HFFolder(hf_dir) if extension is None else ExtendedFolder(hf_dir, extension)
-    described = model_config_from_hf(source.config, ignore=ignore_config)
+    described = model_config_from_hf(source.config, ignore=ignore_config, where=str(hf_dir / "config.json"))
     model = _agreed_model(described, model, make_vocab_size_divisible_by, hf_dir)
-    family = family_of(architecture_name(source.config))
+    family = family_of_config(source.config, str(hf_dir / "config.json"))
     steps = units(model, family)
     skipped = check_coverage(
         steps, source.names_to_claim(is_tied=not model.untie_embeddings_and_output_weights), str(hf_dir), skip_tensors
@@ -229,14 +229,13 @@ def _slice(step: Unit, source: HFFolder, model: ModelConfig, cast: torch.dtype |
 def _group(step: Unit, weights: MegatronWeights, model: ModelConfig, cast: torch.dtype | None) -> OutputGroup:
     dtype = _cast_type(step, weights.dtype(step), cast)
     shape = weights.shape(step)
-    rows = model.vocab_size if step.how == "vocab" else None
-    if (shape[0] < model.vocab_size or shape[1:] != step.shape[1:]) if rows else shape != step.shape:
+    if not step.fits(shape, model):
         raise CheckpointError(
             f"{step.key}: {list(shape)} on disk, {list(step.shape)} by the manifest's model. Use its own."
         )
 
     def build() -> Sequence[torch.Tensor]:
-        return [part.to(dtype) for part in step.to_hf(weights.read(step, rows), model)]
+        return [part.to(dtype) for part in step.to_hf(weights.read(step, step.rows(model)), model)]
 
     tensors = tuple((name, shape, dtype) for name, shape in zip(step.hf, step.hf_shapes, strict=True))
     return OutputGroup(tensors, build)

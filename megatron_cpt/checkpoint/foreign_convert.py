@@ -154,16 +154,15 @@ def _slices(
 
 
 def _slice(step: Unit, key: str, values: MegatronWeights, model: ModelConfig, dtype: torch.dtype) -> Slice:
-    rows = model.vocab_size if step.how == "vocab" else None
-    shape = values.shape(step)
-    if (shape[0] < model.vocab_size or shape[1:] != step.shape[1:]) if rows else shape != step.shape:
+    rows, shape = step.rows(model), values.shape(step)
+    if not step.fits(shape, model):
         raise CheckpointError(
             f"{key}: {list(shape)} in the checkpoint, {list(step.shape)} by the params file. Use the model's own."
         )
 
     def build() -> torch.Tensor:
         whole = values.read(step, rows)
-        return (pad_vocab(whole, step.shape[0]) if rows else whole).to(dtype)
+        return (pad_vocab(whole, step.shape[0]) if rows is not None else whole).to(dtype)
 
     experts = () if step.expert is None else (1,)
     return Slice(key, (*experts, *step.shape), dtype, step.offsets, step.global_shape, build)

@@ -67,7 +67,7 @@ class TorchFormatWeights:
             whole = shards[0]
         else:
             dim = 1 if _ROWS_SPLIT.search(unit.key) else 0
-            whole = concatenate_shards(shards, dim, is_gate_up=unit.how == "gate_up")
+            whole = concatenate_shards(shards, dim, is_gate_up=unit.is_gated)
         whole = whole if num_rows is None else whole[:num_rows]
         return whole if unit.expert is None else whole.unsqueeze(0)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from megatron_cpt.checkpoint.hf import HFFolder
-from megatron_cpt.checkpoint.hf_config import TRAINING_FIELDS, architecture_name, differing_fields, model_config_from_hf
-from megatron_cpt.checkpoint.mapping import Unit, check_coverage, family_of, units
+from megatron_cpt.checkpoint.hf_config import TRAINING_FIELDS, differing_fields, family_of_config, model_config_from_hf
+from megatron_cpt.checkpoint.mapping import Unit, check_coverage, units
 from megatron_cpt.checkpoint.mcore import manifest_model, read_manifest
 from megatron_cpt.checkpoint.sources import MegatronWeights, TorchDistWeights
 from megatron_cpt.config.schema import ModelConfig
@@ -26,7 +26,7 @@ def compare_weights(hf_dir: Path, checkpoint: Path) -> dict[str, str]:
     different = differing_fields(model_config_from_hf(folder.config), model, TRAINING_FIELDS)
     if different:
         raise CheckpointError(f"{hf_dir}: another model than {checkpoint}: {'; '.join(different)}.")
-    steps = units(model, family_of(architecture_name(folder.config)))
+    steps = units(model, family_of_config(folder.config))
     is_tied = not model.untie_embeddings_and_output_weights
     check_coverage(steps, folder.names_to_claim(is_tied=is_tied), str(hf_dir))
     return verify_against_hf(folder, weights, steps, model, None)
@@ -50,9 +50,8 @@ def verify_against_hf(
     """
 
     def compare(step: Unit) -> dict[str, str]:
-        rows = model.vocab_size if step.how == "vocab" else None
         hashes = {}
-        for name, values in zip(step.hf, step.to_hf(weights.read(step, rows), model), strict=True):
+        for name, values in zip(step.hf, step.to_hf(weights.read(step, step.rows(model)), model), strict=True):
             original = folder.read(name)
             is_bias = step.key.endswith("expert_bias")
             left = tensor_bytes(original if hf_cast is None or is_bias else original.to(hf_cast))

@@ -208,9 +208,9 @@ def test_a_damaged_checkpoint_is_not_exported(hf_models, tmp_path):
 
 
 def test_a_wrong_conversion_is_found_by_verify(hf_models, tmp_path, monkeypatch):
-    from megatron_cpt.checkpoint import mapping
+    from megatron_cpt.checkpoint.families import kinds
 
-    monkeypatch.setattr(mapping, "merge_gate_up", lambda gate, up: torch.cat((up, gate)))
+    monkeypatch.setattr(kinds, "merge_gate_up", lambda gate, up: torch.cat((up, gate)))
     with pytest.raises(CheckpointError, match="gate_proj.weight: differs"):
         hf_to_mcore(hf_models("llama"), tmp_path / "mcore", verify=True)
     assert not (tmp_path / "mcore" / "release").exists()

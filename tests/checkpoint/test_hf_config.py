@@ -146,5 +146,5 @@ def test_a_model_that_no_architecture_expresses_is_refused():
         add_qkv_bias=True,
         qk_layernorm=True,
     )
-    with pytest.raises(CheckpointError, match="add_qkv_bias: False != True"):
+    with pytest.raises(CheckpointError, match="qk_layernorm: False != True"):
         hf_config_from_model(odd)

@@ -1,0 +1,1 @@
+"""Architectures that convert: a file for each, and the kinds, blocks and readers that they share."""
