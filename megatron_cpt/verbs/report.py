@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     # imported here: matplotlib takes a second to start
-    from megatron_cpt.evaluate.report import write_report
+    from megatron_cpt.evaluate.report.markdown import write_report
 
     page = write_report(arguments.runs, arguments.output, arguments.evaluation)
     sys.stdout.write(f"{page}\n")

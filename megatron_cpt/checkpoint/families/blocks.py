@@ -6,8 +6,8 @@
 from collections.abc import Sequence
 
 from megatron_cpt.checkpoint.families.kinds import QKV, Copy, Experts, GateUp, Rule, Shape, Size, Vocabulary
-from megatron_cpt.config.derived import kv_channels, num_query_groups, padded_vocab_size
-from megatron_cpt.config.schema import ModelConfig
+from megatron_cpt.config.settings.derived import kv_channels, num_query_groups, padded_vocab_size
+from megatron_cpt.config.settings.schema import ModelConfig
 
 LAYER, HF_LAYER = "decoder.layers.{i}.", "model.layers.{i}."
 ATTENTION, HF_ATTENTION = LAYER + "self_attention.", HF_LAYER + "self_attn."

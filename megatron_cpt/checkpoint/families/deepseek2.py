@@ -11,7 +11,7 @@ from megatron_cpt.checkpoint.families.latent import (
     write_latent,
 )
 from megatron_cpt.checkpoint.families.reader import Reader
-from megatron_cpt.config.schema import ModelConfig
+from megatron_cpt.config.settings.schema import ModelConfig
 
 
 def _read(reader: Reader) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 from megatron_cpt.checkpoint.families.blocks import EMBEDDING, FINAL_NORM, OUTPUT_LAYER, layer_rules
 from megatron_cpt.checkpoint.families.kinds import Rule
 from megatron_cpt.checkpoint.families.reader import Reader
-from megatron_cpt.config.schema import ModelConfig
+from megatron_cpt.config.settings.schema import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)

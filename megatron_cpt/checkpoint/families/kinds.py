@@ -12,7 +12,7 @@ from typing import Self
 
 import torch
 
-from megatron_cpt.checkpoint.transforms import (
+from megatron_cpt.checkpoint.mapping.transforms import (
     merge_gate_up,
     merge_qkv,
     pad_vocab,
@@ -20,8 +20,8 @@ from megatron_cpt.checkpoint.transforms import (
     split_qkv,
     strip_vocab,
 )
-from megatron_cpt.config.derived import kv_channels, num_query_groups, padded_vocab_size
-from megatron_cpt.config.schema import ModelConfig
+from megatron_cpt.config.settings.derived import kv_channels, num_query_groups, padded_vocab_size
+from megatron_cpt.config.settings.schema import ModelConfig
 
 Shape = tuple[int, ...]
 Size = Callable[[ModelConfig], Shape]

@@ -16,7 +16,7 @@ from megatron_cpt.checkpoint.families.reader import (
     window,
 )
 from megatron_cpt.checkpoint.families.writer import expert_keys, grouped_query_keys, transformer_keys
-from megatron_cpt.config.schema import ModelConfig
+from megatron_cpt.config.settings.schema import ModelConfig
 
 _BLOCK_SPARSE = blocks.HF_LAYER + "block_sparse_moe."
 _EXPERTS = blocks.experts(

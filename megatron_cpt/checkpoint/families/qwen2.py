@@ -12,7 +12,7 @@ from megatron_cpt.checkpoint.families.reader import (
     window,
 )
 from megatron_cpt.checkpoint.families.writer import grouped_query_keys, transformer_keys, window_keys
-from megatron_cpt.config.schema import ModelConfig
+from megatron_cpt.config.settings.schema import ModelConfig
 
 
 def _read(reader: Reader) -> dict[str, Any]:

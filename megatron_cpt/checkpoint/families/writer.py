@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from megatron_cpt.config.derived import kv_channels, num_query_groups
-from megatron_cpt.config.schema import ModelConfig
+from megatron_cpt.config.settings.derived import kv_channels, num_query_groups
+from megatron_cpt.config.settings.schema import ModelConfig
 
 
 def transformer_keys(model: ModelConfig) -> dict[str, Any]:
