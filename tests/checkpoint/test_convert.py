@@ -208,7 +208,7 @@ def test_a_damaged_checkpoint_is_not_exported(hf_models, tmp_path):
 
 
 def test_a_wrong_conversion_is_found_by_verify(hf_models, tmp_path, monkeypatch):
-    from megatron_cpt.checkpoint.families import kinds
+    from megatron_cpt.checkpoint.mapping import kinds
 
     monkeypatch.setattr(kinds, "merge_gate_up", lambda gate, up: torch.cat((up, gate)))
     with pytest.raises(CheckpointError, match="gate_proj.weight: differs"):

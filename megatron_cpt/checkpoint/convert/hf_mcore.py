@@ -31,7 +31,7 @@ from megatron_cpt.checkpoint.huggingface.read_config import (
 )
 from megatron_cpt.checkpoint.huggingface.vocabulary import ExtendedFolder, VocabExtension
 from megatron_cpt.checkpoint.huggingface.write_config import hf_config_from_model
-from megatron_cpt.checkpoint.mapping.rules import Unit, check_coverage, family_of, units
+from megatron_cpt.checkpoint.mapping.units import Unit, check_coverage, family_of, units
 from megatron_cpt.checkpoint.torch_dist import mcore
 from megatron_cpt.checkpoint.torch_dist.dcp_writer import Slice, write_dcp
 from megatron_cpt.checkpoint.torch_dist.megatron_arguments import write_megatron_metadata

@@ -14,7 +14,7 @@ from megatron_cpt.checkpoint.huggingface.read_config import (
     family_of_config,
     model_config_from_hf,
 )
-from megatron_cpt.checkpoint.mapping.rules import Unit, check_coverage, units
+from megatron_cpt.checkpoint.mapping.units import Unit, check_coverage, units
 from megatron_cpt.checkpoint.torch_dist.mcore import manifest_model, read_manifest
 from megatron_cpt.checkpoint.torch_dist.weights import MegatronWeights, TorchDistWeights
 from megatron_cpt.config.settings.schema import ModelConfig

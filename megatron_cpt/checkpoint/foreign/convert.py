@@ -25,8 +25,8 @@ from megatron_cpt.checkpoint.convert.hf_mcore import (
 from megatron_cpt.checkpoint.convert.verify import tensor_bytes
 from megatron_cpt.checkpoint.foreign.opening import ForeignCheckpoint, model_units, open_foreign
 from megatron_cpt.checkpoint.huggingface.folder import sampled_hash
-from megatron_cpt.checkpoint.mapping.rules import Unit
 from megatron_cpt.checkpoint.mapping.transforms import pad_vocab
+from megatron_cpt.checkpoint.mapping.units import Unit
 from megatron_cpt.checkpoint.torch_dist import mcore
 from megatron_cpt.checkpoint.torch_dist.dcp import DcpReader
 from megatron_cpt.checkpoint.torch_dist.dcp_writer import Slice, write_dcp

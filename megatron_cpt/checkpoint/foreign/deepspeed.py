@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_cpt.checkpoint.mapping.rules import Unit
 from megatron_cpt.checkpoint.mapping.transforms import merge_gate_up
+from megatron_cpt.checkpoint.mapping.units import Unit
 from megatron_cpt.checkpoint.torch_dist.megatron_arguments import find_step
 from megatron_cpt.checkpoint.torch_dist.pickles import load_safely
 from megatron_cpt.config.settings.schema import ModelConfig

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from megatron_cpt.checkpoint.foreign.deepspeed import megatron_name
-from megatron_cpt.checkpoint.mapping.rules import Unit
 from megatron_cpt.checkpoint.mapping.transforms import concatenate_shards
+from megatron_cpt.checkpoint.mapping.units import Unit
 from megatron_cpt.checkpoint.torch_dist.megatron_arguments import find_step
 from megatron_cpt.checkpoint.torch_dist.pickles import load_safely
 from megatron_cpt.errors import CheckpointError

@@ -8,10 +8,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_cpt.checkpoint.families.family import Family
-from megatron_cpt.checkpoint.families.keys import HARMLESS
-from megatron_cpt.checkpoint.families.known import FAMILIES
-from megatron_cpt.checkpoint.families.reader import Reader
+from megatron_cpt.checkpoint.mapping.families.known import FAMILIES
+from megatron_cpt.checkpoint.mapping.family import Family
+from megatron_cpt.checkpoint.mapping.keys import HARMLESS
+from megatron_cpt.checkpoint.mapping.reader import Reader
 from megatron_cpt.config.settings.derived import kv_channels, num_query_groups
 from megatron_cpt.config.settings.schema import ModelConfig
 from megatron_cpt.errors import CheckpointError

@@ -7,15 +7,15 @@ find their own. What is written is read back and must describe the same model.
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_cpt.checkpoint.families.family import Family
-from megatron_cpt.checkpoint.families.keys import HARMLESS
-from megatron_cpt.checkpoint.families.known import FAMILIES
 from megatron_cpt.checkpoint.huggingface.read_config import (
     TRAINING_FIELDS,
     differing_fields,
     family_of_config,
     model_config_from_hf,
 )
+from megatron_cpt.checkpoint.mapping.families.known import FAMILIES
+from megatron_cpt.checkpoint.mapping.family import Family
+from megatron_cpt.checkpoint.mapping.keys import HARMLESS
 from megatron_cpt.config.settings.schema import ModelConfig
 from megatron_cpt.errors import CheckpointError
 

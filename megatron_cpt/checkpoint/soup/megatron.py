@@ -13,7 +13,7 @@ import torch
 from megatron_cpt.checkpoint.convert.hf_mcore import claimed, mcore_to_hf, remove_partial
 from megatron_cpt.checkpoint.huggingface.read_config import TRAINING_FIELDS, differing_fields
 from megatron_cpt.checkpoint.huggingface.write_config import hf_config_from_model
-from megatron_cpt.checkpoint.mapping.rules import Unit, family_of, units
+from megatron_cpt.checkpoint.mapping.units import Unit, family_of, units
 from megatron_cpt.checkpoint.soup.mean import MERGE_INFO, normalised_weights, weighted_mean
 from megatron_cpt.checkpoint.torch_dist import mcore
 from megatron_cpt.checkpoint.torch_dist.dcp_writer import Slice, write_dcp

@@ -15,8 +15,8 @@ from typing import Protocol
 
 import torch
 
-from megatron_cpt.checkpoint.mapping.rules import Unit
 from megatron_cpt.checkpoint.mapping.transforms import merge_gate_up
+from megatron_cpt.checkpoint.mapping.units import Unit
 from megatron_cpt.checkpoint.torch_dist.dcp import DcpReader
 from megatron_cpt.errors import CheckpointError
 

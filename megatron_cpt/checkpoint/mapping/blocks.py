@@ -5,7 +5,7 @@
 
 from collections.abc import Sequence
 
-from megatron_cpt.checkpoint.families.kinds import QKV, Copy, Experts, GateUp, Rule, Shape, Size, Vocabulary
+from megatron_cpt.checkpoint.mapping.kinds import QKV, Copy, Experts, GateUp, Rule, Shape, Size, Vocabulary
 from megatron_cpt.config.settings.derived import kv_channels, num_query_groups, padded_vocab_size
 from megatron_cpt.config.settings.schema import ModelConfig
 

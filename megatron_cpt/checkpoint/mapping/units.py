@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_cpt.checkpoint.families.family import Family
-from megatron_cpt.checkpoint.families.kinds import Rule, Shape
-from megatron_cpt.checkpoint.families.known import FAMILIES
+from megatron_cpt.checkpoint.mapping.families.known import FAMILIES
+from megatron_cpt.checkpoint.mapping.family import Family
+from megatron_cpt.checkpoint.mapping.kinds import Rule, Shape
 from megatron_cpt.config.settings.schema import ModelConfig
 from megatron_cpt.errors import CheckpointError
 

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_cpt.checkpoint.families import blocks
-from megatron_cpt.checkpoint.families.family import Family
-from megatron_cpt.checkpoint.families.kinds import Rule
-from megatron_cpt.checkpoint.families.reader import (
+from megatron_cpt.checkpoint.mapping import blocks
+from megatron_cpt.checkpoint.mapping.family import Family
+from megatron_cpt.checkpoint.mapping.kinds import Rule
+from megatron_cpt.checkpoint.mapping.reader import (
     Reader,
     experts,
     grouped_query_attention,
@@ -15,7 +15,7 @@ from megatron_cpt.checkpoint.families.reader import (
     transformer,
     window,
 )
-from megatron_cpt.checkpoint.families.writer import expert_keys, grouped_query_keys, transformer_keys
+from megatron_cpt.checkpoint.mapping.writer import expert_keys, grouped_query_keys, transformer_keys
 from megatron_cpt.config.settings.schema import ModelConfig
 
 _BLOCK_SPARSE = blocks.HF_LAYER + "block_sparse_moe."

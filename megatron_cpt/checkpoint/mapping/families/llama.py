@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from megatron_cpt.checkpoint.families.family import Family
-from megatron_cpt.checkpoint.families.reader import (
+from megatron_cpt.checkpoint.mapping.family import Family
+from megatron_cpt.checkpoint.mapping.reader import (
     Reader,
     grouped_query_attention,
     no_attention_bias,
@@ -11,7 +11,7 @@ from megatron_cpt.checkpoint.families.reader import (
     transformer,
     window,
 )
-from megatron_cpt.checkpoint.families.writer import grouped_query_keys, transformer_keys
+from megatron_cpt.checkpoint.mapping.writer import grouped_query_keys, transformer_keys
 from megatron_cpt.config.settings.schema import ModelConfig
 
 

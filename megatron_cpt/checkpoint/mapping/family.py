@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_cpt.checkpoint.families.blocks import EMBEDDING, FINAL_NORM, OUTPUT_LAYER, layer_rules
-from megatron_cpt.checkpoint.families.kinds import Rule
-from megatron_cpt.checkpoint.families.reader import Reader
+from megatron_cpt.checkpoint.mapping.blocks import EMBEDDING, FINAL_NORM, OUTPUT_LAYER, layer_rules
+from megatron_cpt.checkpoint.mapping.kinds import Rule
+from megatron_cpt.checkpoint.mapping.reader import Reader
 from megatron_cpt.config.settings.schema import ModelConfig
 
 

@@ -8,7 +8,7 @@ ModelConfig. Both styles are read: that of transformers 5 (`rope_parameters`, `d
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from megatron_cpt.checkpoint.families.keys import HARMLESS, MEANINGS, REQUIRED
+from megatron_cpt.checkpoint.mapping.keys import HARMLESS, MEANINGS, REQUIRED
 from megatron_cpt.errors import CheckpointError
 
 _ANYTHING_OFF: tuple[Any, ...] = (None, False, "", [], {})

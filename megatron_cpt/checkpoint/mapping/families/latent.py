@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from megatron_cpt.checkpoint.families.reader import Reader, experts, no_attention_bias, rope, transformer, window
-from megatron_cpt.checkpoint.families.writer import expert_keys, transformer_keys
+from megatron_cpt.checkpoint.mapping.reader import Reader, experts, no_attention_bias, rope, transformer, window
+from megatron_cpt.checkpoint.mapping.writer import expert_keys, transformer_keys
 from megatron_cpt.config.settings.schema import ModelConfig
 
 LATENT_EPSILON = 1e-6

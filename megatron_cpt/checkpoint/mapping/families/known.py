@@ -1,6 +1,6 @@
 """The architectures that convert, in the order in which an export without a source configuration tries them."""
 
-from megatron_cpt.checkpoint.families import (
+from megatron_cpt.checkpoint.mapping.families import (
     deepseek2,
     deepseek3,
     llama,

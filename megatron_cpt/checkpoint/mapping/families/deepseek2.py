@@ -2,15 +2,15 @@
 
 from typing import Any
 
-from megatron_cpt.checkpoint.families.family import Family
-from megatron_cpt.checkpoint.families.latent import (
+from megatron_cpt.checkpoint.mapping.families.latent import (
     read_experts,
     read_groups,
     read_latent,
     write_experts,
     write_latent,
 )
-from megatron_cpt.checkpoint.families.reader import Reader
+from megatron_cpt.checkpoint.mapping.family import Family
+from megatron_cpt.checkpoint.mapping.reader import Reader
 from megatron_cpt.config.settings.schema import ModelConfig
 
 
