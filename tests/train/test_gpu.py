@@ -51,23 +51,6 @@ def run(ranks, device):
     return ranks.run if device == "cpu" else run_on_gpus
 
 
-@pytest.fixture(scope="module")
-def trained(ranks, tmp_path_factory):
-    """Per kind of model: a checkpoint of one CPU rank after two steps in fp32, and its next three steps."""
-    made = {}
-
-    def get(kind):
-        if kind not in made:
-            root = tmp_path_factory.mktemp(kind)
-            ranks.run(run_steps, 1, tiny_config(kind), 0, 2, None, str(root))
-            checkpoint = str(root / "iter_0000002")
-            (steps,) = ranks.run(run_steps, 1, tiny_config(kind), 2, 5, checkpoint, None)
-            made[kind] = checkpoint, steps
-        return made[kind]
-
-    return get
-
-
 TOLERANCE = {"fp32": {"rtol": 2e-4}, "bf16": {"rtol": 3e-3}}
 """Of losses. A GPU sums in another order; bf16 has three digits."""
 

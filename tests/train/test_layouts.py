@@ -12,25 +12,6 @@ TP, PP, VPP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "vir
 CP, EP, ETP = "context_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size"
 
 
-@pytest.fixture(scope="module")
-def trained(ranks, tmp_path_factory):
-    """Per kind of model: a checkpoint of one rank after two steps, and that rank's next three steps."""
-    made: dict[str, tuple[str, list[tuple[float, float]]]] = {}
-
-    def get(kind: str):
-        if kind not in made:
-            root = tmp_path_factory.mktemp(kind)
-            config = tiny_config(kind)
-            (losses,) = ranks.run(run_steps, 1, config, 0, 2, None, str(root))
-            checkpoint = str(root / "iter_0000002")
-            (uninterrupted,) = ranks.run(run_steps, 1, config, 2, 5, checkpoint, None)
-            assert losses[1][0] < losses[0][0] + 1
-            made[kind] = checkpoint, uninterrupted
-        return made[kind]
-
-    return get
-
-
 @pytest.mark.parametrize(
     ("kind", "world_size", "layout"),
     [
