@@ -58,7 +58,8 @@ def test_both_styles_read_alike():
 
 def test_the_source_configuration_is_kept_as_it_is_when_it_describes_the_model():
     config = hf_config_from_model(model_config_from_hf(OLD_LLAMA), OLD_LLAMA, dtype="float32")
-    assert config == {**OLD_LLAMA, "dtype": "float32", "torch_dtype": "float32"}
+    newer = {"rope_parameters": {**OLD_LLAMA["rope_scaling"], "rope_theta": 500000.0}}
+    assert config == {**OLD_LLAMA, **newer, "dtype": "float32", "torch_dtype": "float32"}
 
 
 def test_a_changed_model_gets_a_configuration_of_its_own_and_keeps_the_token_ids():

@@ -15,7 +15,6 @@ from typing import Any, Literal
 import torch
 
 from megatron_cpt.checkpoint.convert.hf_mcore import (
-    CONVERSION,
     DTYPES,
     claimed,
     mcore_to_hf,
@@ -25,6 +24,7 @@ from megatron_cpt.checkpoint.convert.hf_mcore import (
 from megatron_cpt.checkpoint.convert.verify import tensor_bytes
 from megatron_cpt.checkpoint.foreign.opening import ForeignCheckpoint, model_units, open_foreign
 from megatron_cpt.checkpoint.huggingface.folder import sampled_hash
+from megatron_cpt.checkpoint.huggingface.options import CONVERSION
 from megatron_cpt.checkpoint.mapping.transforms import pad_vocab
 from megatron_cpt.checkpoint.mapping.units import Unit
 from megatron_cpt.checkpoint.torch_dist import mcore

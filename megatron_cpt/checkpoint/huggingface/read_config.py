@@ -60,8 +60,8 @@ def family_of_config(config: Mapping[str, Any], where: str = "config.json") -> F
 
     Raises: CheckpointError when it names none that is known.
     """
-    names = config.get("architectures") or []
-    names = [names] if isinstance(names, str) else list(names)
+    listed = config.get("architectures") or []
+    names = [listed] if isinstance(listed, str) else [str(name) for name in listed] if isinstance(listed, list) else []
     by_name = [FAMILIES[name] for name in names if name in FAMILIES]
     if len(names) == 1 and by_name:
         return by_name[0]

@@ -35,3 +35,10 @@ class Family:
     """Keys of this architecture that do not change what the model computes, whatever their value."""
     required: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """Keys that hold one of these values, or are not there."""
+    aliases: tuple[tuple[str, str], ...] = ()
+    """Pairs of names for one key: transformers 4 reads the first, 5 writes the second."""
+
+    def repeated_output(self, model: ModelConfig) -> tuple[str | None, str]:
+        """Return the Hugging Face names of the output layer, where it repeats tied embeddings (else None), and of these."""
+        embedding = self.embedding[0].hf[0]
+        return (None if model.untie_embeddings_and_output_weights else self.output_layer[0].hf[0]), embedding

@@ -1,5 +1,6 @@
 """Keys of config.json that describe a model, in both styles, so that transformers 4 and 5 read the same model."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_cpt.config.settings.derived import kv_channels, num_query_groups
@@ -65,3 +66,29 @@ def expert_keys(model: ModelConfig) -> dict[str, Any]:
         "moe_intermediate_size": model.moe_ffn_hidden_size or model.ffn_hidden_size,
         "norm_topk_prob": not model.moe_router_pre_softmax,
     }
+
+
+def both_styles(config: Mapping[str, Any], aliases: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """Return a configuration with each key under the names of transformers 4 and of 5.
+
+    A base saved by transformers 5 has `rope_parameters` only, and 4 then takes theta 10,000 without a word.
+    """
+    result = dict(config)
+    for one, other in (*aliases, ("torch_dtype", "dtype")):
+        value = config.get(other, config.get(one))
+        if value is not None:
+            result[one] = result[other] = value
+    older, newer = config.get("rope_scaling"), config.get("rope_parameters")
+    if any(isinstance(part, dict) for part in {**(older or {}), **(newer or {})}.values()):
+        return result  # one for each kind of layer: the architecture's own file writes what both read
+    theta = (newer or {}).get("rope_theta", config.get("rope_theta"))
+    scaling = {key: value for key, value in {**(older or newer or {})}.items() if key != "rope_theta"}
+    if "rope_type" not in scaling:
+        scaling = {"rope_type": scaling.get("type", "default"), **scaling}
+    theta = (older or {}).get("rope_theta", theta)
+    if theta is not None:
+        result["rope_theta"] = theta
+        is_plain = scaling["rope_type"] == "default"
+        result["rope_scaling"] = None if is_plain else scaling
+        result["rope_parameters"] = {**({"rope_type": "default"} if is_plain else scaling), "rope_theta": theta}
+    return result

@@ -25,11 +25,10 @@ from megatron_cpt.checkpoint.convert.hf_mcore import (
     claimed,
     remove_partial,
 )
+from megatron_cpt.checkpoint.huggingface.companion_files import keep_companions
 from megatron_cpt.checkpoint.huggingface.folder import (
-    SIDE_FILES,
     HFFolder,
     OutputGroup,
-    copy_side_files,
     write_safetensors,
 )
 from megatron_cpt.checkpoint.huggingface.read_config import architecture_keys
@@ -131,7 +130,7 @@ def average_hf(
     remove_partial(output)
     with whole_dir(output) as directory, claimed(directory):
         write_safetensors(directory, groups, max_shard_bytes=max_shard_bytes, num_workers=num_workers)
-        copy_side_files(first.path, directory, (*SIDE_FILES, "generation_config.json", "*.py"))
+        keep_companions(first.path, directory)
         config = dict(first.config)
         if cast is not None:
             config["dtype"] = config["torch_dtype"] = NAMES_IN_CONFIG[cast]

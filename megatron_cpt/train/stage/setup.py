@@ -12,6 +12,8 @@ from typing import Any
 
 from megatron.core.optimizer import MegatronOptimizer
 
+from megatron_cpt.checkpoint.huggingface.options import ImportOptions
+from megatron_cpt.checkpoint.torch_dist.kept_files import share_companions
 from megatron_cpt.checkpoint.torch_dist.mcore import newest_good_checkpoint, read_manifest
 from megatron_cpt.config.loading.resolve import LoadedConfig, write_resolved
 from megatron_cpt.config.settings.batch_sizes import BatchSizes, batch_sizes
@@ -64,6 +66,8 @@ class Stage:
     optimizer: MegatronOptimizer
     hf: dict[str, Any] | None
     """What an export to Hugging Face needs to know of the model that the stage began with."""
+    imported: dict[str, Any]
+    """Options with which this model was converted, as its manifest holds them; an export needs them again."""
     skipped: Ranges
     """Iterations that pass without a step."""
     resume: Path | None
@@ -106,6 +110,7 @@ class Stage:
             "content": "full",
             "tokenizer": self.tokenizer.identity,
             "hf": self.hf,
+            **self.imported,
         }
 
 
@@ -149,6 +154,8 @@ def prepare(loaded: LoadedConfig, *, from_start: bool = False) -> Stage | None:
 
     model, optimizer = build_training_model(config)
     origin = _load_start(config, run, resume, model, optimizer)
+    if origin is not None:
+        on_rank_0(lambda: share_companions(origin, run.checkpoints))
     return Stage(
         config=config,
         run=run,
@@ -161,6 +168,7 @@ def prepare(loaded: LoadedConfig, *, from_start: bool = False) -> Stage | None:
         model=model,
         optimizer=optimizer,
         hf=read_manifest(origin).get("hf") if origin else None,
+        imported=ImportOptions.of(read_manifest(origin)).record() if origin else {},
         skipped=on_rank_0(lambda: skipped_ranges(config, run, manifest)),
         resume=resume,
         iteration=iteration,

@@ -154,7 +154,9 @@ def _run_hf_layer(folder: HFFolder, model: ModelConfig, layer: int, hidden: torc
     with tempfile.TemporaryDirectory() as scratch:
         (Path(scratch) / "config.json").write_text(json.dumps(config), encoding="utf-8")
         save_file(tensors, Path(scratch) / "model.safetensors", {"format": "pt"})
-        alone = AutoModelForCausalLM.from_pretrained(scratch, dtype=torch.float32, attn_implementation="eager").eval()
+        alone = AutoModelForCausalLM.from_pretrained(
+            scratch, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
+        ).eval()
     captured: list[Any] = []
     alone.model.layers[0].register_forward_hook(lambda module, inputs, output: captured.append(output))
     alone.model(inputs_embeds=hidden, use_cache=False)

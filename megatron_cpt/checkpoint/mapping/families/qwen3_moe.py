@@ -51,5 +51,6 @@ FAMILY = Family(
     model_type="qwen3_moe",
     read=_read,
     write=_write,
+    aliases=(("num_experts", "num_local_experts"),),
     defaults={"num_key_value_heads": 4, "max_position_embeddings": 32768, "num_experts_per_tok": 8},
 )
