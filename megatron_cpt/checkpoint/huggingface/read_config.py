@@ -97,6 +97,8 @@ def _effective(model: ModelConfig) -> dict[str, Any]:
         "kv_channels": kv_channels(model),
     }
     is_latent = model.multi_latent_attention
+    if is_latent:
+        fields["latent_layernorm_epsilon"] = model.latent_layernorm_epsilon or model.layernorm_epsilon
     used = {
         "moe_": model.num_moe_experts is not None,
         "rope_scaling_factor": model.rope_scaling_type != "none",

@@ -61,7 +61,7 @@ def hf_config_from_model(
             config[key] = value
     if dtype is not None:
         config |= {"dtype": dtype, "torch_dtype": dtype}
-    return both_styles(config, family.aliases)
+    return both_styles(config, family.aliases, model.rotary_base)
 
 
 def _derived_config(model: ModelConfig, preferred: Family | None) -> tuple[dict[str, Any], Family]:

@@ -68,10 +68,13 @@ def expert_keys(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def both_styles(config: Mapping[str, Any], aliases: Sequence[tuple[str, str]]) -> dict[str, Any]:
+def both_styles(
+    config: Mapping[str, Any], aliases: Sequence[tuple[str, str]], theta: float | None = None
+) -> dict[str, Any]:
     """Return a configuration with each key under the names of transformers 4 and of 5.
 
-    A base saved by transformers 5 has `rope_parameters` only, and 4 then takes theta 10,000 without a word.
+    A base saved by transformers 5 has `rope_parameters` only, and 4 then takes theta 10,000 without a word. `theta` is that of
+    a configuration that says none.
     """
     result = dict(config)
     for one, other in (*aliases, ("torch_dtype", "dtype")):
@@ -81,7 +84,7 @@ def both_styles(config: Mapping[str, Any], aliases: Sequence[tuple[str, str]]) -
     older, newer = config.get("rope_scaling"), config.get("rope_parameters")
     if any(isinstance(part, dict) for part in {**(older or {}), **(newer or {})}.values()):
         return result  # one for each kind of layer: the architecture's own file writes what both read
-    theta = (newer or {}).get("rope_theta", config.get("rope_theta"))
+    theta = (newer or {}).get("rope_theta", config.get("rope_theta", theta))
     scaling = {key: value for key, value in {**(older or newer or {})}.items() if key != "rope_theta"}
     if "rope_type" not in scaling:
         scaling = {"rope_type": scaling.get("type", "default"), **scaling}

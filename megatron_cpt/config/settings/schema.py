@@ -113,6 +113,9 @@ class ModelConfig:
     """MLA: part of a query/key head with rotary position."""
     v_head_dim: int = 128
     """MLA: dimension of a value head."""
+    latent_layernorm_epsilon: float | None = None
+    """MLA: epsilon of the norms on the latent vectors (1e-6 in transformers, whatever the others have); None:
+    layernorm_epsilon."""
 
 
 @dataclass(frozen=True, kw_only=True)

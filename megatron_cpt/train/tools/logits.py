@@ -26,7 +26,7 @@ from megatron_cpt.config.megatron.arguments import megatron_arguments
 from megatron_cpt.config.settings.schema import ModelConfig, RunConfig, TrainingConfig
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.train.backend.parallel import finish_parallel, initialize_parallel
-from megatron_cpt.train.model.build import CptGPTModel, set_rotary_frequencies, transformer_config
+from megatron_cpt.train.model.build import CptGPTModel, set_latent_epsilon, set_rotary_frequencies, transformer_config
 from megatron_cpt.train.model.layer_spec import build_layer_spec
 
 
@@ -118,6 +118,7 @@ def _run_megatron_layer(checkpoint: Path, model: ModelConfig, layer: int, hidden
         **megatron_arguments(config, "GPTModel"),
     )
     set_rotary_frequencies(chunk, model)
+    set_latent_epsilon(chunk, model)
     state = chunk.sharded_state_dict(metadata={"non_homogeneous_layers": True})
     state = {name: value for name, value in state.items() if not name.endswith("_extra_state")}
     apply_prefix_mapping(state, {"decoder.layers.0.": f"decoder.layers.{layer}."})

@@ -21,13 +21,9 @@ def read_latent(reader: Reader) -> dict[str, Any]:
     no_attention_bias(reader)
     reader.taken |= {"head_dim", "num_key_value_heads"}
     fields = transformer(reader)
-    if fields["layernorm_epsilon"] != LATENT_EPSILON:
-        reader.refuse(
-            "rms_norm_eps",
-            fields["layernorm_epsilon"],
-            "1e-6, transformers' fixed epsilon of the latent norms, in all norms",
-        )
+    own_epsilon = LATENT_EPSILON if fields["layernorm_epsilon"] != LATENT_EPSILON else None
     return {
+        "latent_layernorm_epsilon": own_epsilon,
         **fields,
         **rope(reader, is_latent=True),
         **window(reader, is_used=False),

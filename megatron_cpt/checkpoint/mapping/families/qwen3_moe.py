@@ -51,6 +51,7 @@ FAMILY = Family(
     model_type="qwen3_moe",
     read=_read,
     write=_write,
+    required={"shared_expert_intermediate_size": (0, None), "use_qk_norm": (True,), "qkv_bias": (False,)},
     aliases=(("num_experts", "num_local_experts"),),
     defaults={"num_key_value_heads": 4, "max_position_embeddings": 32768, "num_experts_per_tok": 8},
 )
