@@ -32,7 +32,7 @@ from megatron_cpt.checkpoint.huggingface.weight_files import weight_files
 from megatron_cpt.checkpoint.torch_dist.dcp_writer import HashingWriter
 from megatron_cpt.checkpoint.torch_dist.pickles import load_safely
 from megatron_cpt.errors import CheckpointError
-from megatron_cpt.files import read_json, write_json
+from megatron_cpt.files import naming, read_json, write_json
 
 DTYPES = {
     "F64": torch.float64,
@@ -156,7 +156,7 @@ class HFFolder:
         if math.prod(shape) == 0:
             return torch.empty(shape, dtype=dtype)
         values = torch.empty(length, dtype=torch.uint8)
-        with file.open("rb", buffering=0) as raw:
+        with file.open("rb", buffering=0) as raw, naming(file):
             _read_fully(raw.fileno(), memoryview(values.numpy()), offset, file)
         return values.view(dtype).view(shape)
 
@@ -294,7 +294,7 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 def _read_header(file: Path) -> dict[str, tuple[Path, int, int, torch.dtype, tuple[int, ...]]]:
     size = file.stat().st_size
-    with file.open("rb") as raw:
+    with file.open("rb") as raw, naming(file):
         length = int.from_bytes(raw.read(8), "little")
         if size < 8 or length > size - 8:
             raise CheckpointError(f"{file}: {size} bytes, its header alone needs {length + 8}. It is truncated.")
@@ -344,7 +344,7 @@ def sampled_hash(file: Path) -> str:
     """Return a hash of 17 pieces of 64 KiB over a file's length, which tells files apart without reading them whole."""
     size = file.stat().st_size
     digest = hashlib.blake2b(digest_size=16)
-    with file.open("rb") as raw:
+    with file.open("rb") as raw, naming(file):
         for number in range(_SAMPLES + 1):
             raw.seek(size * number // _SAMPLES - (_SAMPLE_BYTES if number == _SAMPLES and size > _SAMPLE_BYTES else 0))
             digest.update(raw.read(_SAMPLE_BYTES))
@@ -365,7 +365,7 @@ def _write_shard(path: Path, groups: Sequence[OutputGroup], progress: Callable[[
             offset += length
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as raw:
+    with path.open("wb") as raw, naming(path):
         file = HashingWriter(raw)
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
