@@ -42,17 +42,37 @@ def model_config_from_hf(
     Raises: CheckpointError naming the key that is not understood, or whose value Megatron-Core cannot compute.
     """
     family = family_of_config(config, where)
-    reader = Reader(
-        config,
-        where,
-        ignore=ignore,
-        defaults=family.defaults,
-        harmless=family.harmless,
-        required=family.required,
-    )
+    reader = _reader(config, family, where, ignore)
     fields = family.read(reader)
     reader.finish()
     return ModelConfig(**fields)
+
+
+def config_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Return in what two configurations mean different models, whichever style each is written in."""
+    meanings = [_meaning(config) for config in (one, other)]
+    (left, left_rest), (right, right_rest) = meanings
+    if left is None or right is None:
+        keys = [architecture_keys(config) for config in (one, other)]
+        return sorted(key for key in {**keys[0], **keys[1]} if keys[0].get(key) != keys[1].get(key))
+    rest = sorted(key for key in {**left_rest, **right_rest} if left_rest.get(key) != right_rest.get(key))
+    return differing_fields(left, right, TRAINING_FIELDS) + rest
+
+
+def _meaning(config: Mapping[str, Any]) -> tuple[ModelConfig | None, dict[str, Any]]:
+    """Return the model and the keys that it does not account for; no model where the architecture is not known."""
+    try:
+        family = family_of_config(config)
+        reader = _reader(config, family, "config.json", ())
+        return ModelConfig(**family.read(reader)), {key: value for key, value in reader.left().items() if value}
+    except CheckpointError:
+        return None, {}
+
+
+def _reader(config: Mapping[str, Any], family: Family, where: str, ignore: Sequence[str]) -> Reader:
+    return Reader(
+        config, where, ignore=ignore, defaults=family.defaults, harmless=family.harmless, required=family.required
+    )
 
 
 def family_of_config(config: Mapping[str, Any], where: str = "config.json") -> Family:

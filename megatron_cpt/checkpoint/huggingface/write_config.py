@@ -64,6 +64,17 @@ def hf_config_from_model(
     return both_styles(config, family.aliases, model.rotary_base)
 
 
+def portable_config(base: Mapping[str, Any], dtype: str | None = None) -> dict[str, Any]:
+    """Return `base` in the styles of transformers 4 and of 5, for weights of its model in `dtype` (None: as it says)."""
+    config = {**base, **({"dtype": dtype, "torch_dtype": dtype} if dtype else {})}
+    try:
+        family = family_of_config(base)
+        theta = model_config_from_hf(base).rotary_base
+    except CheckpointError:
+        return config  # another architecture, or keys that only its owner knows: the base's own words
+    return both_styles(config, family.aliases, theta)
+
+
 def _derived_config(model: ModelConfig, preferred: Family | None) -> tuple[dict[str, Any], Family]:
     """Return the configuration by the first architecture that computes what `model` says, the preferred one before others."""
     nearest: tuple[list[str], Family] | None = None

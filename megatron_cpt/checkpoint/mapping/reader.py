@@ -77,11 +77,13 @@ class Reader:
             "This model cannot be converted."
         )
 
+    def left(self) -> dict[str, Any]:
+        """Return the keys that nobody took and that are not known to change nothing."""
+        return {key: value for key, value in self.config.items() if key not in self.taken | self._harmless}
+
     def finish(self) -> None:
         """Raise for a key that nobody took and that may change the model, or whose value would have to be another."""
-        for key, value in self.config.items():
-            if key in self.taken or key in self._harmless:
-                continue
+        for key, value in self.left().items():
             if key in self._required:
                 if value not in self._required[key]:
                     self.refuse(key, value, " or ".join(repr(choice) for choice in self._required[key]))
