@@ -100,7 +100,7 @@ def test_a_shard_without_a_mask_is_learned_whole(tmp_path):
         ([4, 5, 6, 7, 8], [3, 1, 1, 1, 1]),
     ]
     assert manifest["packed"] | {"seq_length": 5, "method": "best-fit", "split_documents": 1} == manifest["packed"]
-    assert manifest["mask"] == {"learned": 11, "pieces": 5}
+    assert manifest["mask"] == {"learned": 11, "pieces": 5, "prompt": 0}
 
 
 def test_packing_again_keeps_the_result_and_other_options_are_refused(tmp_path):

@@ -80,9 +80,8 @@ def test_every_shard_gives_its_planned_samples_of_its_own_tokens(corpora, weight
             assert "not one sequence" in str(problem) or "no token" in str(problem)
             return
         skip = stage_skip_list(config)
-        seed = 7 if shuffles else None
         dataset = build_blended_samples(
-            plan.entries, plan.train_samples, dataset_config(), folder / "cache", skip=skip, shuffle_seed=seed
+            plan.entries, plan.train_samples, dataset_config(), folder / "cache", skip=skip, shuffle_in_corpus=shuffles
         )
         drawn = [0] * len(plan.entries)
         starts: dict[int, list[int]] = {}
