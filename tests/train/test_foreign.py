@@ -10,7 +10,7 @@ import torch
 from megatron_cpt.checkpoint.foreign.convert import foreign_to_mcore
 from megatron_cpt.checkpoint.foreign.opening import is_loadable
 from megatron_cpt.checkpoint.inspection import adopt_checkpoint
-from megatron_cpt.checkpoint.mapping.rules import family_of, units
+from megatron_cpt.checkpoint.mapping.units import family_of, units
 from megatron_cpt.checkpoint.torch_dist import mcore
 from megatron_cpt.checkpoint.torch_dist.dcp import DcpReader
 from megatron_cpt.checkpoint.torch_dist.dcp_writer import Slice, write_dcp
