@@ -21,12 +21,14 @@ def weighted(config, weight=WEIGHT):
 
 
 def dataset(config, folder: str):
+    from megatron_cpt.data.blend.stage_order import StageOrder
     from megatron_cpt.data.lists.data_list import DataEntry
     from megatron_cpt.train.samples.batches import DatasetTokenizer, build_train_dataset
 
-    entries = [DataEntry(prefix=f"{folder}/chat", tokens=32 * SEQ, corpus="chat")]
+    entries = (DataEntry(prefix=f"{folder}/chat", tokens=32 * SEQ, corpus="chat"),)
+    order = StageOrder(entries=entries, num_samples=4 * BATCH, count=4 * BATCH, seq_length=SEQ, seed=1)
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, train_iters=4))
-    return build_train_dataset(config, entries, DatasetTokenizer(EOD, 500, None), Path(folder) / "cache")
+    return build_train_dataset(config, order, DatasetTokenizer(EOD, 500, None), Path(folder) / "cache")
 
 
 def weighted_steps(config, load: str, save: str | None, folder: str, first: int, last: int):
@@ -106,7 +108,7 @@ def test_loss_and_gradient_are_the_weighted_means(ranks, chats):
     assert len({round(loss, 5) for loss, _ in found.values()}) == 3
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_weights_are_the_same_under_every_layout(ranks, chats):
     (expected,) = ranks.run(weighted_steps, 1, weighted(tiny_config()), chats[0], None, chats[1], 0, 2)
     for layout in (
