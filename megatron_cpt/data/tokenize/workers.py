@@ -22,14 +22,12 @@ from typing import Any
 
 import numpy as np
 
+from megatron_cpt.data.reading.file_pool import ONE_THREAD
 from megatron_cpt.data.reading.records import Parsed, Problem
 from megatron_cpt.data.reading.streams import Layout, Piece, parse_piece
 from megatron_cpt.data.tokenizer.engines import Engine, EngineRefusal, load_checked_engine, load_engine
 from megatron_cpt.data.tokenizer.interface import Tokenizer, load_tokenizer
 from megatron_cpt.errors import CptError, DataError
-
-ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "FASTOKENS_BPE_THREADS": "1"}
-"""Environment that keeps the engines to one thread in each worker; fastokens has threads of its own besides rayon's."""
 
 _THREAD_END_SECONDS = 1.0
 _PR_SET_PDEATHSIG = 1
