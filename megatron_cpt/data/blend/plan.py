@@ -11,7 +11,6 @@ from pathlib import Path
 
 from megatron_cpt.config.settings import derived
 from megatron_cpt.config.settings.schema import RunConfig
-from megatron_cpt.data.blend.continued_order import ContinuedOrder
 from megatron_cpt.data.blend.replay import append_stage
 from megatron_cpt.data.blend.sources import (
     Part,
@@ -23,6 +22,7 @@ from megatron_cpt.data.blend.sources import (
     stage_name,
     validation_prefixes,
 )
+from megatron_cpt.data.blend.stage_order import StageOrder
 from megatron_cpt.data.blend.table import BlendPlan, CorpusPlan, corpus_plans, is_unnamed
 from megatron_cpt.data.lists.budget import apportion, exact, spread_samples
 from megatron_cpt.data.lists.data_list import DataEntry, read_data_list
@@ -33,11 +33,11 @@ from megatron_cpt.errors import DataError
 from megatron_cpt.log import format_count
 
 
-def plan_blend(config: RunConfig, begun: Path | None = None, order: ContinuedOrder | None = None) -> BlendPlan:
+def plan_blend(config: RunConfig, begun: Path | None = None, order: StageOrder | None = None) -> BlendPlan:
     """Return the exact blend of a stage from `data.mix` or `data.rules` and the corpora, or from `data.train_data_path`.
 
-    `begun` is the data list of a run that has begun, if there is one: its positions in the replay buffer stay. `order` is the
-    order that the stage continues, if it does: then it says what is read.
+    `begun` is the data list of a run that has begun, if there is one: its positions in the replay buffer stay. A stage that
+    continues an `order` reads what that order says; without one, the plan makes an order of the stage's own.
 
     Raises: DataError with every reason at once: shares that do not sum to 1, missing or incomplete shards by name,
     shards of another tokenizer, a corpus smaller than one sequence or repeated more than `data.max_epochs` times.
@@ -79,14 +79,14 @@ def plan_blend(config: RunConfig, begun: Path | None = None, order: ContinuedOrd
         notes.append(f"{len(small)} shards of the list are smaller than one sequence: {', '.join(small[:3])}")
     read = taken
     if order is not None:
-        entries = order.taken(num_samples, config.training.seq_length)
+        entries = order.stage_entries
         problems += _missing_problems(entries, shards)
         taken = {corpus: sum(e.tokens or 0 for e in entries if (e.corpus or e.prefix) == corpus) for corpus in parts}
         read = dict.fromkeys(parts, 0)
-        for corpus, part in zip(order.corpora(), order.drawn(num_samples), strict=True):
+        for corpus, part in zip(order.corpora, order.drawn, strict=True):
             if corpus in read:
                 read[corpus] += part.stop * config.training.seq_length
-        notes.append(f"goes on at sample {order.position:,} of the order of {order.source}")
+        notes.append(f"continues at sample {order.position:,} of the order of {order.source}")
     for corpus, group in parts.items():
         problems += _size_problems(config, corpus, group, read[corpus])
         if order is not None:
@@ -114,8 +114,17 @@ def plan_blend(config: RunConfig, begun: Path | None = None, order: ContinuedOrd
         notes += _note(prefixes, corpus, "a whole sample")
     corpora = corpus_plans(parts, shares, taken, entries, samples, total)
     notes += _rounded_away(corpora)
+    order = order or StageOrder(
+        entries=tuple(entries),
+        num_samples=num_samples,
+        count=num_samples,
+        seq_length=config.training.seq_length,
+        seed=config.training.seed,
+        shuffle_in_corpus=config.data.shuffle_in_corpus,
+    )
     return BlendPlan(
         entries=entries,
+        order=order,
         num_samples=samples,
         corpora=corpora,
         train_tokens=total,

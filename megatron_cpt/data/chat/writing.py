@@ -145,9 +145,7 @@ class ChatWriting:
 
     def _check_sources(self) -> None:
         for source in self.sources:
-            status = source.path.stat()
-            if (status.st_size, status.st_mtime_ns) != (source.size, source.mtime_ns):
-                raise DataError(f"{source.path}: changed while it was read. Run the command again when it is at rest.")
+            source.check_unchanged()
 
     def _finish(self, prefix: Path, shard: _Shard) -> dict[str, Any]:
         with whole_file(provenance_path(prefix), "wb") as file:

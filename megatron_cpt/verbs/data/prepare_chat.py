@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", nargs="+", required=True, help="files, folders or (quoted) globs of records")
     parser.add_argument("--include", nargs="+", default=[], metavar="PATTERN", help="take only files that match")
     parser.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="leave out files that match")
-    parser.add_argument("--format", choices=("jsonl", "txt", "parquet", "arrow"), help="whatever the names say")
+    parser.add_argument("--format", choices=("jsonl", "json", "txt", "parquet", "arrow"), help="whatever the names say")
     parser.add_argument("--max-document-bytes", type=count, default=256 << 20, help="longest line (default: 256 MiB)")
     parser.add_argument("--tokenizer", type=Path, required=True, help="Hugging Face folder or tokenizer.json")
     parser.add_argument("--eod-token", help="end-of-document token, where the tokenizer's eos_token is not the one")
@@ -161,7 +161,13 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.pack is not None:
         pack = PackOptions(seq_length=arguments.pack, max_packs=arguments.max_packs, seed=arguments.seed)
     manifests = prepare_chat(
-        list_sources(arguments.input, arguments.include, arguments.exclude, arguments.format),
+        list_sources(
+            arguments.input,
+            arguments.include,
+            arguments.exclude,
+            arguments.format,
+            keep_bad_files=arguments.on_bad == "skip",
+        ),
         arguments.output_prefix,
         job,
         Choice(
