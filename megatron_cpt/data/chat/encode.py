@@ -37,7 +37,7 @@ from megatron_cpt.data.reading.conversations import (
 )
 from megatron_cpt.data.reading.records import Problem
 from megatron_cpt.data.reading.streams import Piece
-from megatron_cpt.data.reading.turns import ASSISTANT, REASONING, Mark, Turn, is_empty, text_of
+from megatron_cpt.data.reading.turns import ASSISTANT, REASONING, ROLES, Mark, Turn, is_empty, text_of
 from megatron_cpt.data.shards.masked import LEARNED, PIECE
 from megatron_cpt.data.tokenizer.interface import HuggingFaceTokenizer, load_tokenizer
 from megatron_cpt.errors import DataError
@@ -451,7 +451,7 @@ def _completion(ids: Sequence[int], eod_id: int) -> Tokenized:
 def _add(part: EncodedPart, conversation: Conversation, documents: Sequence[_Document]) -> None:
     last = documents[-1]
     part.counts["conversations" if last.turns else "texts"] += 1
-    part.counts.update(f"turns {turn['role']}" for turn in last.turns)
+    part.counts.update(f"turns {ROLES[turn['role']]}" for turn in last.turns)
     for document in documents:
         part.ids.append(document.tokens.ids)
         part.masks.append(document.tokens.mask)

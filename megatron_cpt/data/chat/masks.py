@@ -86,7 +86,7 @@ def render_with_spans(
     reads = Reads()
     raw = render(turns, reads=reads)
     page = _Page(render, turns, raw.replace(OPEN, "").replace(CLOSE, ""), tuple(special))
-    answers = _marked(raw, turns, reads.blocks, page) if template.marks_generation else _unmarked(page)
+    answers = _marked(raw, turns, reads, page) if template.marks_generation else _unmarked(page)
     tail = page.text[answers[-1].spans[-1][1] :] if answers else ""
     return Rendered(
         turns=turns,
@@ -145,7 +145,7 @@ class _Page:
         return text.replace(OPEN, "").replace(CLOSE, "")
 
 
-def _marked(raw: str, turns: Sequence[Turn], blocks: Sequence[int], page: _Page) -> list[Said]:
+def _marked(raw: str, turns: Sequence[Turn], reads: Reads, page: _Page) -> list[Said]:
     """Return what the template marks, the blocks of an answer together."""
     head, *marked = raw.split(OPEN)
     length, found = len(head), []
@@ -155,17 +155,17 @@ def _marked(raw: str, turns: Sequence[Turn], blocks: Sequence[int], page: _Page)
             raise UnclearTemplate("generation blocks are nested")
         found.append((length, length + len(inside)))
         length += len(inside) + len(outside)
-    answers = [number for number, turn in enumerate(turns) if turn["role"] == ASSISTANT]
-    owners = list(blocks)
-    if len(owners) != len(found):
+    if len(reads.blocks) != len(found):
         raise UnclearTemplate("generation blocks are written more than once")
-    if len(found) == len(answers) and not all(turns[owner]["role"] == ASSISTANT for owner in owners if owner >= 0):
-        owners = answers
-    if wrong := [owner for owner in owners if owner < 0 or turns[owner]["role"] != ASSISTANT]:
+    answers = [number for number, turn in enumerate(turns) if turn["role"] == ASSISTANT]
+    owners = [_owner(turns, reads, first, last) for first, last in reads.blocks]
+    if len(found) == len(answers) and None in owners:
+        owners = list(answers)
+    if None in owners:
         raise UnclearTemplate(
-            f"{len(found)} generation blocks for {len(answers)} assistant turns, one of turn {wrong[0] + 1}"
+            f"{len(found)} generation blocks for {len(answers)} assistant turns, one of them with what another says"
         )
-    if owners != sorted(owners):
+    if owners != sorted(owner for owner in owners if owner is not None):
         raise UnclearTemplate("generation blocks are in another order than the turns")
     said = []
     for number in answers:
@@ -173,6 +173,20 @@ def _marked(raw: str, turns: Sequence[Turn], blocks: Sequence[int], page: _Page)
         if spans:
             said.append(_without_ends(Said(number, spans), page))
     return said
+
+
+def _owner(turns: Sequence[Turn], reads: Reads, first: int, last: int) -> int | None:
+    """Return the assistant's turn that a generation block writes: the first that it looks at, else the last one before.
+
+    None where it writes what somebody else says; the role alone of another turn is only a look at who comes next.
+    """
+    within = reads.touched[first:last]
+    found = next((number for number, _ in within if turns[number]["role"] == ASSISTANT), None)
+    if found is not None:
+        return found
+    if any(key not in ("", "role") for _, key in within):
+        return None
+    return next((number for number, _ in reversed(reads.touched[:first]) if turns[number]["role"] == ASSISTANT), None)
 
 
 def _without_ends(said: Said, page: _Page) -> Said:

@@ -17,10 +17,10 @@ from typing import Any
 
 from megatron_cpt.data.reading.records import NOT_TEXT, NULL_TEXT, value_problem
 
-SYSTEM, USER, ASSISTANT, TOOL = "system", "user", "assistant", "tool"
+SYSTEM, USER, ASSISTANT, TOOL, DEVELOPER = "system", "user", "assistant", "tool", "developer"
 _CALL = "call"
 ROLES = {
-    **dict.fromkeys(("system", "developer"), SYSTEM),
+    **dict.fromkeys(("system", DEVELOPER), SYSTEM),
     **dict.fromkeys(("user", "human", "prompter"), USER),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "chatbot"), ASSISTANT),
     **dict.fromkeys(
@@ -94,7 +94,7 @@ def turns_of(
         role, turn, mark = _turn(message, number, ignored)
         if role == SYSTEM and not text_of(turn).strip():
             continue
-        if role == SYSTEM and turns == [{"role": SYSTEM, "content": text_of(turn)}] and number == 1:
+        if role == SYSTEM and number == 1 and [text_of(said) for said in turns] == [text_of(turn)]:
             turns, marks = [], []  # the record's own prompt, said again
         if _is_merged(role, turn, turns, number):
             turns[-1] = _merged(turns[-1], turn)
@@ -165,7 +165,8 @@ def _turn(message: Any, number: int, ignored: Sequence[str]) -> tuple[str, Turn,
         turn = {"content" if key == "value" else key: value for key, value in turn.items()}
     mark = _mark(turn, number)
     _check_content(turn, number)
-    turn["role"] = ASSISTANT if role == _CALL else role
+    if turn["role"] != DEVELOPER:  # whom some templates tell from the system
+        turn["role"] = ASSISTANT if role == _CALL else role
     if role == _CALL:
         turn["tool_calls"] = [_envelope(call) for call in _calls(turn.pop("content", None), number)]
     elif role == ASSISTANT:
@@ -241,7 +242,7 @@ def _merged(turn: Turn, call: Turn) -> Turn:
 
 
 def _check_order(role: str, turns: list[Turn], number: int) -> None:
-    before = turns[-1]["role"] if turns else None
+    before = ROLES[turns[-1]["role"]] if turns else None
     if role == SYSTEM and before is not None:
         kind = TWO_SYSTEMS if number == 1 else LATE_SYSTEM
         raise BadConversation(kind, f"turn {number}")
