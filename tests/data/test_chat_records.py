@@ -410,6 +410,27 @@ def test_control_tokens_in_reasoning_calls_and_tools_are_found(prepare):
         assert code == 2 and "control token in a message (<|end|> in " in said
 
 
+def deep(levels):
+    return json.loads('{"a":' * levels + "1" + "}" * levels)
+
+
+@pytest.mark.parametrize("levels", [150, 900])
+def test_what_is_nested_too_deep_is_a_bad_conversation_wherever_it_stands(prepare, levels):
+    text = '{"a":' * 5000 + "1" + "}" * 5000
+    for number, record in enumerate(
+        (
+            {"messages": [user("q"), says("a", extra=deep(levels))]},
+            {"messages": [user("q"), says("a", tool_calls=[{"function": {"name": "f", "arguments": deep(levels)}}])]},
+            {"messages": [user("q"), says("a")], "tools": [deep(levels)]},
+        )
+    ):
+        good = {"messages": [user("q"), says("a")]}
+        code, said = prepare([record, good], "--number", "1", "--on-bad", "skip", prefix=f"p{number}")
+        assert code == 0 and "nested too deep: 1" in said
+    code, said = prepare([{"messages": [user("q"), says("a", tool_calls=text)]}])
+    assert code == 2 and "not a tool call" in said
+
+
 def test_images_are_refused_by_name(prepare):
     code, said = prepare([{"messages": [user("q"), says("a")], "images": ["a.png"]}])
     assert code == 2 and "images, audio or video (the record has images)" in said

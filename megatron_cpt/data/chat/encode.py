@@ -21,7 +21,6 @@ from megatron_cpt.data.chat.masks import (
     is_history_rewritten,
     lost_reasoning,
     render_with_spans,
-    strings_of,
 )
 from megatron_cpt.data.chat.template import ChatTemplate, TemplateRefusal, load_template
 from megatron_cpt.data.chat.tokens import Learned, Tokenized, tokens_of
@@ -37,7 +36,17 @@ from megatron_cpt.data.reading.conversations import (
 )
 from megatron_cpt.data.reading.records import Problem
 from megatron_cpt.data.reading.streams import Piece
-from megatron_cpt.data.reading.turns import ASSISTANT, REASONING, ROLES, Mark, Turn, is_empty, text_of
+from megatron_cpt.data.reading.turns import (
+    ASSISTANT,
+    REASONING,
+    ROLES,
+    TOO_DEEP,
+    Mark,
+    Turn,
+    is_empty,
+    strings_of,
+    text_of,
+)
 from megatron_cpt.data.shards.masked import LEARNED, PIECE
 from megatron_cpt.data.tokenizer.interface import HuggingFaceTokenizer, load_tokenizer
 from megatron_cpt.errors import DataError
@@ -210,7 +219,10 @@ class ChatEncoder:
         planned: list[list[_Page]] = []
         for _, conversation in batch:
             try:
-                planned.append(self._pages(conversation, found.notes) if conversation.turns else [])
+                try:
+                    planned.append(self._pages(conversation, found.notes) if conversation.turns else [])
+                except RecursionError:
+                    raise _Unfit(TOO_DEEP, "what the record gives the template") from None
             except _Unfit as problem:
                 planned.append([])
                 found.problems.append(

@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any
 
 from megatron_cpt.data.chat.template import CLOSE, OPEN, STAND_IN, ChatTemplate, Reads
-from megatron_cpt.data.reading.turns import ASSISTANT, REASONING, Turn, reasoning_of, text_of
+from megatron_cpt.data.reading.turns import ASSISTANT, REASONING, Turn, reasoning_of, strings_of, text_of
 
 Span = tuple[int, int]
 
@@ -80,7 +80,8 @@ def render_with_spans(
 
     Raises: UnclearTemplate; TemplateRefusal from the template.
     """
-    if any(mark in leaf for turn in turns for leaf in strings_of(turn) for mark in (OPEN, CLOSE, STAND_IN)):
+    said = itertools.chain.from_iterable(map(strings_of, [*turns, dict(variables or {})]))
+    if any(mark in text for text in said for mark in (OPEN, CLOSE, STAND_IN)):
         raise UnclearTemplate("a message holds a noncharacter of Unicode (U+FDD0 to U+FDD2)")
     render = partial(template.render, variables=variables)
     reads = Reads()
@@ -119,15 +120,6 @@ def lost_reasoning(turn: Turn, text: str) -> bool:
     if not reasoning and "</think>" in (content := text_of(turn)):
         reasoning = content.split("</think>")[0].split("<think>")[-1]
     return bool(reasoning.strip()) and reasoning.strip() not in text
-
-
-def strings_of(value: Any) -> list[str]:
-    """Return every text within a value, keys of objects included."""
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, Mapping):
-        return [text for pair in value.items() for item in pair for text in strings_of(item)]
-    return [text for item in value for text in strings_of(item)] if isinstance(value, list) else []
 
 
 @dataclass

@@ -32,6 +32,7 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names that reasoning goes by; transformers gives a template all of the first two."""
 DETAILS = ("train_detail", "training_detail")
 MARKS = ("weight", "loss_weight", "loss", "train", "training", "masked")
+MAX_DEPTH = 100
 ON_EMPTY_ANSWER = ("reject", "learn", "mask")
 
 NOT_A_LIST = "not a list of turns"
@@ -48,6 +49,7 @@ ENDS_WITH_USER = "ends with the user"
 ENDS_WITH_TOOL = "ends with a tool's result"
 NO_CALL = "tool result without a call"
 NOT_A_CALL = "not a tool call"
+TOO_DEEP = "nested too deep"
 UNCLEAR_MARK = "learning mark is not understood"
 
 
@@ -92,7 +94,7 @@ def turns_of(
         marks.append(Mark())
     for number, message in enumerate(value, 1):
         role, turn, mark = _turn(message, number, ignored)
-        if role == SYSTEM and not text_of(turn).strip():
+        if role == SYSTEM and not (text_of(turn).strip() or turn.get("tools") or turn.get("functions")):
             continue
         if role == SYSTEM and number == 1 and [text_of(said) for said in turns] == [text_of(turn)]:
             turns, marks = [], []  # the record's own prompt, said again
@@ -129,6 +131,24 @@ def reasoning_of(turn: Turn) -> str:
 def is_empty(turn: Turn) -> bool:
     """Return whether a turn says nothing: no text, no tool call, no reasoning."""
     return not (text_of(turn).strip() or turn.get("tool_calls") or reasoning_of(turn).strip())
+
+
+def strings_of(value: Any) -> list[str]:
+    """Return every text within a value, keys of objects included."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, dict):
+        return [text for pair in value.items() for item in pair for text in strings_of(item)]
+    return [text for item in value for text in strings_of(item)] if isinstance(value, list) else []
+
+
+def check_depth(value: Any, where: str, depth: int = MAX_DEPTH) -> None:
+    """Check that a value is not nested deeper than what reads it later can follow. Raises: BadConversation."""
+    if depth == 0:
+        raise BadConversation(TOO_DEEP, f"{where}: more than {MAX_DEPTH} levels")
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        if isinstance(item, (dict, list)):
+            check_depth(item, where, depth - 1)
 
 
 def without_nulls(value: Any) -> Any:
@@ -171,6 +191,7 @@ def _turn(message: Any, number: int, ignored: Sequence[str]) -> tuple[str, Turn,
         turn["tool_calls"] = [_envelope(call) for call in _calls(turn.pop("content", None), number)]
     elif role == ASSISTANT:
         _gather_calls(turn, number)
+    check_depth(turn, f"turn {number}")
     if "content" not in turn and not (turn.get("tool_calls") or reasoning_of(turn)):
         raise BadConversation(NULL_TEXT, f"turn {number}")
     return (ASSISTANT if role == _CALL else role), turn, mark
