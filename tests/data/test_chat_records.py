@@ -399,6 +399,17 @@ def test_ends_of_several_tokens_are_learned_at_every_turn(prepare, shard):
     assert code == 0 and shard("w")[0] == [["a### end", "b### end", "<|end_of_text|>"]]
 
 
+def test_a_template_whose_marks_leave_the_end_out_is_warned_of(prepare, shard):
+    template = PLAIN.replace(
+        "~ m.content ~ '<|end|>\\n' }}",
+        "}}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{{ '<|end|>\\n' }}",
+    )
+    assert "endgeneration" in template
+    code, said = prepare([{"messages": [user("q"), says("a")]}], template=template)
+    assert code == 0 and "leave out what ends an answer ('<|end|>')" in said
+    assert shard()[0] == [["a"]]
+
+
 def test_control_tokens_in_reasoning_calls_and_tools_are_found(prepare):
     call = {"function": {"name": "add", "arguments": {"a": {"b": ["<|end|>"]}}}}
     for record in (
