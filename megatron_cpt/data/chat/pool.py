@@ -8,6 +8,7 @@ from typing import Any
 from megatron_cpt.data.chat.encode import ChatEncoder, ChatJob
 from megatron_cpt.data.reading.file_pool import FilePool
 from megatron_cpt.data.reading.streams import Piece
+from megatron_cpt.data.tokenizer.threads import ONE_THREAD
 
 
 class ChatPool:
@@ -50,6 +51,7 @@ class ChatPool:
 
 
 def _encoder(job: ChatJob) -> tuple[ChatEncoder]:
+    os.environ.update(ONE_THREAD)
     return (ChatEncoder(job),)
 
 

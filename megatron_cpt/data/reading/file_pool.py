@@ -14,8 +14,6 @@ from typing import Any
 from megatron_cpt.errors import DataError
 from megatron_cpt.log import Progress
 
-ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "FASTOKENS_BPE_THREADS": "1"}
-"""Environment that keeps the engines to one thread in each worker; fastokens has threads of its own besides rayon's."""
 _AHEAD = 3
 """Jobs per worker that are begun ahead of the result that is waited for."""
 
@@ -113,7 +111,6 @@ def _start(main_process: int, shared: tuple[Any, ...], prepare: Callable[..., tu
     global _shared
     threading.Thread(target=_end_with, args=(main_process,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ.update(ONE_THREAD)
     _shared = shared if prepare is None else prepare(*shared)
 
 
