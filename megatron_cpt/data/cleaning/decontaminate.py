@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from megatron_cpt.data.cleaning.shingles import passage_words, shingle_hashes, words_at, words_of
-from megatron_cpt.data.cleaning.task import begin_task, finish_task, work_folder
+from megatron_cpt.data.cleaning.task import CleaningTask
 from megatron_cpt.data.reading.documents import Source
 from megatron_cpt.data.reading.file_pool import map_files
 from megatron_cpt.data.reading.record_files import (
@@ -120,7 +120,6 @@ def decontaminate(
 
     Raises: DataError for bad lines, clashing outputs, or output and work folders of other inputs or options.
     """
-    work = work_folder(output)
     sources = [source for group in corpora.values() for source in group]
     owners = [name for name, group in corpora.items() for _ in group]
     targets = [
@@ -129,33 +128,36 @@ def decontaminate(
         for path in output_paths(group, output / name, options.is_compressed, sources)
     ]
     settings = {"reading": asdict(reading), **asdict(options), "passages": _passages_hash(passages)}
-    if done := begin_task("decontamination", output, work, corpora, settings, targets):
-        return done
-    counts = map_files(
-        _clean_source,
-        [
-            (source, target, work / f"counts_{number:06d}.json")
-            for number, (source, target) in enumerate(zip(sources, targets, strict=True))
-        ],
-        [source.size for source in sources],
-        workers,
-        "decontaminating",
-        shared=(passages, reading, options),
-    )
-    report: dict[str, Any] = {"options": asdict(options), "too_short": passages.too_short, "corpora": {}}
-    for name in corpora:
-        mine = [row for row, owner in zip(counts, owners, strict=True) if owner == name]
-        total = sum((Tally.of_record(row["tally"]) for row in mine), Tally())
-        removed = sum(row["removed"] for row in mine)
-        report["corpora"][name] = {
-            **total.record(),
-            "removed": removed,
-            "removed_share": round(removed / max(total.documents, 1), 6),
+    with CleaningTask("decontamination", output, corpora, settings) as task:
+        if done := task.begin(targets):
+            return done
+        counts = map_files(
+            _clean_source,
+            [
+                (source, target, task.work / f"counts_{number:06d}.json")
+                for number, (source, target) in enumerate(zip(sources, targets, strict=True))
+            ],
+            [source.size for source in sources],
+            workers,
+            "decontaminating",
+            shared=(passages, reading, options),
+        )
+        report: dict[str, Any] = {"options": asdict(options), "too_short": passages.too_short, "corpora": {}}
+        for name in corpora:
+            mine = [row for row, owner in zip(counts, owners, strict=True) if owner == name]
+            total = sum((Tally.of_record(row["tally"]) for row in mine), Tally())
+            removed = sum(row["removed"] for row in mine)
+            report["corpora"][name] = {
+                **total.record(),
+                "removed": removed,
+                "removed_share": round(removed / max(total.documents, 1), 6),
+            }
+        removed_by = {
+            name: sum(row["removed_by"][number] for row in counts) for number, name in enumerate(passages.names)
         }
-    removed_by = {name: sum(row["removed_by"][number] for row in counts) for number, name in enumerate(passages.names)}
-    examples = [example for row in counts for example in row["examples"]][:_EXAMPLES]
-    report |= {"removed_by_evaluation": removed_by, "examples": examples}
-    return finish_task("decontamination", output, work, corpora, settings, report)
+        examples = [example for row in counts for example in row["examples"]][:_EXAMPLES]
+        report |= {"removed_by_evaluation": removed_by, "examples": examples}
+        return task.finish(report)
 
 
 def _clean_source(
