@@ -94,6 +94,15 @@ def test_workers_and_partitions_change_nothing(corpora):
         assert (corpora / "one" / name).read_bytes() == (corpora / "two" / name).read_bytes()
 
 
+@pytest.mark.parametrize(("unit", "memory"), [(1, 1 << 30), (7, 1 << 12), (1000, 1)])
+def test_units_and_partitions_of_the_spill_change_nothing(corpora, monkeypatch, unit, memory):
+    one = run(corpora, "one")
+    monkeypatch.setattr("megatron_cpt.data.cleaning.clusters._MIN_UNIT", unit)
+    monkeypatch.setattr("megatron_cpt.data.cleaning.clusters._MAX_UNIT", unit)
+    other = run(corpora, "other", memory_bytes=memory if memory > 1 else 1 << 6)
+    assert {key: one[key] for key in one if key != "task"} == {key: other[key] for key in other if key != "task"}
+
+
 def test_documents_below_the_threshold_stay(corpora):
     rng = random.Random(2)
     document = words(rng, 400)
