@@ -9,7 +9,7 @@ written whole, so a killed run goes on.
 Source of the banding: Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, section 3.4.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,11 +47,13 @@ def find_clusters(
     folder: Path,
     memory_bytes: int = 1 << 30,
     workers: int = 1,
+    verify: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return (root, exact root) of each document over all files, int64 [documents].
 
     A cluster's root is its first document; the exact root counts equal texts only. `groups` holds a number per file:
-    documents of different groups are never joined.
+    documents of different groups are never joined. `verify` is given all pairs of near-duplicates, [pairs, 2], and returns
+    their exact similarities, which then decide; candidates are looser by two standard errors of their signatures.
     """
     sizes = [len(read_signatures(path, options)) for path in signatures]
     starts = np.cumsum([0, *sizes])
@@ -64,11 +66,37 @@ def find_clusters(
         [sum(path.stat().st_size for path in units) >> plan["bits"]] * len(results),
         workers,
         "clusters",
-        shared=(units, 1 << plan["bits"], signatures, starts, options),
+        shared=(units, 1 << plan["bits"], signatures, starts, options, joining_similarity(options, verify is not None)),
     )
     total = int(starts[-1])
     exact = _union(total, (found[found[:, 2] == 1, :2] for found in map(np.load, pairs)))
-    return _union(total, (found[:, :2] for found in map(np.load, pairs))), exact
+    if verify is None:
+        return _union(total, (found[:, :2] for found in map(np.load, pairs))), exact
+    same = np.stack([exact, np.arange(total)], axis=1)
+    near = [found[found[:, 2] == 0, :2] for found in map(np.load, pairs)]
+    candidates = np.unique(np.concatenate([np.empty((0, 2), dtype=np.int64), *near]), axis=0)
+    candidates = candidates[exact[candidates[:, 0]] != exact[candidates[:, 1]]]
+    return _union(total, [same, candidates[verify(candidates) >= options.threshold]]), exact
+
+
+def joining_similarity(options: MinHashOptions, is_verified: bool) -> float:
+    """Return the estimated similarity from which signatures make a pair."""
+    error = np.sqrt(options.threshold * (1 - options.threshold) / options.num_perm)
+    return max(options.threshold - 2 * float(error), 0.0) if is_verified else options.threshold
+
+
+def estimated_similarities(
+    pairs: np.ndarray, signatures: Sequence[Path], starts: np.ndarray, options: MinHashOptions
+) -> np.ndarray:
+    """Return the share of equal functions in the signatures of pairs of documents, float64 [pairs]."""
+    files = [read_signatures(path, options) for path in signatures]
+    found = [np.empty(0)]
+    for begin in range(0, len(pairs), _GATHERED):
+        part = pairs[begin : begin + _GATHERED]
+        documents, places = np.unique(part, return_inverse=True)
+        matrix = _gather(documents, files, starts, "minhash")[places.reshape(part.shape)]
+        found.append((matrix[:, 0] == matrix[:, 1]).mean(axis=1))
+    return np.concatenate(found)
 
 
 def _spill_plan(total: int, options: MinHashOptions, folder: Path, memory_bytes: int) -> dict[str, int]:
@@ -198,6 +226,7 @@ def _write_pairs(
     signatures: Sequence[Path],
     starts: np.ndarray,
     options: MinHashOptions,
+    threshold: float,
     number: int,
     result: Path,
 ) -> Path:
@@ -217,7 +246,7 @@ def _write_pairs(
         if bucket[begin] & np.uint64(1):
             pairs.append(_exact_pairs(members, files, starts))
         else:
-            pairs.append(_near_pairs(members, files, starts, options))
+            pairs.append(_near_pairs(members, files, starts, threshold))
     found = np.unique(np.concatenate(pairs), axis=0)
     with whole_file(result, "wb") as file:
         np.save(file, found)
@@ -231,9 +260,7 @@ def _exact_pairs(members: np.ndarray, files: Sequence[np.ndarray], starts: np.nd
     return np.stack([np.full(len(joined), members[0]), joined, np.ones(len(joined), dtype=np.int64)], axis=1)
 
 
-def _near_pairs(
-    members: np.ndarray, files: Sequence[np.ndarray], starts: np.ndarray, options: MinHashOptions
-) -> np.ndarray:
+def _near_pairs(members: np.ndarray, files: Sequence[np.ndarray], starts: np.ndarray, threshold: float) -> np.ndarray:
     """Join members to leaders: the first, then the first of those that are unlike it, and so on.
 
     A bucket of more than 64 groups holds boilerplate; what is left then can still meet in another band.
@@ -249,7 +276,7 @@ def _near_pairs(
                 leaders.append((int(rest[0]), signatures[0].copy()))
                 rest, signatures = rest[1:], signatures[1:]
             leader, signature = leaders[number]
-            alike = (signatures == signature).mean(axis=1) >= options.threshold
+            alike = (signatures == signature).mean(axis=1) >= threshold
             joined = rest[alike]
             pairs.append(np.stack([np.full(len(joined), leader), joined, np.zeros(len(joined), np.int64)], axis=1))
             rest, signatures = rest[~alike], signatures[~alike]
