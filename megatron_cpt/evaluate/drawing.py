@@ -1,6 +1,5 @@
 """How charts of a report are drawn: colours, style, labels at lines, token axes, marks of interruptions."""
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from megatron_cpt.evaluate.stages import Stage
+from megatron_cpt.evaluate.stages import Stage, short_layouts
 from megatron_cpt.files import whole_file
 from megatron_cpt.log import format_count
 
@@ -107,13 +106,6 @@ def label_lines(axis: Axes, lines: Sequence[Line]) -> None:
             annotation_clip=False,
             path_effects=[withStroke(linewidth=2.5, foreground="white")],
         )
-
-
-def short_layouts(before: str, after: str) -> tuple[str, str]:
-    """Return two layouts such as `TP2 PP1 CP1 DP1` without the parts that are 1 in both."""
-    pairs = list(zip(before.split(), after.split(), strict=False))
-    pairs = [pair for pair in pairs if {re.sub(r"[A-Z]+", "", part) for part in pair} != {"1"}]
-    return " ".join(one for one, _ in pairs), " ".join(other for _, other in pairs)
 
 
 def limit_to_bulk(axis: Axes, values: Sequence[float]) -> None:

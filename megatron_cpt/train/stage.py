@@ -23,10 +23,12 @@ from megatron_cpt.data.continued import ContinuedOrder, write_order
 from megatron_cpt.data.datalist import DataEntry, read_data_list, write_data_list
 from megatron_cpt.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_cpt.errors import ConfigError, DataError
+from megatron_cpt.files import write_json
 from megatron_cpt.launch.parent_order import stage_order
 from megatron_cpt.launch.run_dir import RunDir, run_dir
 from megatron_cpt.train.batches import DatasetTokenizer, build_train_dataset
 from megatron_cpt.train.checkpointing import load_checkpoint
+from megatron_cpt.train.environment import environment
 from megatron_cpt.train.evaluation import ValidationSet, build_validation_sets
 from megatron_cpt.train.init import initial_checkpoint
 from megatron_cpt.train.model import build_training_model
@@ -276,4 +278,5 @@ def _prepare_run_dir(
         write_data_list(run.data_list_path, plan.entries)
     write_resolved(loaded, run.config_path)
     run.revision_path.write_text(code_revision() + "\n", encoding="utf-8")
+    write_json(run.environment_path, environment())
     return list(plan.entries)
