@@ -14,13 +14,20 @@ from pathlib import Path
 import numpy as np
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 
-from megatron_cpt.config.schema import CorpusConfig, DataConfig, ModelConfig, PathsConfig, RunConfig, TrainingConfig
-from megatron_cpt.data.blend import plan_blend
-from megatron_cpt.data.blend_order import blend_order
-from megatron_cpt.data.data_entry import DataEntry
-from megatron_cpt.data.indexed import bin_path, idx_path, manifest_path, read_index, write_index
+from megatron_cpt.config.settings.schema import (
+    CorpusConfig,
+    DataConfig,
+    ModelConfig,
+    PathsConfig,
+    RunConfig,
+    TrainingConfig,
+)
+from megatron_cpt.data.blend.order import blend_order
+from megatron_cpt.data.blend.plan import plan_blend
+from megatron_cpt.data.lists.entry import DataEntry
+from megatron_cpt.data.shards.indexed import bin_path, idx_path, manifest_path, read_index, write_index
 from megatron_cpt.files import write_json
-from megatron_cpt.train.samples import build_blended_samples
+from megatron_cpt.train.samples.stage_samples import build_blended_samples
 
 IDENTITY = {"name": "none", "hash": "0" * 32, "vocab_size": 65000, "eod_id": 0}
 SEQ_LENGTH = 4096

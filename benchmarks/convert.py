@@ -92,9 +92,9 @@ def step(arguments: argparse.Namespace, *words: object) -> list[object]:
 
 def run_step(words: list[str], workers: int) -> None:
     """Run one step."""
-    from megatron_cpt.checkpoint.convert import hf_to_mcore, mcore_to_hf
-    from megatron_cpt.checkpoint.mergekit import mergekit_config, run_mergekit
-    from megatron_cpt.checkpoint.soup import average_hf
+    from megatron_cpt.checkpoint.convert.hf_mcore import hf_to_mcore, mcore_to_hf
+    from megatron_cpt.checkpoint.soup.mean import average_hf
+    from megatron_cpt.checkpoint.soup.mergekit import mergekit_config, run_mergekit
 
     name, first, *others = words
     paths = [Path(word) for word in others]
@@ -112,10 +112,10 @@ def make_model(path: Path, size: tuple[int, ...]) -> None:
     """Write a random bf16 Llama, one tensor in memory at a time."""
     import torch
 
-    from megatron_cpt.checkpoint.hf import OutputGroup, write_safetensors
-    from megatron_cpt.checkpoint.hf_export_config import hf_config_from_model
-    from megatron_cpt.checkpoint.mapping import family_of, units
-    from megatron_cpt.config.schema import ModelConfig
+    from megatron_cpt.checkpoint.huggingface.folder import OutputGroup, write_safetensors
+    from megatron_cpt.checkpoint.huggingface.write_config import hf_config_from_model
+    from megatron_cpt.checkpoint.mapping.rules import family_of, units
+    from megatron_cpt.config.settings.schema import ModelConfig
 
     hidden, ffn, layers, heads, groups, vocabulary = size
     model = ModelConfig(

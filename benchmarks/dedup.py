@@ -12,9 +12,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from megatron_cpt.data.corpus_inputs import named_corpora
-from megatron_cpt.data.dedup import DedupOptions, deduplicate, report_table
-from megatron_cpt.data.record_files import Reading
+from megatron_cpt.data.cleaning.dedup import DedupOptions, deduplicate, report_table
+from megatron_cpt.data.reading.named_corpora import named_corpora
+from megatron_cpt.data.reading.record_files import Reading
 
 
 def main() -> None:

@@ -33,8 +33,8 @@ def main() -> None:
 
 def measure(name: str, folder: Path, fim_rate: float, arguments: argparse.Namespace) -> None:
     """Print the time of a sample, and the wait of a step that reads itself and of one for which a thread reads."""
-    from megatron_cpt.train.parallel import finish_parallel, initialize_parallel
-    from megatron_cpt.train.prefetch import Prefetch
+    from megatron_cpt.train.backend.parallel import finish_parallel, initialize_parallel
+    from megatron_cpt.train.samples.prefetch import Prefetch
 
     config, dataset, eod_id = build(folder, fim_rate, arguments)
     initialize_parallel(config)
@@ -58,12 +58,12 @@ def build(folder: Path, fim_rate: float, arguments: argparse.Namespace):
     """Return a configuration, its samples and the end-of-document id; the shard is made once."""
     from tokenizers import ByteLevelBPETokenizer
 
-    from megatron_cpt.config.schema import DataConfig, ModelConfig, PathsConfig, RunConfig, TrainingConfig
-    from megatron_cpt.data.data_entry import DataEntry
-    from megatron_cpt.data.tokenization import tokenize
-    from megatron_cpt.data.tokenizer import load_tokenizer
+    from megatron_cpt.config.settings.schema import DataConfig, ModelConfig, PathsConfig, RunConfig, TrainingConfig
+    from megatron_cpt.data.lists.entry import DataEntry
+    from megatron_cpt.data.tokenize.driver import tokenize
+    from megatron_cpt.data.tokenizer.interface import load_tokenizer
     from megatron_cpt.files import write_json
-    from megatron_cpt.train.batches import DatasetTokenizer, build_train_dataset
+    from megatron_cpt.train.samples.batches import DatasetTokenizer, build_train_dataset
 
     texts = [path.read_text() for path in sorted((ROOT / "megatron_cpt").rglob("*.py"))]
     if not (folder / "tokenizer").exists():
@@ -104,7 +104,7 @@ def build(folder: Path, fim_rate: float, arguments: argparse.Namespace):
 
 def reader(config, dataset, eod_id):
     """Return what reads the batches of a step."""
-    from megatron_cpt.train.batches import microbatches
+    from megatron_cpt.train.samples.batches import microbatches
 
     size = config.training.global_batch_size
     return lambda step: microbatches(dataset, (step - 1) * size, size, config, eod_id)

@@ -109,10 +109,10 @@ def run_rank(what: str, layout: str, size: str, scratch: Path) -> None:
     """Save random weights and moments, or load them, on this rank; write time and peak memory."""
     import torch
 
-    from megatron_cpt.checkpoint.mcore import verify_checkpoint
-    from megatron_cpt.train.checkpointing import load_checkpoint, save_checkpoint
-    from megatron_cpt.train.model import build_training_model
-    from megatron_cpt.train.parallel import finish_parallel, initialize_parallel, on_rank_0
+    from megatron_cpt.checkpoint.torch_dist.mcore import verify_checkpoint
+    from megatron_cpt.train.backend.parallel import finish_parallel, initialize_parallel, on_rank_0
+    from megatron_cpt.train.model.build import build_training_model
+    from megatron_cpt.train.state.checkpointing import load_checkpoint, save_checkpoint
 
     config = run_config(size, LAYOUTS[layout][1])
     initialize_parallel(config)
@@ -135,7 +135,7 @@ def run_rank(what: str, layout: str, size: str, scratch: Path) -> None:
 
 def run_config(size: str, layout: dict[str, object]) -> object:
     """Return the configuration of a synthetic bf16 model under a layout."""
-    from megatron_cpt.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainingConfig
+    from megatron_cpt.config.settings.schema import ModelConfig, ParallelConfig, RunConfig, TrainingConfig
 
     hidden, ffn, layers, heads, groups, vocabulary = SIZES[size]
     if layout.get(PP) == 3:  # the other stages share what the first one leaves

@@ -28,8 +28,8 @@ from typing import Any
 
 import yaml
 
-from megatron_cpt.config.schema import ModelConfig
-from megatron_cpt.launch.model_size import num_parameters
+from megatron_cpt.config.settings.schema import ModelConfig
+from megatron_cpt.launch.planning.model_size import num_parameters
 from megatron_cpt.log import format_bytes, format_count
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -241,8 +241,8 @@ def run_patched(patches: str, words: list[str]) -> None:
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
     from megatron_cpt.cli import main as megatron_cpt
-    from megatron_cpt.train import layer_spec
-    from megatron_cpt.train.saving import Saver
+    from megatron_cpt.train.model import layer_spec
+    from megatron_cpt.train.stage.saving import Saver
 
     if "unsaved" in patches:
         Saver.save = lambda *_, **__: None  # type: ignore[method-assign]
@@ -302,8 +302,8 @@ def report(
 
 
 def flops(reference: dict[str, Any], seq_length: int) -> float:
-    """Return the floating-point operations of a token by the formula of `train/metrics.py`."""
-    from megatron_cpt.train.metrics import flops_per_token
+    """Return the floating-point operations of a token by the formula of `train/watch/metrics.py`."""
+    from megatron_cpt.train.watch.metrics import flops_per_token
 
     return flops_per_token(ModelConfig(**reference["model"]), seq_length)
 

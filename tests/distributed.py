@@ -38,7 +38,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 GRACE_SECONDS = 3.0
 _PR_SET_PDEATHSIG = 1
-PRELOAD = ("torch", "transformers", "megatron.core.models.gpt", "megatron_cpt.train.loop")
+PRELOAD = ("torch", "transformers", "megatron.core.models.gpt", "megatron_cpt.train.stage.loop")
 """Modules that are slow to import; once a call has used one, ranks import it before they fork."""
 
 

@@ -127,7 +127,7 @@ def build_scratch(root: Path) -> None:
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_bytes(zstandard.compress(lines) if path.endswith(".zst") else lines)
 
-    from megatron_cpt.data.tokenization import tokenize
+    from megatron_cpt.data.tokenize.driver import tokenize
 
     build_tokenizer(root / "data/tokenizer")
     build_base(root / "models/base", root / "data/tokenizer")
@@ -189,8 +189,8 @@ def write_conversations(folder: Path) -> None:
 
 def train_stage(root: str, variant: str) -> str:
     """Train a stage of the scratch on this rank; return why it ended."""
-    from megatron_cpt.config.load import load_config
-    from megatron_cpt.train.loop import train
+    from megatron_cpt.config.loading.resolve import load_config
+    from megatron_cpt.train.stage.loop import train
 
     os.chdir(root)
     return train(load_config(Path("tasks/ja"), "llama3-8b", "50B", variant))

@@ -23,8 +23,8 @@ from pathlib import Path
 import pytest
 
 from megatron_cpt.cli import VERBS, main
-from megatron_cpt.launch.ledger import append_record
-from megatron_cpt.launch.run_dir import RunDir
+from megatron_cpt.run.directory import RunDir
+from megatron_cpt.run.ledger import append_record
 from megatron_cpt.verbs.dispatch import load_verb
 from tests.guide_scratch import build_scratch, train_here, train_stage
 
@@ -102,8 +102,8 @@ def scratch(prepared, ranks, tmp_path, monkeypatch) -> Path:
         assert set(ranks.run(train_here, num_ranks, str(root), list(arguments))) == {0}
         return 0
 
-    monkeypatch.setattr("megatron_cpt.launch.local.run_local", run_here)
-    monkeypatch.setattr("megatron_cpt.launch.sweep.run_local", run_here)
+    monkeypatch.setattr("megatron_cpt.launch.scheduler.local.run_local", run_here)
+    monkeypatch.setattr("megatron_cpt.launch.submission.sweep.run_local", run_here)
     return root
 
 

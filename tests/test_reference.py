@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_cpt.cli import VERBS
-from megatron_cpt.config.fields import setting_keys
+from megatron_cpt.config.settings.fields import setting_keys
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -14,29 +14,29 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_cpt.cli import VERBS
-from megatron_cpt.config.explain import field_texts
-from megatron_cpt.config.fields import default_value, plain, section_fields, sections
-from megatron_cpt.config.megatron_rows import ROWS
-from megatron_cpt.launch.site import Site, StageResources
+from megatron_cpt.config.loading.explain import field_texts
+from megatron_cpt.config.megatron.rows import ROWS
+from megatron_cpt.config.settings.fields import default_value, plain, section_fields, sections
+from megatron_cpt.launch.scheduler.site import Site, StageResources
 from megatron_cpt.verbs.dispatch import load_verb
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "docs" / "reference"
 NOTE = "<!-- Written by tools/write_reference.py from the code: `make docs`. Do not edit. -->\n"
 FORMATS = (
-    ("Token files and their index", "data/indexed.py"),
-    ("When a shard is complete", "data/shards.py"),
-    ("Masked and packed shards", "data/masked.py"),
-    ("Data lists", "data/datalist.py"),
-    ("Shell data lists", "data/shell_list.py"),
-    ("Documents to skip", "data/skip_list.py"),
-    ("The replay buffer", "data/replay.py"),
-    ("Checkpoints", "checkpoint/mcore.py"),
-    ("Soups", "checkpoint/soup.py"),
-    ("The ledger of jobs", "launch/ledger.py"),
-    ("Metrics of a run", "evaluate/stages.py"),
-    ("Sweeps", "launch/sweep.py"),
-    ("Locks", "launch/lock.py"),
+    ("Token files and their index", "data/shards/indexed.py"),
+    ("When a shard is complete", "data/shards/discovery.py"),
+    ("Masked and packed shards", "data/shards/masked.py"),
+    ("Data lists", "data/lists/data_list.py"),
+    ("Shell data lists", "data/lists/shell.py"),
+    ("Documents to skip", "data/shards/skip_list.py"),
+    ("The replay buffer", "data/blend/replay.py"),
+    ("Checkpoints", "checkpoint/torch_dist/mcore.py"),
+    ("Soups", "checkpoint/soup/mean.py"),
+    ("The ledger of jobs", "run/ledger.py"),
+    ("Metrics of a run", "evaluate/report/stages.py"),
+    ("Sweeps", "launch/submission/sweep.py"),
+    ("Locks", "run/lock.py"),
 )
 
 

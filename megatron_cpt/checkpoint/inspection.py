@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from megatron_cpt.checkpoint import mcore
-from megatron_cpt.checkpoint.dcp import DcpReader
-from megatron_cpt.checkpoint.foreign import open_foreign
-from megatron_cpt.config.schema import ModelConfig
+from megatron_cpt.checkpoint.foreign.opening import open_foreign
+from megatron_cpt.checkpoint.torch_dist import mcore
+from megatron_cpt.checkpoint.torch_dist.dcp import DcpReader
+from megatron_cpt.config.settings.schema import ModelConfig
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.log import format_bytes, format_count
 

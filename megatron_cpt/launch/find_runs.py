@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_cpt.config.sources import find_task, read_yaml
+from megatron_cpt.config.loading.sources import find_task, read_yaml
 from megatron_cpt.errors import ConfigError
 
 _MARKS = ("metrics.jsonl", "jobs/ledger.jsonl", "config.yaml")

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_cpt.config.derived import train_iters, train_tokens
-from megatron_cpt.config.schema import RunConfig
-from megatron_cpt.launch import scheduler as queue
-from megatron_cpt.launch.ledger import ACTIVE_STATES, append_record, read_jobs
-from megatron_cpt.launch.progress import first_error, last_checkpoint, read_progress
-from megatron_cpt.launch.run_dir import RunDir
+from megatron_cpt.config.settings.derived import train_iters, train_tokens
+from megatron_cpt.config.settings.schema import RunConfig
+from megatron_cpt.launch.scheduler import queue
 from megatron_cpt.log import format_count, format_seconds
+from megatron_cpt.run.directory import RunDir
+from megatron_cpt.run.ledger import ACTIVE_STATES, append_record, read_jobs
+from megatron_cpt.run.progress import first_error, last_checkpoint, read_progress
 
 _ABORTED_SECONDS = 600
 """Silence after which a training job is suspected to hang."""

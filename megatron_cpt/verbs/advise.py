@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     # imported here: the numbers of a run's data list need numpy
-    from megatron_cpt.evaluate.advice import advice_json, advice_text, advise
+    from megatron_cpt.evaluate.advice.judge import advice_json, advice_text, advise
     from megatron_cpt.files import write_json
 
     advice = advise(arguments.run, arguments.previous, arguments.old, arguments.tolerance)

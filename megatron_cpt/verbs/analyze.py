@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     # imported here: torch takes seconds to start
-    from megatron_cpt.evaluate.weights import stats_table, tensor_stats
+    from megatron_cpt.evaluate.models.weights import stats_table, tensor_stats
     from megatron_cpt.files import write_json
 
     stats = tensor_stats(arguments.model)

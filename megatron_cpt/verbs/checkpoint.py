@@ -68,14 +68,14 @@ def run(arguments: argparse.Namespace) -> int | None:
 
 def _list(arguments: argparse.Namespace) -> int:
     from megatron_cpt.checkpoint.inspection import checkpoint_table  # torch
-    from megatron_cpt.checkpoint.retention import read_protected
+    from megatron_cpt.checkpoint.torch_dist.retention import read_protected
 
     sys.stdout.write(checkpoint_table(arguments.root, read_protected(arguments.root)))
     return 0
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from megatron_cpt.checkpoint.mcore import verify_checkpoint
+    from megatron_cpt.checkpoint.torch_dist.mcore import verify_checkpoint
 
     damaged = 0
     for directory in _directories(arguments.path, complete=False):
@@ -91,7 +91,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _inspect(arguments: argparse.Namespace) -> int:
     from megatron_cpt.checkpoint.inspection import describe_checkpoint  # torch
-    from megatron_cpt.checkpoint.mcore import find_checkpoint
+    from megatron_cpt.checkpoint.torch_dist.mcore import find_checkpoint
 
     sys.stdout.write(describe_checkpoint(find_checkpoint(arguments.path), with_tensors=arguments.tensors))
     return 0
@@ -99,7 +99,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 def _diff(arguments: argparse.Namespace) -> int:
     from megatron_cpt.checkpoint.inspection import diff_checkpoints  # torch
-    from megatron_cpt.checkpoint.mcore import find_checkpoint
+    from megatron_cpt.checkpoint.torch_dist.mcore import find_checkpoint
 
     difference = diff_checkpoints(find_checkpoint(arguments.left), find_checkpoint(arguments.right))
     sys.stdout.write(difference.text())
@@ -108,8 +108,8 @@ def _diff(arguments: argparse.Namespace) -> int:
 
 
 def _prune(arguments: argparse.Namespace) -> int:
-    from megatron_cpt.checkpoint.arguments import parse_bytes
-    from megatron_cpt.checkpoint.retention import prune
+    from megatron_cpt.checkpoint.torch_dist.retention import prune
+    from megatron_cpt.verbs.model_arguments import parse_bytes
 
     if arguments.keep_last is None and arguments.quota is None:
         raise CheckpointError("prune: nothing says what is superseded. Give --keep-last K, --quota SIZE, or both.")
@@ -127,8 +127,8 @@ def _prune(arguments: argparse.Namespace) -> int:
 
 
 def _protect(arguments: argparse.Namespace) -> int:
-    from megatron_cpt.checkpoint.mcore import list_checkpoints
-    from megatron_cpt.checkpoint.retention import read_protected, write_protected
+    from megatron_cpt.checkpoint.torch_dist.mcore import list_checkpoints
+    from megatron_cpt.checkpoint.torch_dist.retention import read_protected, write_protected
 
     wanted = set(arguments.iterations)
     absent = wanted - set(list_checkpoints(arguments.root))
@@ -142,7 +142,7 @@ def _protect(arguments: argparse.Namespace) -> int:
 
 
 def _copy(arguments: argparse.Namespace) -> int:
-    from megatron_cpt.checkpoint.copying import copy_checkpoint
+    from megatron_cpt.checkpoint.torch_dist.copying import copy_checkpoint
 
     for directory in _directories(arguments.path):
         sys.stdout.write(f"{copy_checkpoint(directory, arguments.target)}\n")
@@ -150,8 +150,8 @@ def _copy(arguments: argparse.Namespace) -> int:
 
 
 def _adopt(arguments: argparse.Namespace) -> int:
-    from megatron_cpt.checkpoint.arguments import params_model
     from megatron_cpt.checkpoint.inspection import adopt_checkpoint  # torch
+    from megatron_cpt.verbs.model_arguments import params_model
 
     adopt_checkpoint(arguments.path, params_model(arguments.params))
     return 0
@@ -159,7 +159,7 @@ def _adopt(arguments: argparse.Namespace) -> int:
 
 def _directories(path: Path, *, complete: bool = True) -> list[Path]:
     """Return the checkpoint that `path` is, or all in it; `complete`: those with a readable manifest only."""
-    from megatron_cpt.checkpoint.mcore import (
+    from megatron_cpt.checkpoint.torch_dist.mcore import (
         MANIFEST,
         checkpoint_dir,
         iteration_of,

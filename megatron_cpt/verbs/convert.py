@@ -18,12 +18,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_cpt.checkpoint.arguments import params_model, parse_bytes
-from megatron_cpt.config.load import add_run_arguments, load_from_arguments
+from megatron_cpt.config.loading.resolve import add_run_arguments, load_from_arguments
 from megatron_cpt.errors import ConfigError
+from megatron_cpt.verbs.model_arguments import params_model, parse_bytes
 
 if TYPE_CHECKING:
-    from megatron_cpt.checkpoint.vocabulary import VocabExtension
+    from megatron_cpt.checkpoint.huggingface.vocabulary import VocabExtension
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,8 +97,8 @@ def run(arguments: argparse.Namespace) -> int | None:
     # torch is imported only when something is converted
     if arguments.direction == "verify":
         return _verify(arguments)
-    from megatron_cpt.checkpoint.convert import hf_to_mcore, mcore_to_hf
-    from megatron_cpt.checkpoint.run_export import export_all, export_latest
+    from megatron_cpt.checkpoint.convert.hf_mcore import hf_to_mcore, mcore_to_hf
+    from megatron_cpt.checkpoint.convert.run_export import export_all, export_latest
 
     options = {"dtype": arguments.dtype, "verify": arguments.verify, "num_workers": arguments.num_workers}
     if arguments.direction == "hf-to-mcore":
@@ -125,7 +125,7 @@ def run(arguments: argparse.Namespace) -> int | None:
             )
         ]
     elif arguments.direction.startswith("foreign"):
-        from megatron_cpt.checkpoint.foreign_convert import foreign_to_hf, foreign_to_mcore
+        from megatron_cpt.checkpoint.foreign.convert import foreign_to_hf, foreign_to_mcore
 
         places = arguments.source, arguments.output, params_model(arguments.params)
         if arguments.direction == "foreign-to-hf":
@@ -147,15 +147,15 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from megatron_cpt.checkpoint.mcore import find_checkpoint
-    from megatron_cpt.checkpoint.verify import compare_weights
+    from megatron_cpt.checkpoint.convert.verify import compare_weights
+    from megatron_cpt.checkpoint.torch_dist.mcore import find_checkpoint
 
     checkpoint = find_checkpoint(arguments.checkpoint)
     tensors = compare_weights(arguments.hf_dir, checkpoint)
     sys.stdout.write(f"{len(tensors)} tensors are equal bit by bit\n")
     if arguments.logits:
-        from megatron_cpt.checkpoint.mcore import manifest_model, read_manifest
-        from megatron_cpt.train.logits import compare_logits, text_tokens  # transformers, megatron-core
+        from megatron_cpt.checkpoint.torch_dist.mcore import manifest_model, read_manifest
+        from megatron_cpt.train.tools.logits import compare_logits, text_tokens  # transformers, megatron-core
 
         model = manifest_model(read_manifest(checkpoint), checkpoint)
         length = min(arguments.num_tokens, model.max_position_embeddings)
@@ -165,7 +165,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _extension(arguments: argparse.Namespace) -> VocabExtension | None:
-    from megatron_cpt.checkpoint.vocabulary import VocabExtension, subtokens_of_new_tokens
+    from megatron_cpt.checkpoint.huggingface.vocabulary import VocabExtension, subtokens_of_new_tokens
     from megatron_cpt.files import read_json
 
     if arguments.extend_vocab is None:

@@ -23,7 +23,7 @@ def run(arguments: argparse.Namespace) -> int:
     findings = examine(arguments.runs_dir)
     if arguments.deep and not any(finding.level == "problem" for finding in findings):
         # imported here: torch takes seconds
-        from megatron_cpt.train.selftest import run_selftest
+        from megatron_cpt.train.tools.selftest import run_selftest
 
         findings += run_selftest()
     sys.stdout.write(report(findings))

@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _perplexity(arguments: argparse.Namespace) -> None:
-    from megatron_cpt.evaluate.forgetting import perplexity_table
+    from megatron_cpt.evaluate.models.forgetting import perplexity_table
     from megatron_cpt.files import write_json
 
     results = _measure(arguments)
@@ -96,14 +96,14 @@ def _perplexity(arguments: argparse.Namespace) -> None:
 
 
 def _forgetting(arguments: argparse.Namespace) -> None:
-    from megatron_cpt.evaluate.drawing import colours
-    from megatron_cpt.evaluate.forgetting import (
+    from megatron_cpt.evaluate.models.forgetting import (
         as_json,
         compare_with_first,
         compare_with_previous,
         forgetting_table,
     )
-    from megatron_cpt.evaluate.plots import plot_forgetting
+    from megatron_cpt.evaluate.report.drawing import colours
+    from megatron_cpt.evaluate.report.plots import plot_forgetting
     from megatron_cpt.files import write_json, write_text
 
     results = _measure(arguments)
@@ -122,9 +122,9 @@ def _forgetting(arguments: argparse.Namespace) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    from megatron_cpt.data.chat_template import load_template
-    from megatron_cpt.evaluate.generation import continuations, side_by_side
-    from megatron_cpt.evaluate.models import loaded_model
+    from megatron_cpt.data.chat.template import load_template
+    from megatron_cpt.evaluate.models.generation import continuations, side_by_side
+    from megatron_cpt.evaluate.models.language_model import loaded_model
     from megatron_cpt.files import write_json
 
     texts: dict[str, list[str]] = {}
@@ -148,7 +148,7 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 
 def _harness(arguments: argparse.Namespace) -> None:
-    from megatron_cpt.evaluate.harness import run_harness
+    from megatron_cpt.evaluate.models.harness import run_harness
 
     for name, path in named_paths(arguments.model, "--model").items():
         output = arguments.output / name
@@ -157,8 +157,8 @@ def _harness(arguments: argparse.Namespace) -> None:
 
 
 def _divergence(arguments: argparse.Namespace) -> None:
-    from megatron_cpt.evaluate.plots import plot_divergence
-    from megatron_cpt.evaluate.weights import divergence_table, layer_divergence
+    from megatron_cpt.evaluate.models.weights import divergence_table, layer_divergence
+    from megatron_cpt.evaluate.report.plots import plot_divergence
     from megatron_cpt.files import write_json
 
     models = named_paths(arguments.model, "--model")
@@ -172,15 +172,15 @@ def _divergence(arguments: argparse.Namespace) -> None:
 
 
 def _sweep(arguments: argparse.Namespace) -> None:
-    from megatron_cpt.evaluate.sweep import write_sweep_report
+    from megatron_cpt.evaluate.report.sweep import write_sweep_report
 
     sys.stdout.write(write_sweep_report(arguments.folder, arguments.output) + "\n")
 
 
 def _measure(arguments: argparse.Namespace) -> list:
-    from megatron_cpt.evaluate.models import loaded_model
-    from megatron_cpt.evaluate.perplexity import measure_perplexity
-    from megatron_cpt.evaluate.texts import read_text_set
+    from megatron_cpt.evaluate.models.language_model import loaded_model
+    from megatron_cpt.evaluate.models.perplexity import measure_perplexity
+    from megatron_cpt.evaluate.models.texts import read_text_set
 
     models = named_paths(arguments.model, "--model")
     texts = [

@@ -35,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the command, or with --submit run it and return its exit code."""
-    from megatron_cpt.checkpoint.retention import read_protected, write_protected
-    from megatron_cpt.train.fork import plan_fork
+    from megatron_cpt.checkpoint.torch_dist.retention import read_protected, write_protected
+    from megatron_cpt.train.tools.fork import plan_fork
     from megatron_cpt.verbs.dispatch import load_verb
 
     fork = plan_fork(

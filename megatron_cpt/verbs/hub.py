@@ -37,9 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     # imported here: torch takes seconds to start
-    from megatron_cpt.checkpoint.arguments import parse_bytes
-    from megatron_cpt.checkpoint.hub import download, plan_push, push
+    from megatron_cpt.checkpoint.huggingface.hub import download, plan_push, push
     from megatron_cpt.log import format_bytes
+    from megatron_cpt.verbs.model_arguments import parse_bytes
 
     if arguments.action == "download":
         count, size = download(

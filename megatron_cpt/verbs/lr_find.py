@@ -15,8 +15,8 @@ import argparse
 import os
 import sys
 
-from megatron_cpt.config.load import add_run_arguments
-from megatron_cpt.data.epochs import load_run
+from megatron_cpt.config.loading.resolve import add_run_arguments
+from megatron_cpt.data.blend.epochs import load_run
 
 
 def add_range_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the test; rank 0 prints what it suggests. Return 1 when the loss never fell."""
     loaded = load_run(arguments)
     # imported here: torch and megatron take seconds
-    from megatron_cpt.train.lr_finder import find_learning_rate, suggested_rate
+    from megatron_cpt.train.tools.lr_finder import find_learning_rate, suggested_rate
 
     test = find_learning_rate(loaded, arguments.lr_min, arguments.lr_max, arguments.iterations)
     if os.environ.get("RANK", "0") != "0":

@@ -15,7 +15,7 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the run's arguments and what is known of the machine."""
-    from megatron_cpt.config.load import add_run_arguments  # yaml is not needed to list the verbs
+    from megatron_cpt.config.loading.resolve import add_run_arguments  # yaml is not needed to list the verbs
 
     parser.add_argument("--search", action="store_true", help="propose layouts for the run's nodes instead")
     parser.add_argument("--tokens-per-second", type=float, metavar="N", help="throughput of the whole job")
@@ -25,11 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan; return 1 when the run does not fit."""
-    from megatron_cpt.data.epochs import load_run
+    from megatron_cpt.data.blend.epochs import load_run
     from megatron_cpt.errors import LaunchError
-    from megatron_cpt.launch.plan import GIB, plan_run, plan_text
-    from megatron_cpt.launch.search import search_text
-    from megatron_cpt.launch.site import read_site
+    from megatron_cpt.launch.planning.plan import GIB, plan_run, plan_text
+    from megatron_cpt.launch.planning.search import search_text
+    from megatron_cpt.launch.scheduler.site import read_site
 
     config = load_run(arguments).config
     gib = arguments.gpu_memory or read_site(arguments.site).gpu_memory_gib

@@ -21,10 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure; rank 0 prints the table and notes bad nodes; return 5 on every rank when there is one."""
-    from megatron_cpt.launch.preflight import BAD_NODES_EXIT_CODE, add_excluded, bad_nodes, report_text
+    from megatron_cpt.launch.node.preflight import BAD_NODES_EXIT_CODE, add_excluded, bad_nodes, report_text
 
     # imported here: torch takes seconds
-    from megatron_cpt.train.preflight import run_preflight
+    from megatron_cpt.train.tools.preflight import run_preflight
 
     reports, bandwidth = run_preflight(arguments.run_dir)
     bad = bad_nodes(reports, gpus_per_node=arguments.gpus_per_node)

@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
             )
         output = report_dir(arguments.runs[0], arguments.runs_dir)
     # imported here: matplotlib takes a second to start
-    from megatron_cpt.evaluate.report import write_report
+    from megatron_cpt.evaluate.report.markdown import write_report
 
     page = write_report(paths, output, arguments.evaluation)
     html = write_page(

@@ -16,11 +16,11 @@ import logging
 import shlex
 import sys
 
-from megatron_cpt.config.explain import explain
-from megatron_cpt.config.fields import plain
-from megatron_cpt.config.load import LoadedConfig, add_run_arguments, load_from_arguments, resolved_text
-from megatron_cpt.config.megatron import megatron_flags, settings_without_flag
-from megatron_cpt.data.epochs import with_iterations
+from megatron_cpt.config.loading.explain import explain
+from megatron_cpt.config.loading.resolve import LoadedConfig, add_run_arguments, load_from_arguments, resolved_text
+from megatron_cpt.config.megatron.arguments import megatron_flags, settings_without_flag
+from megatron_cpt.config.settings.fields import plain
+from megatron_cpt.data.blend.epochs import with_iterations
 from megatron_cpt.errors import DataError
 
 logger = logging.getLogger(__name__)

@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int | None:
     _check(arguments)
     # torch is imported only now
-    from megatron_cpt.checkpoint import mergekit
+    from megatron_cpt.checkpoint.soup import mergekit
 
     allow = [*arguments.allow, *(("skipped", "mismatched") if arguments.match_names else ())]
     weights = [float(part) for part in arguments.weights.split(",")] if arguments.weights else None
@@ -95,7 +95,8 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _merge(arguments: argparse.Namespace, inputs: list[Path], weights: list[float] | None, allow: list[str]) -> Path:
-    from megatron_cpt.checkpoint import mergekit, soup
+    from megatron_cpt.checkpoint.soup import mean as soup
+    from megatron_cpt.checkpoint.soup import mergekit
 
     if arguments.method != "average":
         config = mergekit.mergekit_config(
@@ -121,8 +122,8 @@ def _merge(arguments: argparse.Namespace, inputs: list[Path], weights: list[floa
 
 
 def _direct(arguments: argparse.Namespace, weights: list[float] | None) -> Path:
-    from megatron_cpt.checkpoint.megatron_soup import average_checkpoints
-    from megatron_cpt.checkpoint.run_export import tokenizer_path
+    from megatron_cpt.checkpoint.convert.run_export import tokenizer_path
+    from megatron_cpt.checkpoint.soup.megatron import average_checkpoints
 
     checkpoints = list(arguments.inputs or ())
     tokenizer = None
@@ -136,7 +137,7 @@ def _direct(arguments: argparse.Namespace, weights: list[float] | None) -> Path:
 
 def _inputs(arguments: argparse.Namespace) -> list[Path]:
     """Return Hugging Face folders: those given, and exports (made now where missing) of the runs' checkpoints."""
-    from megatron_cpt.checkpoint.run_export import export_checkpoint
+    from megatron_cpt.checkpoint.convert.run_export import export_checkpoint
 
     inputs = list(arguments.inputs or ())
     for config in _configs(arguments):
@@ -149,7 +150,7 @@ def _inputs(arguments: argparse.Namespace) -> list[Path]:
 
 
 def _configs(arguments: argparse.Namespace) -> list[Any]:
-    from megatron_cpt.config.load import load_config
+    from megatron_cpt.config.loading.resolve import load_config
 
     if arguments.task is None:
         return []
@@ -160,8 +161,8 @@ def _configs(arguments: argparse.Namespace) -> list[Any]:
 
 
 def _checkpoints(arguments: argparse.Namespace, config: Any) -> list[Path]:
-    from megatron_cpt.checkpoint.mcore import checkpoint_dir, list_checkpoints, verify_checkpoint
-    from megatron_cpt.launch.run_dir import run_dir
+    from megatron_cpt.checkpoint.torch_dist.mcore import checkpoint_dir, list_checkpoints, verify_checkpoint
+    from megatron_cpt.run.directory import run_dir
 
     root = run_dir(config).checkpoints
     kept = [iteration for iteration in list_checkpoints(root) if isinstance(iteration, int)]
@@ -180,9 +181,9 @@ def _checkpoints(arguments: argparse.Namespace, config: Any) -> list[Path]:
 
 def _scorer(texts: list[str]) -> Any:
     """Return a function Hugging Face folder -> bits per byte over all documents of `texts`."""
-    from megatron_cpt.evaluate.models import loaded_model
-    from megatron_cpt.evaluate.perplexity import measure_perplexity
-    from megatron_cpt.evaluate.texts import read_text_set
+    from megatron_cpt.evaluate.models.language_model import loaded_model
+    from megatron_cpt.evaluate.models.perplexity import measure_perplexity
+    from megatron_cpt.evaluate.models.texts import read_text_set
 
     held_out = read_text_set("held-out", texts)
 

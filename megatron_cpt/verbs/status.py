@@ -42,11 +42,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _text(arguments: argparse.Namespace) -> str:
-    from megatron_cpt.config.load import read_resolved
-    from megatron_cpt.data.epochs import load_run
+    from megatron_cpt.config.loading.resolve import read_resolved
+    from megatron_cpt.data.blend.epochs import load_run
     from megatron_cpt.errors import ConfigError
-    from megatron_cpt.launch.run_dir import RunDir, run_dir
     from megatron_cpt.launch.status import status_text
+    from megatron_cpt.run.directory import RunDir, run_dir
 
     if arguments.task:
         missing = [f"--{name}" for name in ("params", "size") if not getattr(arguments, name)]

@@ -25,13 +25,13 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from megatron_cpt.launch.submit import Submission
+    from megatron_cpt.launch.submission.submit import Submission
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add one sub-command per stage."""
     # yaml is not needed to list the verbs
-    from megatron_cpt.config.load import add_run_arguments
+    from megatron_cpt.config.loading.resolve import add_run_arguments
     from megatron_cpt.verbs.lr_find import add_range_arguments
 
     stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
@@ -81,17 +81,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Submit the stage; return its exit code (local) or 0 once it is queued."""
-    from megatron_cpt.config.derived import world_size
-    from megatron_cpt.config.load import load_from_arguments
-    from megatron_cpt.data.epochs import load_run
+    from megatron_cpt.config.loading.resolve import load_from_arguments
+    from megatron_cpt.config.settings.derived import world_size
+    from megatron_cpt.data.blend.epochs import load_run
     from megatron_cpt.errors import LaunchError
-    from megatron_cpt.launch.aurora_variables import with_variables
-    from megatron_cpt.launch.local import run_local
-    from megatron_cpt.launch.pipeline import run_pipeline, submit_pipeline
-    from megatron_cpt.launch.run_dir import run_dir
-    from megatron_cpt.launch.site import read_site
-    from megatron_cpt.launch.submit import Submission, submit_chain
-    from megatron_cpt.launch.validate import check_training
+    from megatron_cpt.launch.scheduler.local import run_local
+    from megatron_cpt.launch.scheduler.site import read_site
+    from megatron_cpt.launch.submission.aurora_variables import with_variables
+    from megatron_cpt.launch.submission.pipeline import run_pipeline, submit_pipeline
+    from megatron_cpt.launch.submission.submit import Submission, submit_chain
+    from megatron_cpt.launch.submission.validate import check_training
+    from megatron_cpt.run.directory import run_dir
 
     if arguments.stage == "train" and (
         arguments.from_environment or arguments.finetune or arguments.universal_checkpoint
@@ -152,10 +152,10 @@ def _sweep(submission: "Submission", arguments: argparse.Namespace) -> int:
     """Start a grid: every point is loaded, and so checked, before anything begins."""
     import dataclasses
 
-    from megatron_cpt.data.epochs import load_run
-    from megatron_cpt.launch.grid import grid_points, old_corpora, parse_grid
-    from megatron_cpt.launch.sweep import Sweep, run_sweep, submit_sweep, sweep_submission
-    from megatron_cpt.launch.trials import labelled
+    from megatron_cpt.data.blend.epochs import load_run
+    from megatron_cpt.launch.submission.grid import grid_points, old_corpora, parse_grid
+    from megatron_cpt.launch.submission.sweep import Sweep, run_sweep, submit_sweep, sweep_submission
+    from megatron_cpt.run.variants import labelled
 
     config = submission.loaded.config
     old = old_corpora(arguments, config)
@@ -176,8 +176,8 @@ def _sweep(submission: "Submission", arguments: argparse.Namespace) -> int:
 
 def _lr_find(submission: "Submission", arguments: argparse.Namespace) -> int:
     """Start the range test: what it needs is checked as for training."""
-    from megatron_cpt.config.range_test import check_range_test
-    from megatron_cpt.launch.validate import check_training
+    from megatron_cpt.config.checks.lr_find import check_range_test
+    from megatron_cpt.launch.submission.validate import check_training
 
     config = submission.loaded.config
     check_range_test(config.training, arguments.lr_min, arguments.lr_max, arguments.iterations)
@@ -196,7 +196,7 @@ def _lr_find(submission: "Submission", arguments: argparse.Namespace) -> int:
 
 def _job(submission: "Submission", name: str, command: str, resources: str, *, on_ranks: bool) -> int:
     """Start one verb as a job of its own."""
-    from megatron_cpt.launch.tool_job import run_tool_job, submit_tool_job
+    from megatron_cpt.launch.submission.tool_job import run_tool_job, submit_tool_job
 
     if submission.scheduler == "local":
         return run_tool_job(submission, command, on_ranks=on_ranks)
@@ -207,7 +207,11 @@ def _job(submission: "Submission", name: str, command: str, resources: str, *, o
 
 def _evaluate(submission: "Submission", arguments: argparse.Namespace) -> int:
     """Measure every kept checkpoint."""
-    from megatron_cpt.launch.checkpoint_jobs import checkpoint_stages, run_checkpoint_jobs, submit_checkpoint_jobs
+    from megatron_cpt.launch.submission.checkpoint_jobs import (
+        checkpoint_stages,
+        run_checkpoint_jobs,
+        submit_checkpoint_jobs,
+    )
 
     stages = checkpoint_stages(submission, [name for name in arguments.harness.split(",") if name], arguments.every)
     if submission.scheduler == "local":

@@ -82,7 +82,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int | None:
     # numpy and the tokenizer libraries are slow to import; --help must not wait for them
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    from megatron_cpt.data.tokenization import tokenize
+    from megatron_cpt.data.tokenize.driver import tokenize
 
     report = tokenize(
         arguments.input,
@@ -110,7 +110,7 @@ def run(arguments: argparse.Namespace) -> int | None:
 
 def parse_count_argument(text: str) -> int:
     """Return a count from `500M` or 1000, for argparse."""
-    from megatron_cpt.config.values import parse_count
+    from megatron_cpt.config.settings.values import parse_count
 
     try:
         return parse_count(text)

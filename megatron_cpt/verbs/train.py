@@ -11,8 +11,8 @@ The run continues from its last checkpoint. SIGTERM or SIGUSR1, `touch RUN/stop_
 
 import argparse
 
-from megatron_cpt.config.load import add_run_arguments
-from megatron_cpt.data.epochs import load_run
+from megatron_cpt.config.loading.resolve import add_run_arguments
+from megatron_cpt.data.blend.epochs import load_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Train and return 0, also when the run was asked to stop: metrics.jsonl holds the reason."""
     loaded = load_run(arguments)
     # imported here: torch and megatron take seconds
-    from megatron_cpt.train.loop import train
+    from megatron_cpt.train.stage.loop import train
 
     train(loaded)
     return 0

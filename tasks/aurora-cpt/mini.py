@@ -7,8 +7,8 @@ import itertools
 import json
 from pathlib import Path
 
-from megatron_cpt.config.load import load_config
-from megatron_cpt.data.replay import read_buffer
+from megatron_cpt.config.loading.resolve import load_config
+from megatron_cpt.data.blend.replay import read_buffer
 from tasks.mini.recipe import (
     BASE_HF,
     TEXTS,

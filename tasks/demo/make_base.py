@@ -9,10 +9,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_cpt.checkpoint.hf_export_config import hf_config_from_model
-from megatron_cpt.checkpoint.run_export import tokenizer_path
-from megatron_cpt.config.load import load_config
-from megatron_cpt.data.tokenizer import load_tokenizer
+from megatron_cpt.checkpoint.convert.run_export import tokenizer_path
+from megatron_cpt.checkpoint.huggingface.write_config import hf_config_from_model
+from megatron_cpt.config.loading.resolve import load_config
+from megatron_cpt.data.tokenizer.interface import load_tokenizer
 from megatron_cpt.files import whole_dir
 
 

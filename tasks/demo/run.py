@@ -13,8 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_cpt.config.derived import train_iters
-from megatron_cpt.config.load import load_config
+from megatron_cpt.config.loading.resolve import load_config
+from megatron_cpt.config.settings.derived import train_iters
 from tasks.mini.steps import (
     ROOT,
     Command,

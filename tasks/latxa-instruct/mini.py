@@ -7,7 +7,7 @@ import json
 import shlex
 from pathlib import Path
 
-from megatron_cpt.data.shards import read_shards
+from megatron_cpt.data.shards.discovery import read_shards
 from tasks.mini.recipe import BASE_HF, TOKENIZER, Recipe, base_steps, main, require, require_lower
 from tasks.mini.steps import Command, Step, checked, cpt, exists, is_finished, python, records, step
 

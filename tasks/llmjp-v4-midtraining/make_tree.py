@@ -14,7 +14,7 @@ from pathlib import Path
 
 import zstandard
 
-from megatron_cpt.evaluate.texts import read_text_set
+from megatron_cpt.evaluate.models.texts import read_text_set
 from megatron_cpt.files import whole_file
 
 NUM_FILES = 3

@@ -7,7 +7,7 @@ import math
 from fractions import Fraction
 from pathlib import Path
 
-from megatron_cpt.data.datalist import read_data_list
+from megatron_cpt.data.lists.data_list import read_data_list
 from tasks.mini.recipe import (
     BASE_HF,
     TEXTS,

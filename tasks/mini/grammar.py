@@ -7,7 +7,7 @@ import random
 import re
 from pathlib import Path
 
-from megatron_cpt.config.sources import read_yaml
+from megatron_cpt.config.loading.sources import read_yaml
 
 _SLOT = re.compile(r"\{(\w+)\}")
 

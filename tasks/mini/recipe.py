@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_cpt.config.derived import train_iters
-from megatron_cpt.config.load import load_config
+from megatron_cpt.config.loading.resolve import load_config
+from megatron_cpt.config.settings.derived import train_iters
 from tasks.mini.steps import (
     ROOT,
     Command,

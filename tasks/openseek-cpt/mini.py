@@ -5,7 +5,7 @@ python -m tasks.openseek-cpt.mini [--short] [--clean]
 
 import json
 
-from megatron_cpt.data.shards import read_shards
+from megatron_cpt.data.shards.discovery import read_shards
 from tasks.mini.recipe import TEXTS, TOKENIZER, Recipe, base_steps, main, require, require_lower, validation
 from tasks.mini.steps import Step, checked, cpt, exists, records, refused, step
 

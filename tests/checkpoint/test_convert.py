@@ -7,12 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_cpt.checkpoint import mcore
-from megatron_cpt.checkpoint.convert import hf_to_mcore, mcore_to_hf
-from megatron_cpt.checkpoint.dcp import DcpReader
-from megatron_cpt.checkpoint.hf import HFFolder
-from megatron_cpt.checkpoint.hf_config import model_config_from_hf
-from megatron_cpt.checkpoint.verify import compare_weights
+from megatron_cpt.checkpoint.convert.hf_mcore import hf_to_mcore, mcore_to_hf
+from megatron_cpt.checkpoint.convert.verify import compare_weights
+from megatron_cpt.checkpoint.huggingface.folder import HFFolder
+from megatron_cpt.checkpoint.huggingface.read_config import model_config_from_hf
+from megatron_cpt.checkpoint.torch_dist import mcore
+from megatron_cpt.checkpoint.torch_dist.dcp import DcpReader
 from megatron_cpt.errors import CheckpointError, CptError
 
 
@@ -208,7 +208,7 @@ def test_a_damaged_checkpoint_is_not_exported(hf_models, tmp_path):
 
 
 def test_a_wrong_conversion_is_found_by_verify(hf_models, tmp_path, monkeypatch):
-    from megatron_cpt.checkpoint import mapping
+    from megatron_cpt.checkpoint.mapping import rules as mapping
 
     monkeypatch.setattr(mapping, "merge_gate_up", lambda gate, up: torch.cat((up, gate)))
     with pytest.raises(CheckpointError, match="gate_proj.weight: differs"):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_cpt.checkpoint import copying, mcore
+from megatron_cpt.checkpoint.torch_dist import copying, mcore
 from megatron_cpt.errors import CheckpointError
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.distributed import checkpoint as torch_dcp
 
-from megatron_cpt.checkpoint.dcp import DcpReader
-from megatron_cpt.checkpoint.dcp_writer import Slice, write_dcp
+from megatron_cpt.checkpoint.torch_dist.dcp import DcpReader
+from megatron_cpt.checkpoint.torch_dist.dcp_writer import Slice, write_dcp
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.files import file_hash
 

@@ -15,14 +15,14 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from megatron_cpt.checkpoint import convert as convert_module
-from megatron_cpt.checkpoint import dcp_writer, mcore
-from megatron_cpt.checkpoint.convert import hf_to_mcore, mcore_to_hf
-from megatron_cpt.checkpoint.dcp import DcpReader
-from megatron_cpt.checkpoint.foreign_convert import foreign_to_mcore
-from megatron_cpt.checkpoint.hf import HFFolder, OutputGroup, write_safetensors
-from megatron_cpt.checkpoint.megatron_soup import average_checkpoints
-from megatron_cpt.checkpoint.soup import average_hf
+from megatron_cpt.checkpoint.convert import hf_mcore as convert_module
+from megatron_cpt.checkpoint.convert.hf_mcore import hf_to_mcore, mcore_to_hf
+from megatron_cpt.checkpoint.foreign.convert import foreign_to_mcore
+from megatron_cpt.checkpoint.huggingface.folder import HFFolder, OutputGroup, write_safetensors
+from megatron_cpt.checkpoint.soup.mean import average_hf
+from megatron_cpt.checkpoint.soup.megatron import average_checkpoints
+from megatron_cpt.checkpoint.torch_dist import dcp_writer, mcore
+from megatron_cpt.checkpoint.torch_dist.dcp import DcpReader
 from megatron_cpt.errors import CheckpointError, CptError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
@@ -61,8 +61,8 @@ def python(code, *arguments, **options):
 
 def write_model(path, config):
     """Write a Llama of constant bf16 weights as shards, one layer in memory at a time."""
-    from megatron_cpt.checkpoint.hf_config import model_config_from_hf
-    from megatron_cpt.checkpoint.mapping import family_of, units
+    from megatron_cpt.checkpoint.huggingface.read_config import model_config_from_hf
+    from megatron_cpt.checkpoint.mapping.rules import family_of, units
 
     path.mkdir()
     (path / "config.json").write_text(json.dumps(config))

@@ -7,11 +7,11 @@ import numpy
 import pytest
 import torch
 
-from megatron_cpt.checkpoint.convert import hf_to_mcore
-from megatron_cpt.checkpoint.dcp import DcpReader
-from megatron_cpt.checkpoint.foreign_convert import foreign_to_hf
-from megatron_cpt.checkpoint.hf import HFFolder
-from megatron_cpt.checkpoint.hf_config import model_config_from_hf
+from megatron_cpt.checkpoint.convert.hf_mcore import hf_to_mcore
+from megatron_cpt.checkpoint.foreign.convert import foreign_to_hf
+from megatron_cpt.checkpoint.huggingface.folder import HFFolder
+from megatron_cpt.checkpoint.huggingface.read_config import model_config_from_hf
+from megatron_cpt.checkpoint.torch_dist.dcp import DcpReader
 from megatron_cpt.errors import CheckpointError
 
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from megatron_cpt.checkpoint.hf_config import differing_fields, model_config_from_hf
-from megatron_cpt.checkpoint.hf_export_config import hf_config_from_model
-from megatron_cpt.config.schema import ModelConfig
+from megatron_cpt.checkpoint.huggingface.read_config import differing_fields, model_config_from_hf
+from megatron_cpt.checkpoint.huggingface.write_config import hf_config_from_model
+from megatron_cpt.config.settings.schema import ModelConfig
 from megatron_cpt.errors import CheckpointError
 
 OLD_LLAMA = {

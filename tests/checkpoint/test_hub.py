@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from megatron_cpt import cli
-from megatron_cpt.checkpoint.hf import HFFolder
-from megatron_cpt.checkpoint.hub import download, plan_push, push
+from megatron_cpt.checkpoint.huggingface.folder import HFFolder
+from megatron_cpt.checkpoint.huggingface.hub import download, plan_push, push
 from megatron_cpt.errors import CheckpointError
 
 

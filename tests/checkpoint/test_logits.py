@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cpt.checkpoint import mcore
-from megatron_cpt.checkpoint.convert import hf_to_mcore
+from megatron_cpt.checkpoint.convert.hf_mcore import hf_to_mcore
+from megatron_cpt.checkpoint.torch_dist import mcore
 
 ROOT = Path(__file__).resolve().parents[2]
 # In a process of its own, because training on CPU substitutes parts of torch for the whole process.
@@ -17,7 +17,7 @@ PROGRAM = """
 import json, sys
 from pathlib import Path
 from megatron_cpt.errors import CheckpointError
-from megatron_cpt.train.logits import compare_logits, text_tokens
+from megatron_cpt.train.tools.logits import compare_logits, text_tokens
 results = {}
 for name, hf_dir, checkpoint in json.loads(sys.argv[1]):
     try:

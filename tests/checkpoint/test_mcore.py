@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from megatron_cpt.checkpoint import mcore
+from megatron_cpt.checkpoint.torch_dist import mcore
 from megatron_cpt.errors import CheckpointError
 
 

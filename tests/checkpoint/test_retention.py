@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_cpt.checkpoint import mcore
-from megatron_cpt.checkpoint.retention import prune, read_protected, superseded_iterations, write_protected
+from megatron_cpt.checkpoint.torch_dist import mcore
+from megatron_cpt.checkpoint.torch_dist.retention import prune, read_protected, superseded_iterations, write_protected
 from megatron_cpt.errors import CheckpointError
 
 

@@ -7,12 +7,12 @@ import torch
 from tokenizers import Tokenizer, models
 
 from megatron_cpt import cli
-from megatron_cpt.checkpoint import mcore
-from megatron_cpt.checkpoint.arguments import params_model
-from megatron_cpt.checkpoint.convert import hf_to_mcore
-from megatron_cpt.checkpoint.hf import HFFolder
-from megatron_cpt.checkpoint.hf_export_config import hf_config_from_model
-from megatron_cpt.config.sources import CHECKOUT
+from megatron_cpt.checkpoint.convert.hf_mcore import hf_to_mcore
+from megatron_cpt.checkpoint.huggingface.folder import HFFolder
+from megatron_cpt.checkpoint.huggingface.write_config import hf_config_from_model
+from megatron_cpt.checkpoint.torch_dist import mcore
+from megatron_cpt.config.loading.sources import CHECKOUT
+from megatron_cpt.verbs.model_arguments import params_model
 
 PARAMS = """
 model: {num_layers: 2, hidden_size: 32, ffn_hidden_size: 48, num_attention_heads: 4, num_query_groups: 2, vocab_size: 130,

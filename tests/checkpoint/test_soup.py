@@ -9,13 +9,13 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from megatron_cpt.checkpoint import mergekit
-from megatron_cpt.checkpoint.convert import hf_to_mcore, mcore_to_hf
-from megatron_cpt.checkpoint.hf import HFFolder
-from megatron_cpt.checkpoint.mcore import read_tracker, verify_checkpoint, write_tracker
-from megatron_cpt.checkpoint.megatron_soup import average_checkpoints
-from megatron_cpt.checkpoint.mergekit import OF_TWO, WEIGHTLESS, WITHOUT_BASE, mergekit_config, run_mergekit
-from megatron_cpt.checkpoint.soup import average_hf, greedy_soup, uniform_soup, weighted_mean
+from megatron_cpt.checkpoint.convert.hf_mcore import hf_to_mcore, mcore_to_hf
+from megatron_cpt.checkpoint.huggingface.folder import HFFolder
+from megatron_cpt.checkpoint.soup import mergekit
+from megatron_cpt.checkpoint.soup.mean import average_hf, greedy_soup, uniform_soup, weighted_mean
+from megatron_cpt.checkpoint.soup.megatron import average_checkpoints
+from megatron_cpt.checkpoint.soup.mergekit import OF_TWO, WEIGHTLESS, WITHOUT_BASE, mergekit_config, run_mergekit
+from megatron_cpt.checkpoint.torch_dist.mcore import read_tracker, verify_checkpoint, write_tracker
 from megatron_cpt.errors import CheckpointError
 
 

@@ -7,11 +7,11 @@ import shutil
 import pytest
 import torch
 
-from megatron_cpt.checkpoint import mcore
-from megatron_cpt.checkpoint.convert import hf_to_mcore, mcore_to_hf
-from megatron_cpt.checkpoint.dcp import DcpReader
-from megatron_cpt.checkpoint.dcp_writer import Slice, write_dcp
-from megatron_cpt.checkpoint.hf import HFFolder
+from megatron_cpt.checkpoint.convert.hf_mcore import hf_to_mcore, mcore_to_hf
+from megatron_cpt.checkpoint.huggingface.folder import HFFolder
+from megatron_cpt.checkpoint.torch_dist import mcore
+from megatron_cpt.checkpoint.torch_dist.dcp import DcpReader
+from megatron_cpt.checkpoint.torch_dist.dcp_writer import Slice, write_dcp
 from megatron_cpt.errors import CheckpointError
 
 

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_cpt.checkpoint import transforms
+from megatron_cpt.checkpoint.mapping import transforms
 
 
 @settings(max_examples=30, deadline=None)

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from megatron_cpt import cli
-from megatron_cpt.checkpoint import mcore
-from megatron_cpt.checkpoint.convert import hf_to_mcore
-from megatron_cpt.checkpoint.dcp import DcpReader
-from megatron_cpt.checkpoint.hf import HFFolder
+from megatron_cpt.checkpoint.convert.hf_mcore import hf_to_mcore
+from megatron_cpt.checkpoint.huggingface.folder import HFFolder
+from megatron_cpt.checkpoint.torch_dist import mcore
+from megatron_cpt.checkpoint.torch_dist.dcp import DcpReader
 
 PARAMS = """
 model:

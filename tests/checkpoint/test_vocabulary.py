@@ -6,9 +6,9 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models
 
-from megatron_cpt.checkpoint.convert import hf_to_mcore, mcore_to_hf
-from megatron_cpt.checkpoint.hf import HFFolder
-from megatron_cpt.checkpoint.vocabulary import VocabExtension, subtokens_of_new_tokens
+from megatron_cpt.checkpoint.convert.hf_mcore import hf_to_mcore, mcore_to_hf
+from megatron_cpt.checkpoint.huggingface.folder import HFFolder
+from megatron_cpt.checkpoint.huggingface.vocabulary import VocabExtension, subtokens_of_new_tokens
 from megatron_cpt.errors import CheckpointError
 
 

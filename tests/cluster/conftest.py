@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_cpt.config.load import load_config
-from megatron_cpt.launch import scheduler as queue
-from megatron_cpt.launch.ledger import read_jobs
-from megatron_cpt.launch.run_dir import RunDir, run_dir
-from megatron_cpt.launch.site import read_site
-from megatron_cpt.launch.submit import Submission
+from megatron_cpt.config.loading.resolve import load_config
+from megatron_cpt.launch.scheduler import queue
+from megatron_cpt.launch.scheduler.site import read_site
+from megatron_cpt.launch.submission.submit import Submission
+from megatron_cpt.run.directory import RunDir, run_dir
+from megatron_cpt.run.ledger import read_jobs
 from tests.cluster import loopback_slurm
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -157,7 +157,7 @@ def stand_in_cluster(tmp_path: Path, monkeypatch, site: dict) -> Cluster:
         f'exec {sys.executable} "$@"\n'
     )
     python.chmod(0o755)
-    monkeypatch.setattr("megatron_cpt.launch.submit.check_training", lambda *_, **__: None)
+    monkeypatch.setattr("megatron_cpt.launch.submission.submit.check_training", lambda *_, **__: None)
     site_values = read_site(tmp_path / "site.yaml", {})
     submission = Submission(
         loaded=loaded, site=site_values, run_arguments=tuple(names), python=str(python), work_dir=tmp_path

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_cpt.launch.rank import die_with_parent
+from megatron_cpt.launch.node.rank import die_with_parent
 
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 PATH = "/usr/sbin:/sbin:" + os.environ.get("PATH", "/usr/bin:/bin")

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from megatron_cpt.errors import LaunchError
-from megatron_cpt.launch import scheduler as queue
-from megatron_cpt.launch.job import Dependency
-from megatron_cpt.launch.submit import submit_chain, submit_stage
+from megatron_cpt.launch.scheduler import queue
+from megatron_cpt.launch.scheduler.job import Dependency
+from megatron_cpt.launch.submission.submit import submit_chain, submit_stage
 from tests.cluster import pbs_stand_in
 from tests.cluster.conftest import Cluster, stand_in_cluster
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cpt.launch.ledger import read_jobs
-from megatron_cpt.launch.run_dir import RunDir
-from megatron_cpt.launch.scheduler import job_states
+from megatron_cpt.launch.scheduler.queue import job_states
+from megatron_cpt.run.directory import RunDir
+from megatron_cpt.run.ledger import read_jobs
 from tests.cluster.conftest import ROOT, Cluster
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from megatron_cpt.launch.ledger import read_jobs
-from megatron_cpt.launch.run_dir import RunDir
-from megatron_cpt.launch.scheduler import ALIVE, cancel, job_states
+from megatron_cpt.launch.scheduler.queue import ALIVE, cancel, job_states
+from megatron_cpt.run.directory import RunDir
+from megatron_cpt.run.ledger import read_jobs
 from tests.cluster.conftest import ROOT
 from tests.guide_scratch import build_scratch
 from tests.test_guides import blocks, command_lines

@@ -7,8 +7,8 @@ from textwrap import dedent
 import pytest
 from hypothesis import settings
 
-from megatron_cpt.config import sources
-from megatron_cpt.config.load import LoadedConfig, load_config
+from megatron_cpt.config.loading import sources
+from megatron_cpt.config.loading.resolve import LoadedConfig, load_config
 
 settings.register_profile("shared-machine", deadline=None, derandomize=True)
 settings.load_profile("shared-machine")

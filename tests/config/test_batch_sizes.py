@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_cpt.config import derived
-from megatron_cpt.config.batch_sizes import batch_sizes
-from megatron_cpt.config.load import read_resolved, write_resolved
-from megatron_cpt.config.megatron import megatron_flags
-from megatron_cpt.config.schema import TrainingConfig
-from megatron_cpt.config.values import Duration, parse_ramp
+from megatron_cpt.config.loading.resolve import read_resolved, write_resolved
+from megatron_cpt.config.megatron.arguments import megatron_flags
+from megatron_cpt.config.settings import derived
+from megatron_cpt.config.settings.batch_sizes import batch_sizes
+from megatron_cpt.config.settings.schema import TrainingConfig
+from megatron_cpt.config.settings.values import Duration, parse_ramp
 from megatron_cpt.errors import ConfigError
 
 RAMP = TrainingConfig(seq_length=32, global_batch_size=64, rampup_batch_size=(16, 16, 300), train_samples=1000)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from megatron_cpt.config.check import check_config
+from megatron_cpt.config.checks.all import check_config
 from megatron_cpt.errors import ConfigError
 
 Refused = Callable[..., str]

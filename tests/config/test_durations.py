@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_cpt.train.schedule import schedule
+from megatron_cpt.train.stage.schedule import schedule
 
 HALF = (500, "500 steps", "8000 samples", "512K", "512_000 tokens", 0.5)
 TENTH = (100, "100 iter", "1600 samples", "102.4K", "102_400 tokens", 0.1)

@@ -2,7 +2,14 @@
 
 import pytest
 
-from megatron_cpt.config.iteration_ranges import clipped, contains, merged, parse_range, ranges_text, read_ranges
+from megatron_cpt.config.settings.iteration_ranges import (
+    clipped,
+    contains,
+    merged,
+    parse_range,
+    ranges_text,
+    read_ranges,
+)
 from megatron_cpt.errors import ConfigError
 
 

@@ -9,9 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_cpt.config import sources
-from megatron_cpt.config.fields import setting_keys
-from megatron_cpt.config.load import (
+from megatron_cpt.config.loading import sources
+from megatron_cpt.config.loading.resolve import (
     add_run_arguments,
     load_config,
     load_from_arguments,
@@ -19,8 +18,9 @@ from megatron_cpt.config.load import (
     resolved_text,
     write_resolved,
 )
-from megatron_cpt.config.schema import CorpusConfig
-from megatron_cpt.config.values import Duration
+from megatron_cpt.config.settings.fields import setting_keys
+from megatron_cpt.config.settings.schema import CorpusConfig
+from megatron_cpt.config.settings.values import Duration
 from megatron_cpt.errors import ConfigError
 
 Refused = Callable[..., str]

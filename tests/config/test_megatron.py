@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cpt.config.fields import setting_keys
-from megatron_cpt.config.megatron import (
+from megatron_cpt.config.megatron.arguments import (
     CONSTANTS,
     MOE_CONSTANTS,
     TARGETS,
@@ -17,9 +16,10 @@ from megatron_cpt.config.megatron import (
     megatron_flags,
     settings_without_flag,
 )
-from megatron_cpt.config.megatron_rows import ROWS
-from megatron_cpt.config.schema import ModelConfig, ParallelConfig, RunConfig, ScheduleConfig, TrainingConfig
-from megatron_cpt.config.values import Duration
+from megatron_cpt.config.megatron.rows import ROWS
+from megatron_cpt.config.settings.fields import setting_keys
+from megatron_cpt.config.settings.schema import ModelConfig, ParallelConfig, RunConfig, ScheduleConfig, TrainingConfig
+from megatron_cpt.config.settings.values import Duration
 
 DENSE = ModelConfig(num_layers=4, hidden_size=64, ffn_hidden_size=128, num_attention_heads=4, vocab_size=1000)
 MOE = replace(DENSE, num_moe_experts=8, moe_ffn_hidden_size=32, moe_num_dense_layers=1, moe_aux_loss_coeff=1e-3)

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_cpt.config.derived import world_size
-from megatron_cpt.config.load import load_config
-from megatron_cpt.launch.memory import stage_memories
-from megatron_cpt.launch.model_size import num_active_parameters, num_parameters
-from megatron_cpt.launch.plan import GIB, GPU_RESERVE_BYTES
+from megatron_cpt.config.loading.resolve import load_config
+from megatron_cpt.config.settings.derived import world_size
+from megatron_cpt.launch.planning.memory import stage_memories
+from megatron_cpt.launch.planning.model_size import num_active_parameters, num_parameters
+from megatron_cpt.launch.planning.plan import GIB, GPU_RESERVE_BYTES
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = sorted(path.stem for path in (ROOT / "params").glob("*.yaml"))

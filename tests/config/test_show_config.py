@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron_cpt.cli import main
-from megatron_cpt.config.explain import field_texts
-from megatron_cpt.config.fields import setting_keys
+from megatron_cpt.config.loading.explain import field_texts
+from megatron_cpt.config.settings.fields import setting_keys
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = ["show-config", "--task", "tasks/template", "--params", "llama3-8b", "--size", "50B"]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_cpt.config.values import Duration, parse_count, parse_duration, parse_walltime
+from megatron_cpt.config.settings.values import Duration, parse_count, parse_duration, parse_walltime
 
 STAGE = {"global_batch_size": 8, "seq_length": 4096, "train_samples": 1000}
 

@@ -5,8 +5,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from megatron_cpt import cli
-from megatron_cpt.data.indexed import bin_path, idx_path, manifest_path, write_index
-from megatron_cpt.data.shards import read_shard
+from megatron_cpt.data.shards.discovery import read_shard
+from megatron_cpt.data.shards.indexed import bin_path, idx_path, manifest_path, write_index
 
 
 @pytest.fixture

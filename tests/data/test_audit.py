@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_cpt.data import merge
-from megatron_cpt.data.adopt import adopt
-from megatron_cpt.data.audit import audit_shard, shard_prefixes
-from megatron_cpt.data.indexed import bin_path, idx_path, manifest_path, read_index, write_index
-from megatron_cpt.data.merge import find_parts, merge_shards, remove_shards
-from megatron_cpt.data.shards import find_shards
-from megatron_cpt.data.tokenization import tokenize
-from megatron_cpt.data.tokenizer import load_tokenizer
-from megatron_cpt.data.trace import trace_document, trace_token
+from megatron_cpt.data.audit.shards import audit_shard, shard_prefixes
+from megatron_cpt.data.audit.trace import trace_document, trace_token
+from megatron_cpt.data.joining import merge
+from megatron_cpt.data.joining.merge import find_parts, merge_shards, remove_shards
+from megatron_cpt.data.shards.adopt import adopt
+from megatron_cpt.data.shards.discovery import find_shards
+from megatron_cpt.data.shards.indexed import bin_path, idx_path, manifest_path, read_index, write_index
+from megatron_cpt.data.tokenize.driver import tokenize
+from megatron_cpt.data.tokenizer.interface import load_tokenizer
 from megatron_cpt.errors import DataError
 from tests.data.conftest import SENTENCES
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from megatron_cpt.cli import main
-from megatron_cpt.data.adopt import adopt
-from megatron_cpt.data.audit import audit_shard
-from megatron_cpt.data.indexed import bin_path, idx_path, manifest_path, read_index, write_index
-from megatron_cpt.data.shard_writer import provenance_path
-from megatron_cpt.data.tokenization import tokenize
-from megatron_cpt.data.tokenizer import load_tokenizer
+from megatron_cpt.data.audit.shards import audit_shard
+from megatron_cpt.data.shards.adopt import adopt
+from megatron_cpt.data.shards.indexed import bin_path, idx_path, manifest_path, read_index, write_index
+from megatron_cpt.data.tokenize.driver import tokenize
+from megatron_cpt.data.tokenize.shard_writer import provenance_path
+from megatron_cpt.data.tokenizer.interface import load_tokenizer
 from tests.data.conftest import SENTENCES
 
 
@@ -133,8 +133,8 @@ def test_an_adopted_shard_is_audited_without_its_sources(shard, bpe_dir):
 
 
 def test_a_long_document_is_audited_in_parts(bpe_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron_cpt.data.engines.LONG_DOCUMENT_CHARACTERS", 4096)
-    monkeypatch.setattr("megatron_cpt.data.audit._DECODED_CHARACTERS", 4096)
+    monkeypatch.setattr("megatron_cpt.data.tokenizer.engines.LONG_DOCUMENT_CHARACTERS", 4096)
+    monkeypatch.setattr("megatron_cpt.data.audit.shards._DECODED_CHARACTERS", 4096)
     write_jsonl(tmp_path / "in/a.jsonl", [" ".join(SENTENCES * 60), "short"])
     tokenize([tmp_path / "in"], bpe_dir, output_prefix=tmp_path / "s/x")
     audit = audit_shard(tmp_path / "s/x_text_document", load_tokenizer(bpe_dir), None)

@@ -8,15 +8,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_cpt.config.schema import CorpusConfig, DataConfig, ModelConfig, PathsConfig, RunConfig, TrainingConfig
-from megatron_cpt.data.blend import plan_blend
-from megatron_cpt.data.blend_sources import validation_prefixes
-from megatron_cpt.data.blend_table import align
-from megatron_cpt.data.budget import apportion, exact, scale_tokens, spread_samples
-from megatron_cpt.data.indexed import bin_path, idx_path, manifest_path, write_index
+from megatron_cpt.config.settings.schema import (
+    CorpusConfig,
+    DataConfig,
+    ModelConfig,
+    PathsConfig,
+    RunConfig,
+    TrainingConfig,
+)
+from megatron_cpt.data.blend.plan import plan_blend
+from megatron_cpt.data.blend.sources import validation_prefixes
+from megatron_cpt.data.blend.table import align
+from megatron_cpt.data.lists.budget import apportion, exact, scale_tokens, spread_samples
+from megatron_cpt.data.shards.indexed import bin_path, idx_path, manifest_path, write_index
 from megatron_cpt.errors import DataError
 from megatron_cpt.files import write_json
-from megatron_cpt.launch.validate import check_data
+from megatron_cpt.launch.submission.validate import check_data
 
 _IDENTITY = {"name": "tok", "kind": "huggingface", "hash": "0123456789", "vocab_size": 100, "eod_id": 0}
 

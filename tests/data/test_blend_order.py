@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_cpt.data import blend_order
+from megatron_cpt.data.blend import order as blend_order
 
 
 @settings(max_examples=40, deadline=None)

@@ -10,9 +10,9 @@ import yaml
 from tokenizers import Tokenizer, models
 
 from megatron_cpt import cli
-from megatron_cpt.data.datalist import read_data_list
-from megatron_cpt.data.indexed import bin_path, idx_path, manifest_path, write_index
-from megatron_cpt.data.tokenizer import load_tokenizer
+from megatron_cpt.data.lists.data_list import read_data_list
+from megatron_cpt.data.shards.indexed import bin_path, idx_path, manifest_path, write_index
+from megatron_cpt.data.tokenizer.interface import load_tokenizer
 from megatron_cpt.files import write_json
 
 ROOT = Path(__file__).resolve().parents[2]

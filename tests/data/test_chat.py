@@ -9,10 +9,17 @@ import numpy as np
 import pytest
 
 from megatron_cpt.cli import main
-from megatron_cpt.data.chat_records import BadConversation, turns_of
-from megatron_cpt.data.indexed import bin_path, document_bounds, idx_path, read_index, read_shard_manifest, read_tokens
-from megatron_cpt.data.masked import LEARNED, PIECE, mask_prefix, read_mask
-from megatron_cpt.data.tokenizer import load_tokenizer
+from megatron_cpt.data.reading.conversations import BadConversation, turns_of
+from megatron_cpt.data.shards.indexed import (
+    bin_path,
+    document_bounds,
+    idx_path,
+    read_index,
+    read_shard_manifest,
+    read_tokens,
+)
+from megatron_cpt.data.shards.masked import LEARNED, PIECE, mask_prefix, read_mask
+from megatron_cpt.data.tokenizer.interface import load_tokenizer
 
 TEMPLATE = """{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\n' ~ m.content ~ '<|im_end|>\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
@@ -386,17 +393,17 @@ def test_an_interrupted_packing_goes_on_unless_the_inputs_changed(prepare, tmp_p
     path = write_lines(tmp_path / "in.jsonl", [chat(f"q{n}", f"a{n}") for n in range(30)])
     options = ["--pack", "64", "--held-out", "3"]
     with monkeypatch.context() as patch:
-        patch.setattr("megatron_cpt.data.chat.pack_shard", fail)
+        patch.setattr("megatron_cpt.data.chat.driver.pack_shard", fail)
         assert prepare(path, options=options)[0] == 130
     assert [entry.name for entry in (tmp_path / "tokens").iterdir()] == [".a.unpacked"]
     with monkeypatch.context() as patch:
-        patch.setattr("megatron_cpt.data.chat.ChatWriting.run", fail)  # nothing is encoded again
+        patch.setattr("megatron_cpt.data.chat.driver.ChatWriting.run", fail)  # nothing is encoded again
         assert prepare(path, options=options)[0] == 0
         (tmp_path / "tokens/a.held_out.json").unlink()
         assert prepare(path, options=options)[0] == 0
     assert (tmp_path / "tokens/a.held_out.json").exists()
     with monkeypatch.context() as patch:
-        patch.setattr("megatron_cpt.data.chat.pack_shard", fail)
+        patch.setattr("megatron_cpt.data.chat.driver.pack_shard", fail)
         assert prepare(path, options=options, prefix="tokens/b")[0] == 130
     write_lines(path, [chat(f"other {n}", f"a{n}") for n in range(30)])
     code, said = prepare(path, options=options, prefix="tokens/b")

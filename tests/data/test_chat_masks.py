@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from megatron_cpt.data.chat_encode import ChatEncoder, ChatJob
-from megatron_cpt.data.chat_masks import Rendered, UnclearTemplate, render_with_spans, tokens_of
-from megatron_cpt.data.chat_template import BUILT_IN, ChatTemplate, TemplateRefusal, load_template
-from megatron_cpt.data.masked import LEARNED, PIECE
+from megatron_cpt.data.chat.encode import ChatEncoder, ChatJob
+from megatron_cpt.data.chat.masks import Rendered, UnclearTemplate, render_with_spans, tokens_of
+from megatron_cpt.data.chat.template import BUILT_IN, ChatTemplate, TemplateRefusal, load_template
+from megatron_cpt.data.shards.masked import LEARNED, PIECE
 from megatron_cpt.errors import DataError
 
 LLAMA3 = """{{ bos_token }}

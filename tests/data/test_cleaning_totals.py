@@ -14,16 +14,16 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_cpt.data import records
-from megatron_cpt.data.decontaminate import DecontaminationOptions, decontaminate, read_passages
-from megatron_cpt.data.dedup import DedupOptions, deduplicate
-from megatron_cpt.data.dedup_signatures import MinHashOptions
-from megatron_cpt.data.documents import list_sources
-from megatron_cpt.data.record_files import Reading, Tally, read_records
-from megatron_cpt.data.rewrite import Rewriting, plan_tree_of_files, rewrite_all
-from megatron_cpt.data.sample import SampleOptions, sample
-from megatron_cpt.data.streams import Layout, parse_piece, pieces_of
-from megatron_cpt.data.tokenization import tokenize
+from megatron_cpt.data.cleaning.decontaminate import DecontaminationOptions, decontaminate, read_passages
+from megatron_cpt.data.cleaning.dedup import DedupOptions, deduplicate
+from megatron_cpt.data.cleaning.rewrite import Rewriting, plan_tree_of_files, rewrite_all
+from megatron_cpt.data.cleaning.sample import SampleOptions, sample
+from megatron_cpt.data.cleaning.signatures import MinHashOptions
+from megatron_cpt.data.reading import records
+from megatron_cpt.data.reading.documents import list_sources
+from megatron_cpt.data.reading.record_files import Reading, Tally, read_records
+from megatron_cpt.data.reading.streams import Layout, parse_piece, pieces_of
+from megatron_cpt.data.tokenize.driver import tokenize
 from megatron_cpt.errors import DataError
 
 ZSTD = zstandard.ZstdCompressor().compress

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_cpt.data.datalist import (
+from megatron_cpt.data.lists.data_list import (
     FORMATS,
     DataEntry,
     detect_format,

@@ -6,10 +6,10 @@ import unicodedata
 
 import pytest
 
-from megatron_cpt.data import decontaminate as module
-from megatron_cpt.data.corpus_inputs import named_corpora
-from megatron_cpt.data.decontaminate import DecontaminationOptions, decontaminate, read_passages
-from megatron_cpt.data.record_files import Reading
+from megatron_cpt.data.cleaning import decontaminate as module
+from megatron_cpt.data.cleaning.decontaminate import DecontaminationOptions, decontaminate, read_passages
+from megatron_cpt.data.reading.named_corpora import named_corpora
+from megatron_cpt.data.reading.record_files import Reading
 from megatron_cpt.errors import DataError
 
 

@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_cpt import cli
-from megatron_cpt.data import cleaning_task
-from megatron_cpt.data import dedup as dedup_module
-from megatron_cpt.data.corpus_inputs import named_corpora
-from megatron_cpt.data.dedup import DedupOptions, deduplicate
-from megatron_cpt.data.dedup_clusters import _union, bands_and_rows
-from megatron_cpt.data.dedup_signatures import MinHashOptions
-from megatron_cpt.data.record_files import Reading
-from megatron_cpt.data.shingles import shingle_hashes, words_at, words_of
+from megatron_cpt.data.cleaning import dedup as dedup_module
+from megatron_cpt.data.cleaning import task as cleaning_task
+from megatron_cpt.data.cleaning.clusters import _union, bands_and_rows
+from megatron_cpt.data.cleaning.dedup import DedupOptions, deduplicate
+from megatron_cpt.data.cleaning.shingles import shingle_hashes, words_at, words_of
+from megatron_cpt.data.cleaning.signatures import MinHashOptions
+from megatron_cpt.data.reading.named_corpora import named_corpora
+from megatron_cpt.data.reading.record_files import Reading
 from megatron_cpt.errors import DataError
 
 
@@ -191,7 +191,7 @@ def test_hashed_words_are_the_words_that_the_pattern_finds(text):
     part=st.integers(5, 12),
 )
 def test_a_long_text_in_parts_has_the_hashes_of_the_whole(text, part):
-    from megatron_cpt.data import shingles
+    from megatron_cpt.data.cleaning import shingles
 
     spaced = "".join(char + " " * (index % 3 == 0) for index, char in enumerate(text))
     whole, words = shingle_hashes(spaced, 3), words_of(spaced)
@@ -265,7 +265,7 @@ def test_the_defaults_are_snakmodels():
 
 
 def test_a_huge_bucket_of_boilerplate_is_one_cluster_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron_cpt.data.dedup_clusters._GATHERED", 7)
+    monkeypatch.setattr("megatron_cpt.data.cleaning.clusters._GATHERED", 7)
     rng = random.Random(5)
     notice = words(rng, 100)
     write(tmp_path / "in" / "a.jsonl", [" ".join([*notice, f"tail{index}"]) for index in range(60)])

@@ -7,8 +7,8 @@ from pathlib import PurePosixPath
 
 import pytest
 
-from megatron_cpt.data.documents import file_format, list_sources, plain_name
-from megatron_cpt.data.own_files import write_record
+from megatron_cpt.data.reading.byproducts import write_record
+from megatron_cpt.data.reading.documents import file_format, list_sources, plain_name
 from megatron_cpt.errors import DataError
 
 

@@ -9,9 +9,9 @@ import pytest
 import zstandard
 
 from megatron_cpt.cli import main
-from megatron_cpt.data.documents import list_sources
-from megatron_cpt.data.rewrite import plan_tree_of_files, rewrite_all
-from megatron_cpt.data.tokenization import tokenize
+from megatron_cpt.data.cleaning.rewrite import plan_tree_of_files, rewrite_all
+from megatron_cpt.data.reading.documents import list_sources
+from megatron_cpt.data.tokenize.driver import tokenize
 from megatron_cpt.errors import DataError
 
 ROOT = Path(__file__).parents[2]
@@ -138,7 +138,7 @@ def test_files_of_an_earlier_run_with_other_sizes_do_not_stay_beside(tmp_path, c
 
 
 def test_a_run_that_was_killed_before_its_record_goes_on(tmp_path, monkeypatch):
-    from megatron_cpt.data import rewrite as module
+    from megatron_cpt.data.cleaning import rewrite as module
 
     (tmp_path / "a.jsonl").write_text(GOOD)
     real = module.write_json

@@ -5,11 +5,11 @@ import re
 
 import pytest
 
-from megatron_cpt.config.derived import train_iters
-from megatron_cpt.config.load import LoadedConfig
-from megatron_cpt.config.values import Duration
-from megatron_cpt.data.blend import plan_blend
-from megatron_cpt.data.epochs import with_iterations
+from megatron_cpt.config.loading.resolve import LoadedConfig
+from megatron_cpt.config.settings.derived import train_iters
+from megatron_cpt.config.settings.values import Duration
+from megatron_cpt.data.blend.epochs import with_iterations
+from megatron_cpt.data.blend.plan import plan_blend
 from megatron_cpt.errors import ConfigError, DataError
 from tests.data.test_blend import run_config, write_shard
 

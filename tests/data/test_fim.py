@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_cpt.config.schema import DataConfig, PathsConfig
-from megatron_cpt.data.fim import FillInMiddle, fill_in_middle
-from megatron_cpt.data.tokenizer import load_tokenizer
+from megatron_cpt.config.settings.schema import DataConfig, PathsConfig
+from megatron_cpt.data.blend.fim import FillInMiddle, fill_in_middle
+from megatron_cpt.data.tokenizer.interface import load_tokenizer
 from megatron_cpt.errors import DataError
 from tests.data.test_blend import run_config
 
@@ -168,7 +168,7 @@ def test_a_sentinel_that_the_tokenizer_lacks_is_named(tmp_path, bpe_dir):
 
 
 def test_sentencepiece_tokens_are_found_by_name(sentencepiece_model):
-    from megatron_cpt.data.tokenizer import token_id
+    from megatron_cpt.data.tokenizer.interface import token_id
 
     tokenizer = load_tokenizer(sentencepiece_model)
     assert token_id(tokenizer, "</s>") == tokenizer.eod_id

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_cpt.data.indexed import (
+from megatron_cpt.data.shards.indexed import (
     bin_path,
     document_bounds,
     idx_path,

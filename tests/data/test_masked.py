@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from megatron_cpt.data.indexed import idx_path, manifest_path, read_index, read_shard_manifest, write_index
-from megatron_cpt.data.masked import (
+from megatron_cpt.data.shards.discovery import read_shard
+from megatron_cpt.data.shards.indexed import idx_path, manifest_path, read_index, read_shard_manifest, write_index
+from megatron_cpt.data.shards.masked import (
     MaskedShardWriter,
     has_mask,
     is_mask,
@@ -12,7 +13,6 @@ from megatron_cpt.data.masked import (
     read_mask,
     write_masked_shard,
 )
-from megatron_cpt.data.shards import read_shard
 from megatron_cpt.errors import DataError
 
 TOKENIZER = {"name": "t", "kind": "huggingface", "hash": "0" * 32, "vocab_size": 500, "eod_id": 0}

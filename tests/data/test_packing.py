@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_cpt.data.indexed import (
+from megatron_cpt.data.joining.packing import PackOptions, pack_shard, plan_packs
+from megatron_cpt.data.shards.indexed import (
     bin_path,
     document_bounds,
     idx_path,
@@ -17,8 +18,7 @@ from megatron_cpt.data.indexed import (
     read_tokens,
     write_index,
 )
-from megatron_cpt.data.masked import LEARNED, PIECE, read_mask, write_masked_shard
-from megatron_cpt.data.packing import PackOptions, pack_shard, plan_packs
+from megatron_cpt.data.shards.masked import LEARNED, PIECE, read_mask, write_masked_shard
 from megatron_cpt.errors import ConfigError, DataError
 
 TOKENIZER = {"name": "t", "kind": "huggingface", "hash": "0" * 32, "vocab_size": 500, "eod_id": 0}

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from megatron_cpt.data import records
-from megatron_cpt.data.records import Problem, parse_lines, parse_text_file, parse_values
+from megatron_cpt.data.reading import records
+from megatron_cpt.data.reading.records import Problem, parse_lines, parse_text_file, parse_values
 
 LIMIT = 1 << 20
 

@@ -6,11 +6,18 @@ import multiprocessing
 import numpy as np
 import pytest
 
-from megatron_cpt.config.schema import CorpusConfig, DataConfig, ModelConfig, PathsConfig, RunConfig, TrainingConfig
-from megatron_cpt.data.blend import finish_stage, plan_blend
-from megatron_cpt.data.datalist import DataEntry, read_data_list, write_data_list
-from megatron_cpt.data.indexed import bin_path, idx_path, manifest_path, write_index
-from megatron_cpt.data.replay import append_stage, read_buffer
+from megatron_cpt.config.settings.schema import (
+    CorpusConfig,
+    DataConfig,
+    ModelConfig,
+    PathsConfig,
+    RunConfig,
+    TrainingConfig,
+)
+from megatron_cpt.data.blend.plan import finish_stage, plan_blend
+from megatron_cpt.data.blend.replay import append_stage, read_buffer
+from megatron_cpt.data.lists.data_list import DataEntry, read_data_list, write_data_list
+from megatron_cpt.data.shards.indexed import bin_path, idx_path, manifest_path, write_index
 from megatron_cpt.errors import DataError
 from megatron_cpt.files import write_json
 

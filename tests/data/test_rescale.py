@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_cpt.data.data_entry import DataEntry
-from megatron_cpt.data.rescale import Rule, mix_lists, rescale
-from megatron_cpt.data.rescale_table import rescale_table
+from megatron_cpt.data.blend.rescale_table import rescale_table
+from megatron_cpt.data.lists.entry import DataEntry
+from megatron_cpt.data.lists.rescale import Rule, mix_lists, rescale
 from megatron_cpt.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,10 +7,10 @@ import pytest
 import zstandard
 
 from megatron_cpt import cli
-from megatron_cpt.data.corpus_inputs import named_corpora
-from megatron_cpt.data.documents import list_sources
-from megatron_cpt.data.record_files import Reading
-from megatron_cpt.data.sample import SampleOptions, parse_condition, sample, split_validation
+from megatron_cpt.data.cleaning.sample import SampleOptions, parse_condition, sample, split_validation
+from megatron_cpt.data.reading.documents import list_sources
+from megatron_cpt.data.reading.named_corpora import named_corpora
+from megatron_cpt.data.reading.record_files import Reading
 from megatron_cpt.errors import DataError
 
 

@@ -5,12 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 
-from megatron_cpt.config.schema import CorpusConfig, EvaluationConfig
-from megatron_cpt.data.blend import plan_blend
-from megatron_cpt.data.indexed import manifest_path
-from megatron_cpt.data.masked import PIECE, write_masked_shard
-from megatron_cpt.data.shard_form import ShardForm, read_shard_form
-from megatron_cpt.data.shards import find_shards
+from megatron_cpt.config.settings.schema import CorpusConfig, EvaluationConfig
+from megatron_cpt.data.blend.plan import plan_blend
+from megatron_cpt.data.shards.discovery import find_shards
+from megatron_cpt.data.shards.form import ShardForm, read_shard_form
+from megatron_cpt.data.shards.indexed import manifest_path
+from megatron_cpt.data.shards.masked import PIECE, write_masked_shard
 from megatron_cpt.errors import DataError
 from megatron_cpt.files import read_json, write_json
 from tests.data.test_blend import _IDENTITY, run_config, write_shard

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cpt.data.source_pool import map_files
+from megatron_cpt.data.reading.file_pool import map_files
 from megatron_cpt.errors import DataError
 
 
@@ -49,7 +49,7 @@ def test_workers_end_when_the_main_process_is_killed(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
         "import os, pathlib, time\n"
-        "from megatron_cpt.data.source_pool import map_files\n"
+        "from megatron_cpt.data.reading.file_pool import map_files\n"
         "def work(number):\n"
         f"    pathlib.Path({str(tmp_path)!r}, f'pid{{number}}').write_text(str(os.getpid()))\n"
         "    time.sleep(60)\n"

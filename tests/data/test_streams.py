@@ -11,9 +11,9 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_cpt.data import records
-from megatron_cpt.data.documents import list_sources
-from megatron_cpt.data.streams import Layout, parse_piece, pieces_of
+from megatron_cpt.data.reading import records
+from megatron_cpt.data.reading.documents import list_sources
+from megatron_cpt.data.reading.streams import Layout, parse_piece, pieces_of
 from megatron_cpt.errors import DataError
 
 COMPRESS = {

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import zstandard
 
-from megatron_cpt.data.indexed import document_bounds, read_index, read_shard_manifest, read_tokens
-from megatron_cpt.data.tokenization import tokenize
-from megatron_cpt.data.tokenizer import load_tokenizer
+from megatron_cpt.data.shards.indexed import document_bounds, read_index, read_shard_manifest, read_tokens
+from megatron_cpt.data.tokenize.driver import tokenize
+from megatron_cpt.data.tokenizer.interface import load_tokenizer
 from megatron_cpt.errors import DataError
 from tests.data.conftest import SENTENCES, build_bpe, save_tokenizer
 
@@ -249,8 +249,8 @@ LYING_ENGINE = """
 import logging, sys
 import numpy as np
 from pathlib import Path
-from megatron_cpt.data import engines
-from megatron_cpt.data.tokenization import tokenize
+from megatron_cpt.data.tokenizer import engines
+from megatron_cpt.data.tokenize.driver import tokenize
 
 def lying(tokenizer):
     reference = engines._reference_encoder(tokenizer)

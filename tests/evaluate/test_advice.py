@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from megatron_cpt.cli import main
-from megatron_cpt.config.load import load_config, write_resolved
-from megatron_cpt.config.sources import CHECKOUT
-from megatron_cpt.evaluate.advice import Advice, advice_json, advice_text, advise
-from megatron_cpt.evaluate.recovery import heldout_recovery, training_recovery, trend
-from megatron_cpt.launch.ledger import append_record
-from megatron_cpt.launch.run_names import command_line_settings, run_names
+from megatron_cpt.config.loading.resolve import load_config, write_resolved
+from megatron_cpt.config.loading.sources import CHECKOUT
+from megatron_cpt.evaluate.advice.judge import Advice, advice_json, advice_text, advise
+from megatron_cpt.evaluate.advice.recovery import heldout_recovery, training_recovery, trend
+from megatron_cpt.run.ledger import append_record
+from megatron_cpt.run.names import command_line_settings, run_names
 from tests.evaluate.test_sweep_report import write_metrics
 
 DEMO = CHECKOUT / "tasks" / "demo"
@@ -191,7 +191,7 @@ def test_a_trend_is_carried_on_but_never_upwards_nor_for_ever():
 def test_a_run_is_named_as_it_was_started_and_its_own_settings_are_found(runs, tmp_path):
     run = runs("replay", falling(3, 2), overrides=("optimizer.lr=1e-3", "paths.runs_dir=runs"))
     assert command_line_settings(run / "config.yaml") == {"optimizer.lr": "0.001", "paths.runs_dir": "runs"}
-    from megatron_cpt.launch.run_dir import RunDir
+    from megatron_cpt.run.directory import RunDir
 
     fallback = {"--task": "demo", "--params": "demo-5m", "--size": "300K"}
     assert run_names(RunDir(run), fallback)[1] == "demo"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from megatron_cpt.errors import DataError
-from megatron_cpt.evaluate.forgetting import (
+from megatron_cpt.evaluate.models.forgetting import (
     as_json,
     compare_with_first,
     compare_with_previous,
@@ -12,7 +12,7 @@ from megatron_cpt.evaluate.forgetting import (
     markdown_table,
     results_from_json,
 )
-from megatron_cpt.evaluate.perplexity import Perplexity
+from megatron_cpt.evaluate.models.perplexity import Perplexity
 
 
 def result(model: str, text: str, bits_per_byte: list[float], size: int = 1000) -> Perplexity:

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from megatron_cpt.evaluate.generation import continuations, side_by_side
-from megatron_cpt.evaluate.models import loaded_model
+from megatron_cpt.evaluate.models.generation import continuations, side_by_side
+from megatron_cpt.evaluate.models.language_model import loaded_model
 
 
 def test_greedy_continuations_are_the_most_likely_tokens_also_beyond_the_context(tiny_model):
@@ -111,7 +111,7 @@ def test_the_own_templates_end_of_turn_counts(chat_model):
 
 
 def test_a_prompt_becomes_a_users_turn_by_the_template_alone(chat_model, tmp_path):
-    from megatron_cpt.data.chat_template import load_template
+    from megatron_cpt.data.chat.template import load_template
 
     (tmp_path / "t.jinja").write_text(TEMPLATE)
     template = load_template(chat_model, tmp_path / "t.jinja")

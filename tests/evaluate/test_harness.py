@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from megatron_cpt.errors import CptError, LaunchError
-from megatron_cpt.evaluate.harness import model_arguments, run_harness
+from megatron_cpt.evaluate.models.harness import model_arguments, run_harness
 
 STAND_IN = """#!/usr/bin/env bash
 printf '%s\\n' "$@" > "$0.arguments"

@@ -15,10 +15,10 @@ from megatron_cpt.errors import ConfigError, DataError
 from megatron_cpt.evaluate.page.build import LivePage, marks, write_page
 from megatron_cpt.evaluate.page.curves import train_curves
 from megatron_cpt.evaluate.page.measured import measured
-from megatron_cpt.evaluate.stages import read_stage
+from megatron_cpt.evaluate.report.stages import read_stage
 from megatron_cpt.launch.find_runs import find_runs, report_dir
-from megatron_cpt.launch.ledger import append_record
-from megatron_cpt.launch.run_dir import RunDir
+from megatron_cpt.run.directory import RunDir
+from megatron_cpt.run.ledger import append_record
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 

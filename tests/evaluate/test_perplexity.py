@@ -5,15 +5,15 @@ import pytest
 import torch
 
 from megatron_cpt.errors import CheckpointError, DataError
-from megatron_cpt.evaluate.models import loaded_model
-from megatron_cpt.evaluate.perplexity import (
+from megatron_cpt.evaluate.models.language_model import loaded_model
+from megatron_cpt.evaluate.models.perplexity import (
     batches,
     document_nats,
     document_windows,
     measure_perplexity,
     ratio_interval,
 )
-from megatron_cpt.evaluate.texts import TextSet, read_text_set
+from megatron_cpt.evaluate.models.texts import TextSet, read_text_set
 
 TEXTS = ["the cat sat on the mat and saw another cat that was not on any mat at all", "a", "déjà vu"]
 
@@ -122,7 +122,7 @@ def test_a_model_without_a_tokenizer_is_refused_by_name(tiny_model, tmp_path):
 
 
 def test_a_megatron_checkpoint_scores_as_its_hugging_face_model(tiny_model, model, tmp_path):
-    from megatron_cpt.checkpoint.convert import hf_to_mcore
+    from megatron_cpt.checkpoint.convert.hf_mcore import hf_to_mcore
 
     hf_to_mcore(tiny_model, tmp_path / "mcore")
     expected = measure_perplexity(model, TextSet("t", TEXTS)).document_nats

@@ -3,9 +3,9 @@ import json
 import pytest
 
 from megatron_cpt.errors import DataError
-from megatron_cpt.evaluate.drawing import colours
-from megatron_cpt.evaluate.report import write_report
-from megatron_cpt.evaluate.stages import short_layouts
+from megatron_cpt.evaluate.report.drawing import colours
+from megatron_cpt.evaluate.report.markdown import write_report
+from megatron_cpt.evaluate.report.stages import short_layouts
 
 
 def records(num_iterations: int, start_loss: float) -> list[dict]:

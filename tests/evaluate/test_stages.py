@@ -1,7 +1,7 @@
 import pytest
 
 from megatron_cpt.errors import DataError
-from megatron_cpt.evaluate.stages import read_metrics, read_stage, read_stages, smoothed
+from megatron_cpt.evaluate.report.stages import read_metrics, read_stage, read_stages, smoothed
 
 
 def start(iteration: int, resumed: bool = False, layout: str = "TP2 PP1 CP1 EP1 DP1") -> dict:

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_cpt.cli import main
 from megatron_cpt.errors import DataError
-from megatron_cpt.evaluate.sweep import write_sweep_report
+from megatron_cpt.evaluate.report.sweep import write_sweep_report
 
 
 def write_metrics(

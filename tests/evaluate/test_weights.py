@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_cpt.errors import CheckpointError
-from megatron_cpt.evaluate.weights import divergence_table, layer_divergence, stats_table, tensor_stats
+from megatron_cpt.evaluate.models.weights import divergence_table, layer_divergence, stats_table, tensor_stats
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ module load nccl
 set -u
 export NCCL_IB_TIMEOUT=22
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
-exec /site/cpt/env/bin/python -m megatron_cpt.launch.batch \
+exec /site/cpt/env/bin/python -m megatron_cpt.launch.node.supervisor \
     --run /site/cpt/runs/ja/8b/50B/main \
     --stage tokenize \
     --log-dir /site/cpt/runs/ja/8b/50B/main/logs/tokenize-D1-20260102T030405 \

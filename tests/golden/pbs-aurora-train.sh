@@ -20,7 +20,7 @@ set -u
 export FI_CXI_DEFAULT_CQ_SIZE=1048576
 export FI_MR_CACHE_MONITOR=userfaultfd
 export CCL_ATL_TRANSPORT=mpi
-exec /site/cpt/env/bin/python -m megatron_cpt.launch.batch \
+exec /site/cpt/env/bin/python -m megatron_cpt.launch.node.supervisor \
     --run /site/cpt/runs/ja/8b/50B/main \
     --stage train \
     --log-dir /site/cpt/runs/ja/8b/50B/main/logs/train-20260102T030405-001 \

@@ -13,7 +13,7 @@
 set -euo pipefail
 cd /site/cpt
 umask 022
-exec /site/cpt/env/bin/python -m megatron_cpt.launch.batch \
+exec /site/cpt/env/bin/python -m megatron_cpt.launch.node.supervisor \
     --run /site/cpt/runs/ja/8b/50B/main \
     --stage train \
     --log-dir /site/cpt/runs/ja/8b/50B/main/logs/train-20260102T030405-001 \

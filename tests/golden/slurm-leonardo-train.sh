@@ -18,7 +18,7 @@ umask 027
 export NCCL_IB_TIMEOUT=22
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
 export HF_HUB_OFFLINE=1
-exec /site/cpt/env/bin/python -m megatron_cpt.launch.batch \
+exec /site/cpt/env/bin/python -m megatron_cpt.launch.node.supervisor \
     --run /site/cpt/runs/ja/8b/50B/main \
     --stage train \
     --log-dir /site/cpt/runs/ja/8b/50B/main/logs/train-20260102T030405-001 \

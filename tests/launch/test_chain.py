@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from megatron_cpt.errors import LaunchError
-from megatron_cpt.launch import batch, hosts
-from megatron_cpt.launch.chain import chain_verdict
-from megatron_cpt.launch.ledger import read_jobs
-from megatron_cpt.launch.lock import run_lock
-from megatron_cpt.launch.node import node_rank
-from megatron_cpt.launch.processes import Outcome, _outcome
+from megatron_cpt.launch.node import hosts
+from megatron_cpt.launch.node import supervisor as batch
+from megatron_cpt.launch.node.chain import chain_verdict
+from megatron_cpt.launch.node.processes import Outcome, _outcome
+from megatron_cpt.launch.node.torchrun import node_rank
+from megatron_cpt.run.ledger import read_jobs
+from megatron_cpt.run.lock import run_lock
 
 
 def link(start: int, state: str = "failed", exit_code: int = 1) -> dict:

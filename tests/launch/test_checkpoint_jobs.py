@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_cpt.errors import LaunchError
-from megatron_cpt.launch.checkpoint_jobs import checkpoint_stages
+from megatron_cpt.launch.submission.checkpoint_jobs import checkpoint_stages
 from tests.launch.test_submit import submission, submit, task
 
 __all__ = ["task"]

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cpt.config.sources import CHECKOUT
+from megatron_cpt.config.loading.sources import CHECKOUT
 from megatron_cpt.errors import ConfigError
 from megatron_cpt.files import write_json
-from megatron_cpt.launch.aurora_variables import overrides_from
+from megatron_cpt.launch.submission.aurora_variables import overrides_from
 
 
 def run_script(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -22,7 +22,7 @@ def task(tmp_path: Path) -> list[str]:
     """Task, params and size of a run with a data list of one tiny shard; enough for a dry run."""
     import numpy as np
 
-    from megatron_cpt.data.indexed import bin_path, idx_path, manifest_path, write_index
+    from megatron_cpt.data.shards.indexed import bin_path, idx_path, manifest_path, write_index
 
     folder = tmp_path / "tasks" / "t"
     folder.mkdir(parents=True)

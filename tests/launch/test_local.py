@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from megatron_cpt.errors import LaunchError
-from megatron_cpt.launch.ledger import read_jobs
-from megatron_cpt.launch.local import local_environment, run_local
-from megatron_cpt.launch.lock import run_lock
-from megatron_cpt.launch.rank import rank_environment
-from megatron_cpt.launch.run_dir import RunDir
+from megatron_cpt.launch.node.rank import rank_environment
+from megatron_cpt.launch.scheduler.local import local_environment, run_local
+from megatron_cpt.run.directory import RunDir
+from megatron_cpt.run.ledger import read_jobs
+from megatron_cpt.run.lock import run_lock
 
 
 def run_program(tmp_path: Path, source: str, num_ranks: int = 2, **options) -> tuple[int, RunDir]:
@@ -140,8 +140,8 @@ def test_sigterm_reaches_the_ranks_which_may_save_and_end(tmp_path):
         "print('saved')\n"
     )
     script = (
-        "import sys\nfrom pathlib import Path\nfrom megatron_cpt.launch.local import run_local\n"
-        "from megatron_cpt.launch.run_dir import RunDir\n"
+        "import sys\nfrom pathlib import Path\nfrom megatron_cpt.launch.scheduler.local import run_local\n"
+        "from megatron_cpt.run.directory import RunDir\n"
         f"sys.exit(run_local(RunDir(Path({str(tmp_path)!r}) / 'run'), [], num_ranks=1, program=({str(program)!r},)))\n"
     )
     launcher = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
@@ -180,7 +180,7 @@ def test_the_rank_comes_from_whichever_launcher_started_it(environment, rank):
 
 
 def test_a_ledger_line_cut_short_is_skipped_and_the_next_record_stands_alone(tmp_path):
-    from megatron_cpt.launch.ledger import append_record, ledger_path
+    from megatron_cpt.run.ledger import append_record, ledger_path
 
     append_record(tmp_path, "a", state="running", stage="train")
     with ledger_path(tmp_path).open("a") as file:

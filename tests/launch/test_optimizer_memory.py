@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cpt.checkpoint.dcp import read_metadata
-from megatron_cpt.config.schema import LaunchConfig, OptimizerConfig
-from megatron_cpt.launch.memory import checkpoint_bytes, stage_memories
+from megatron_cpt.checkpoint.torch_dist.dcp import read_metadata
+from megatron_cpt.config.settings.schema import LaunchConfig, OptimizerConfig
+from megatron_cpt.launch.planning.memory import checkpoint_bytes, stage_memories
 from tests.train.tiny import manifest_of, tiny_config
 
 TP, PP, EP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size"
@@ -27,9 +27,9 @@ CASES = [
 
 def measure(config, folder):
     """Return the bytes of this rank's weights, gradients and optimizer state; save a checkpoint."""
-    from megatron_cpt.train.checkpointing import save_checkpoint
-    from megatron_cpt.train.model import build_training_model
-    from megatron_cpt.train.parallel import finish_parallel, initialize_parallel
+    from megatron_cpt.train.backend.parallel import finish_parallel, initialize_parallel
+    from megatron_cpt.train.model.build import build_training_model
+    from megatron_cpt.train.state.checkpointing import save_checkpoint
 
     initialize_parallel(config)
     model, optimizer = build_training_model(config)

@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
-from megatron_cpt.config.check_parallel import parallel_problems
-from megatron_cpt.config.schema import (
+from megatron_cpt.config.checks.parallel import parallel_problems
+from megatron_cpt.config.loading.sources import CHECKOUT
+from megatron_cpt.config.settings.schema import (
     CheckpointConfig,
     LaunchConfig,
     ModelConfig,
@@ -17,11 +18,10 @@ from megatron_cpt.config.schema import (
     RunConfig,
     TrainingConfig,
 )
-from megatron_cpt.config.sources import CHECKOUT
-from megatron_cpt.launch.memory import stage_memories
-from megatron_cpt.launch.model_size import num_active_parameters, num_parameters, stage_layers
-from megatron_cpt.launch.plan import GIB, measured_tokens_per_second, num_checkpoints, plan_run, plan_text
-from megatron_cpt.launch.search import search_layouts, search_text
+from megatron_cpt.launch.planning.memory import stage_memories
+from megatron_cpt.launch.planning.model_size import num_active_parameters, num_parameters, stage_layers
+from megatron_cpt.launch.planning.plan import GIB, measured_tokens_per_second, num_checkpoints, plan_run, plan_text
+from megatron_cpt.launch.planning.search import search_layouts, search_text
 
 LLAMA_3_8B = ModelConfig(
     num_layers=32,
@@ -68,8 +68,8 @@ def test_parameters_equal_the_published_counts():
 MEASURE = """
 import json, torch
 from configs import configs
-from megatron_cpt.train.parallel import finish_parallel, initialize_parallel
-from megatron_cpt.train.model import build_model_chunks
+from megatron_cpt.train.backend.parallel import finish_parallel, initialize_parallel
+from megatron_cpt.train.model.build import build_model_chunks
 initialize_parallel(configs[0])
 numbers = []
 for config in configs:
@@ -106,7 +106,9 @@ TINY_QWEN = dataclasses.replace(TINY, untie_embeddings_and_output_weights=False,
 def test_the_estimate_agrees_with_the_memory_of_real_models_on_cpu(tmp_path):
     configs = [run_config(TINY, precision="fp32"), run_config(TINY, precision="bf16")]
     configs += [run_config(model, precision="fp32") for model in (TINY_QWEN, TINY_MOE, TINY_MLA)]
-    imports = "from megatron_cpt.config.schema import *\nfrom megatron_cpt.config.values import Duration\n"
+    imports = (
+        "from megatron_cpt.config.settings.schema import *\nfrom megatron_cpt.config.settings.values import Duration\n"
+    )
     (tmp_path / "configs.py").write_text(f"{imports}configs = {configs!r}\n")
     (tmp_path / "measure.py").write_text(MEASURE)
     measured = subprocess.run(

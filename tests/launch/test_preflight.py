@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cpt.config.sources import CHECKOUT
-from megatron_cpt.launch.local import free_port, local_environment
-from megatron_cpt.launch.preflight import RankReport, add_excluded, bad_nodes, read_excluded, report_text
+from megatron_cpt.config.loading.sources import CHECKOUT
+from megatron_cpt.launch.node.preflight import RankReport, add_excluded, bad_nodes, read_excluded, report_text
+from megatron_cpt.launch.scheduler.local import free_port, local_environment
 
 GOOD = RankReport(
     rank=0,

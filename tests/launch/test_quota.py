@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cpt.launch import plan, quota
+from megatron_cpt.launch.planning import plan, quota
 
 LUSTRE = """     /scratch
                  900000*  800000 1000000       -    1000       0       0       -
@@ -59,8 +59,8 @@ def test_of_all_file_systems_the_run_directorys_own_counts(commands, tmp_path):
 
 
 def test_a_plan_says_when_a_quota_is_too_small_for_the_checkpoints(monkeypatch):
-    from megatron_cpt.config.load import load_config
-    from megatron_cpt.config.sources import CHECKOUT
+    from megatron_cpt.config.loading.resolve import load_config
+    from megatron_cpt.config.loading.sources import CHECKOUT
 
     config = load_config(CHECKOUT / "tasks/template", "llama3-8b", "50B").config
     limit = quota.Quota(owner="group team", used_bytes=0, limit_bytes=5 << 30)

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cpt.config.load import LoadedConfig
-from megatron_cpt.config.schema import (
+from megatron_cpt.config.loading.resolve import LoadedConfig
+from megatron_cpt.config.loading.sources import CHECKOUT, read_yaml
+from megatron_cpt.config.settings.schema import (
     CheckpointConfig,
     CorpusConfig,
     DataConfig,
@@ -21,13 +22,12 @@ from megatron_cpt.config.schema import (
     RunConfig,
     TrainingConfig,
 )
-from megatron_cpt.config.sources import CHECKOUT, read_yaml
 from megatron_cpt.errors import ConfigError, LaunchError
-from megatron_cpt.launch.job import Dependency, parse_dependency
-from megatron_cpt.launch.render import render_job
-from megatron_cpt.launch.scheduler import submit_command
-from megatron_cpt.launch.site import Site, read_site
-from megatron_cpt.launch.submit import Submission, stage_job, training_job
+from megatron_cpt.launch.scheduler.job import Dependency, parse_dependency
+from megatron_cpt.launch.scheduler.queue import submit_command
+from megatron_cpt.launch.scheduler.render import render_job
+from megatron_cpt.launch.scheduler.site import Site, read_site
+from megatron_cpt.launch.submission.submit import Submission, stage_job, training_job
 
 GOLDEN = CHECKOUT / "tests" / "golden"
 SITES = sorted(CHECKOUT.glob("*/sites/*.yaml"))

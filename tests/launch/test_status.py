@@ -5,10 +5,10 @@ import os
 import socket
 import time
 
-from megatron_cpt.launch.ledger import append_record, read_jobs
-from megatron_cpt.launch.progress import first_error, read_progress
-from megatron_cpt.launch.run_dir import RunDir
 from megatron_cpt.launch.status import job_rows, status_text
+from megatron_cpt.run.directory import RunDir
+from megatron_cpt.run.ledger import append_record, read_jobs
+from megatron_cpt.run.progress import first_error, read_progress
 
 
 def write_metrics(run: RunDir, *records: dict) -> None:

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cpt.config.load import load_config
-from megatron_cpt.config.sources import CHECKOUT
+from megatron_cpt.config.loading.resolve import load_config
+from megatron_cpt.config.loading.sources import CHECKOUT
 from megatron_cpt.errors import LaunchError
-from megatron_cpt.launch.graph import chosen_stages, pipeline_stages
-from megatron_cpt.launch.ledger import append_record
-from megatron_cpt.launch.site import Site
-from megatron_cpt.launch.submit import Submission
+from megatron_cpt.launch.scheduler.site import Site
+from megatron_cpt.launch.submission.graph import chosen_stages, pipeline_stages
+from megatron_cpt.launch.submission.submit import Submission
+from megatron_cpt.run.ledger import append_record
 
 TASK = """\
 paths: {{runs_dir: {0}/runs, data_dir: {0}/data}}
@@ -93,7 +93,8 @@ def test_bad_input_is_refused_before_anything_is_queued(task, words, message):
 
 
 def test_a_checkpoint_that_cannot_fit_the_disk_is_refused_with_the_numbers(task, monkeypatch):
-    from megatron_cpt.launch import plan, validate
+    from megatron_cpt.launch.planning import plan
+    from megatron_cpt.launch.submission import validate
 
     monkeypatch.setattr(plan, "free_bytes", lambda path: 10 << 20)
     chosen = submission(task)

@@ -14,16 +14,16 @@ import pytest
 import yaml
 
 from megatron_cpt.cli import main
-from megatron_cpt.config.load import LoadedConfig
-from megatron_cpt.config.sources import CHECKOUT
+from megatron_cpt.config.loading.resolve import LoadedConfig
+from megatron_cpt.config.loading.sources import CHECKOUT
 from megatron_cpt.errors import ConfigError, LaunchError
-from megatron_cpt.launch.grid import grid_points, parse_grid
-from megatron_cpt.launch.ledger import read_jobs
-from megatron_cpt.launch.render import render_job
-from megatron_cpt.launch.run_dir import RunDir
-from megatron_cpt.launch.scheduler import ALIVE, job_states
-from megatron_cpt.launch.submit import Submission
-from megatron_cpt.launch.sweep import Sweep, array_job, sweep_submission
+from megatron_cpt.launch.scheduler.queue import ALIVE, job_states
+from megatron_cpt.launch.scheduler.render import render_job
+from megatron_cpt.launch.submission.grid import grid_points, parse_grid
+from megatron_cpt.launch.submission.submit import Submission
+from megatron_cpt.launch.submission.sweep import Sweep, array_job, sweep_submission
+from megatron_cpt.run.directory import RunDir
+from megatron_cpt.run.ledger import read_jobs
 from tests.cluster import pbs_stand_in
 from tests.cluster.conftest import PARAMS
 from tests.launch.test_render import GOLDEN, check_directives, submission, without_package_path
@@ -31,8 +31,8 @@ from tests.launch.test_render import GOLDEN, check_directives, submission, witho
 TRAINING = """
 import json, os, sys
 from pathlib import Path
-from megatron_cpt.config.load import load_config
-from megatron_cpt.launch.run_dir import run_dir
+from megatron_cpt.config.loading.resolve import load_config
+from megatron_cpt.run.directory import run_dir
 words = sys.argv[1:]
 at = {words[index]: words[index + 1] for index in range(0, 10, 2)}
 config = load_config(Path(at["--task"]), at["--params"], at["--size"], at["--variant"], at["--site"], words[10:]).config
@@ -178,7 +178,7 @@ def stand_in_for_training(root: Path, monkeypatch) -> None:
     python.chmod(0o755)
     defaults = Submission.__init__.__kwdefaults__ | {"python": str(python)}
     monkeypatch.setattr(Submission.__init__, "__kwdefaults__", defaults)
-    monkeypatch.setattr("megatron_cpt.launch.sweep.check_training", lambda *_, **__: None)
+    monkeypatch.setattr("megatron_cpt.launch.submission.sweep.check_training", lambda *_, **__: None)
 
 
 def run_sweep_with_a_failing_point(task: Path, scheduler: str) -> str:

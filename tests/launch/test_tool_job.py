@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cpt.config.sources import CHECKOUT
+from megatron_cpt.config.loading.sources import CHECKOUT
 from megatron_cpt.errors import LaunchError
-from megatron_cpt.launch.tool_job import command_words
+from megatron_cpt.launch.submission.tool_job import command_words
 from tests.launch.test_render import check_directives
 
 TASK = """\

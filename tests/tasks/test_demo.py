@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cpt.config.load import load_config
+from megatron_cpt.config.loading.resolve import load_config
 
 DEMO = Path(__file__).resolve().parents[2] / "tasks" / "demo"
 

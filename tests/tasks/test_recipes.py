@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import yaml
 
-from megatron_cpt.config.derived import train_iters
-from megatron_cpt.config.load import load_config
-from megatron_cpt.data.masked import MaskedShardWriter
-from megatron_cpt.launch.plan import plan_run
+from megatron_cpt.config.loading.resolve import load_config
+from megatron_cpt.config.settings.derived import train_iters
+from megatron_cpt.data.shards.masked import MaskedShardWriter
+from megatron_cpt.launch.planning.plan import plan_run
 from megatron_cpt.verbs.dispatch import load_verb
 
 ROOT = Path(__file__).resolve().parents[2]

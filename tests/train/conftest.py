@@ -8,7 +8,7 @@ import orjson
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megatron_cpt.data.tokenization import tokenize
+from megatron_cpt.data.tokenize.driver import tokenize
 
 WORDS = {
     "D0": "the a model learns text from books and letters slowly with care in long plain sentences".split(),

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from megatron_cpt.config.schema import RunConfig
+from megatron_cpt.config.settings.schema import RunConfig
 from tests.train.tiny import batches
 
 
@@ -13,10 +13,10 @@ def train_and_write_torch_format(config: RunConfig, root: str, ours: str) -> int
     import torch
     from megatron.core import parallel_state
 
-    from megatron_cpt.train.checkpointing import save_checkpoint
-    from megatron_cpt.train.model import build_training_model, unwrap
-    from megatron_cpt.train.parallel import finish_parallel, initialize_parallel
-    from megatron_cpt.train.step import train_step
+    from megatron_cpt.train.backend.parallel import finish_parallel, initialize_parallel
+    from megatron_cpt.train.model.build import build_training_model, unwrap
+    from megatron_cpt.train.stage.step import train_step
+    from megatron_cpt.train.state.checkpointing import save_checkpoint
     from tests.train.tiny import manifest_of
 
     initialize_parallel(config)
@@ -50,10 +50,10 @@ def load_and_save(
 
     Return the optimizer's number of updates; with `next_step` run that step, return its loss and gradient norm.
     """
-    from megatron_cpt.train.checkpointing import load_checkpoint, save_checkpoint
-    from megatron_cpt.train.model import build_training_model
-    from megatron_cpt.train.parallel import finish_parallel, initialize_parallel
-    from megatron_cpt.train.step import train_step
+    from megatron_cpt.train.backend.parallel import finish_parallel, initialize_parallel
+    from megatron_cpt.train.model.build import build_training_model
+    from megatron_cpt.train.stage.step import train_step
+    from megatron_cpt.train.state.checkpointing import load_checkpoint, save_checkpoint
     from tests.train.tiny import manifest_of
 
     initialize_parallel(config)

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from megatron_cpt.train import attention, visibility
-from megatron_cpt.train.attention import SdpaCoreAttention, attend_each, attend_varlen
-from megatron_cpt.train.visibility import Visibility, apart, document_numbers, is_bounds, reason_for_mask
+from megatron_cpt.train.model import attention
+from megatron_cpt.train.model import attention_bounds as visibility
+from megatron_cpt.train.model.attention import SdpaCoreAttention, attend_each, attend_varlen
+from megatron_cpt.train.model.attention_bounds import Visibility, apart, document_numbers, is_bounds, reason_for_mask
 from tests.train.tiny import EOD, SEQ, batches, logits, run_steps, tiny_config
 
 CHUNKED, GROUPED, LATENT = (4, 4, 16, 16), (4, 2, 12, 12), (4, 4, 24, 12)
@@ -217,9 +218,9 @@ def with_bounds(function, *arguments):
 
 def gradients(config, is_by_bounds):
     """Return the loss of a step and every gradient after it, and the kinds of what attention got for a mask."""
-    from megatron_cpt.train.model import build_training_model
-    from megatron_cpt.train.parallel import finish_parallel, initialize_parallel
-    from megatron_cpt.train.step import train_step
+    from megatron_cpt.train.backend.parallel import finish_parallel, initialize_parallel
+    from megatron_cpt.train.model.build import build_training_model
+    from megatron_cpt.train.stage.step import train_step
 
     visibility.SHORT_SEQUENCE = 0 if is_by_bounds else math.inf
     initialize_parallel(config)
@@ -318,9 +319,9 @@ def test_a_packed_document_has_the_logits_it_has_alone(ranks, way):
 def test_transformer_engines_layers_attend_with_masks_where_documents_are_isolated(kind, monkeypatch):
     from megatron.core.models.gpt import gpt_layer_specs
 
-    from megatron_cpt.train.attention import SdpaCoreAttention
-    from megatron_cpt.train.layer_spec import build_layer_spec
-    from megatron_cpt.train.model import transformer_config
+    from megatron_cpt.train.model.attention import SdpaCoreAttention
+    from megatron_cpt.train.model.build import transformer_config
+    from megatron_cpt.train.model.layer_spec import build_layer_spec
 
     original, asked = gpt_layer_specs.get_gpt_decoder_block_spec, []
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cpt.checkpoint.mcore import list_checkpoints, verify_checkpoint
-from megatron_cpt.evaluate.report import write_report
+from megatron_cpt.checkpoint.torch_dist.mcore import list_checkpoints, verify_checkpoint
+from megatron_cpt.evaluate.report.markdown import write_report
 from tests.distributed import RankFailure
 from tests.train.test_loop import losses, records, run_path, run_stage
 from tests.train.tiny import batches, tiny_config
@@ -18,9 +18,9 @@ def step_with_nan_on_one_rank(config, bad_rank: int) -> tuple[bool, float, float
     """Return (whether it updated, loss, gradient norm, whether a parameter changed) of a step with a NaN on one rank."""
     import torch
 
-    from megatron_cpt.train.model import build_training_model
-    from megatron_cpt.train.parallel import finish_parallel, initialize_parallel
-    from megatron_cpt.train.step import train_step
+    from megatron_cpt.train.backend.parallel import finish_parallel, initialize_parallel
+    from megatron_cpt.train.model.build import build_training_model
+    from megatron_cpt.train.stage.step import train_step
 
     initialize_parallel(config)
     model, optimizer = build_training_model(config)
@@ -70,7 +70,8 @@ def stage_with_nan(task: str, first: int, last: int, overrides: tuple[str, ...] 
 
     import torch
 
-    from megatron_cpt.train import checkpointing, loop
+    from megatron_cpt.train.stage import loop
+    from megatron_cpt.train.state import checkpointing
 
     original, write = loop.microbatches, checkpointing._write_and_hash
 

@@ -12,10 +12,10 @@ def compiled_steps(config, is_compiled):
     """Return loss and gradient norm of two steps, and how many graphs were made and where they broke."""
     import torch
 
-    from megatron_cpt.train import cpu
-    from megatron_cpt.train import model as building
-    from megatron_cpt.train.parallel import finish_parallel, initialize_parallel
-    from megatron_cpt.train.step import train_step
+    from megatron_cpt.train.backend import cpu
+    from megatron_cpt.train.backend.parallel import finish_parallel, initialize_parallel
+    from megatron_cpt.train.model import build as building
+    from megatron_cpt.train.stage.step import train_step
 
     cpu._disable_compilation = lambda: None
     compile_layers = building.compile_layers
@@ -59,8 +59,8 @@ def said_on_a_cpu(config):
     """Return whether layers stay as they are, with a warning."""
     import logging
 
-    from megatron_cpt.train import model as building
-    from megatron_cpt.train.parallel import finish_parallel, initialize_parallel
+    from megatron_cpt.train.backend.parallel import finish_parallel, initialize_parallel
+    from megatron_cpt.train.model import build as building
 
     said = []
     building.logger.addHandler(handler := logging.Handler())

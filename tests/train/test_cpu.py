@@ -5,7 +5,7 @@ import torch
 
 def hugging_face_after_substitution(_):
     """Return whether rotary frequencies of a transformers model are right under the substitutions."""
-    from megatron_cpt.train import cpu
+    from megatron_cpt.train.backend import cpu
 
     cpu.substitute()
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -23,7 +23,7 @@ def test_transformers_models_keep_their_rotary_frequencies(ranks):
 
 
 def test_nothing_is_substituted_in_a_process_that_did_not_ask():
-    from megatron_cpt.train import cpu
+    from megatron_cpt.train.backend import cpu
 
     assert cpu.is_cpu() != torch.cuda.is_available()
     assert torch.zeros(1).type() == "torch.FloatTensor"

@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 
-from megatron_cpt.checkpoint.mcore import read_manifest
-from megatron_cpt.data.continued import ContinuedOrder, read_order, write_order
-from megatron_cpt.data.datalist import DataEntry
+from megatron_cpt.checkpoint.torch_dist.mcore import read_manifest
+from megatron_cpt.data.blend.continued_order import ContinuedOrder, read_order, write_order
+from megatron_cpt.data.lists.data_list import DataEntry
 from megatron_cpt.errors import DataError
 from tests.distributed import RankFailure
 from tests.train.test_fork import fork
@@ -19,7 +19,7 @@ MIX = ("data.mix={D0: 0.6, D1: 0.4}", "data.max_epochs=50")
 
 def read_by(task: str, variant: str, overrides: tuple[str, ...]) -> list[tuple[int, ...]]:
     """Train a stage; return the tokens of every sample in the order of training."""
-    from megatron_cpt.train import loop
+    from megatron_cpt.train.stage import loop
 
     seen = []
     original = loop.microbatches

@@ -12,9 +12,9 @@ def weights_hash(kind: str, layout: dict) -> str:
 
     import torch
 
-    from megatron_cpt.train.model import build_training_model
-    from megatron_cpt.train.parallel import finish_parallel, initialize_parallel
-    from megatron_cpt.train.step import train_step
+    from megatron_cpt.train.backend.parallel import finish_parallel, initialize_parallel
+    from megatron_cpt.train.model.build import build_training_model
+    from megatron_cpt.train.stage.step import train_step
 
     torch.use_deterministic_algorithms(True)
     config = tiny_config(kind, model={"hidden_dropout": 0.1}, **layout)

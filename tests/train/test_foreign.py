@@ -7,17 +7,17 @@ import shutil
 import pytest
 import torch
 
-from megatron_cpt.checkpoint import mcore
-from megatron_cpt.checkpoint.dcp import DcpReader
-from megatron_cpt.checkpoint.dcp_writer import Slice, write_dcp
-from megatron_cpt.checkpoint.foreign import is_loadable
-from megatron_cpt.checkpoint.foreign_convert import foreign_to_mcore
+from megatron_cpt.checkpoint.foreign.convert import foreign_to_mcore
+from megatron_cpt.checkpoint.foreign.opening import is_loadable
 from megatron_cpt.checkpoint.inspection import adopt_checkpoint
-from megatron_cpt.checkpoint.mapping import family_of, units
-from megatron_cpt.config.schema import InitConfig
+from megatron_cpt.checkpoint.mapping.rules import family_of, units
+from megatron_cpt.checkpoint.torch_dist import mcore
+from megatron_cpt.checkpoint.torch_dist.dcp import DcpReader
+from megatron_cpt.checkpoint.torch_dist.dcp_writer import Slice, write_dcp
+from megatron_cpt.config.settings.schema import InitConfig
 from megatron_cpt.errors import CheckpointError
-from megatron_cpt.launch.run_dir import RunDir
-from megatron_cpt.train.init import initial_checkpoint
+from megatron_cpt.run.directory import RunDir
+from megatron_cpt.train.state.start_weights import initial_checkpoint
 from tests.checkpoint.test_foreign import DEEPSPEED, deepspeed_name
 from tests.checkpoint.test_sources import stacked
 from tests.train.foreign import load_and_save, train_and_write_torch_format

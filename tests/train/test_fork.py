@@ -4,7 +4,7 @@ import shlex
 
 import pytest
 
-from megatron_cpt.checkpoint.retention import read_protected
+from megatron_cpt.checkpoint.torch_dist.retention import read_protected
 from megatron_cpt.cli import main
 from tests.train.test_loop import after_base, records, run_path, run_stage  # noqa: F401
 

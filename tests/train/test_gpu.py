@@ -94,8 +94,8 @@ def test_a_gpu_continues_a_cpus_checkpoint_and_a_cpu_the_gpus(ranks, run, device
 
 def steps_by(config, is_by_bounds, *arguments):
     """Run steps whose documents end by bounds (varlen attention on a GPU) or by a mask; return them and what attention got."""
-    from megatron_cpt.train import attention
-    from megatron_cpt.train import batches as building
+    from megatron_cpt.train.model import attention
+    from megatron_cpt.train.samples import batches as building
 
     building.reason_for_mask = lambda _: None if is_by_bounds else "the test wants one"
     given, forward = set(), attention.SdpaCoreAttention.forward
@@ -127,8 +127,8 @@ def rank_of_four(device, heads, window_size):
     """Return a context-parallel rank's context and gradients by the device's attention in bf16, and by a CPU's in fp32."""
     import torch
 
-    from megatron_cpt.train.attention import attend_each, attend_varlen
-    from megatron_cpt.train.visibility import Visibility
+    from megatron_cpt.train.model.attention import attend_each, attend_varlen
+    from megatron_cpt.train.model.attention_bounds import Visibility
 
     n, g, d, d_v = heads
     pieces = (torch.arange(160) // 37).expand(2, -1)
@@ -181,9 +181,9 @@ def changed_document(config, by_bounds):
     """Return the logits of two sequences that differ in their first 20 tokens, in bf16."""
     import torch
 
-    from megatron_cpt.train import batches as building
-    from megatron_cpt.train.model import build_model_chunks
-    from megatron_cpt.train.parallel import finish_parallel, initialize_parallel
+    from megatron_cpt.train.backend.parallel import finish_parallel, initialize_parallel
+    from megatron_cpt.train.model.build import build_model_chunks
+    from megatron_cpt.train.samples import batches as building
 
     building.reason_for_mask = lambda _: None if by_bounds else "the test wants one"
     initialize_parallel(config)
@@ -209,7 +209,8 @@ def test_no_document_sees_another_in_bf16(run, kind, model, by_bounds):
 
 def losses_with_layers(config, with_transformer_engine, *arguments):
     """Run steps with Transformer Engine's layers or with the local ones."""
-    from megatron_cpt.train import layer_spec, model
+    from megatron_cpt.train.model import build as model
+    from megatron_cpt.train.model import layer_spec
 
     layer_spec.has_transformer_engine = model.has_transformer_engine = lambda: with_transformer_engine
     return run_steps(config, *arguments)
@@ -236,10 +237,10 @@ def fused_pieces(device):
     from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
     from megatron.core.models.common.embeddings import rope_utils
 
-    from megatron_cpt.train import cpu
-    from megatron_cpt.train.kernels import FusedAdam
-    from megatron_cpt.train.loss import vocab_parallel_loss
-    from megatron_cpt.train.parallel import finish_parallel, initialize_parallel
+    from megatron_cpt.train.backend import cpu
+    from megatron_cpt.train.backend.kernels import FusedAdam
+    from megatron_cpt.train.backend.parallel import finish_parallel, initialize_parallel
+    from megatron_cpt.train.model.loss import vocab_parallel_loss
 
     plain_rope = rope_utils._apply_rotary_pos_emb_bshd
     initialize_parallel(tiny_config())
@@ -298,10 +299,10 @@ def measured(config):
     """Return the device's name, its peak in FLOP/s, its memory, the memory a step reports, and the batch's device."""
     import torch
 
-    from megatron_cpt.train.metrics import peak_flops, peak_memory_bytes
-    from megatron_cpt.train.model import build_training_model
-    from megatron_cpt.train.parallel import finish_parallel, initialize_parallel
-    from megatron_cpt.train.step import train_step
+    from megatron_cpt.train.backend.parallel import finish_parallel, initialize_parallel
+    from megatron_cpt.train.model.build import build_training_model
+    from megatron_cpt.train.stage.step import train_step
+    from megatron_cpt.train.watch.metrics import peak_flops, peak_memory_bytes
 
     initialize_parallel(config)
     model, optimizer = build_training_model(config)
@@ -332,9 +333,9 @@ def synchronizations(config, micro_batch_size):
     """Return how often a step waits for the GPU, after a first step that compiles and allocates."""
     import torch
 
-    from megatron_cpt.train.model import build_training_model
-    from megatron_cpt.train.parallel import finish_parallel, initialize_parallel
-    from megatron_cpt.train.step import train_step
+    from megatron_cpt.train.backend.parallel import finish_parallel, initialize_parallel
+    from megatron_cpt.train.model.build import build_training_model
+    from megatron_cpt.train.stage.step import train_step
 
     training = dataclasses.replace(config.training, micro_batch_size=micro_batch_size)
     config = dataclasses.replace(config, training=training)
@@ -365,9 +366,9 @@ def weights_after(config):
     """Return a hash of losses and weights after three steps in deterministic mode."""
     import torch
 
-    from megatron_cpt.train.model import build_training_model
-    from megatron_cpt.train.parallel import finish_parallel, initialize_parallel
-    from megatron_cpt.train.step import train_step
+    from megatron_cpt.train.backend.parallel import finish_parallel, initialize_parallel
+    from megatron_cpt.train.model.build import build_training_model
+    from megatron_cpt.train.stage.step import train_step
 
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, deterministic=True))
     initialize_parallel(config)

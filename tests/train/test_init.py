@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from megatron_cpt.checkpoint.convert import mcore_to_hf
+from megatron_cpt.checkpoint.convert.hf_mcore import mcore_to_hf
 from tests.distributed import RankFailure
 from tests.train.test_loop import TP2, after_base, losses, run_path, run_stage  # noqa: F401
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_cpt.checkpoint.convert import mcore_to_hf
-from megatron_cpt.checkpoint.mcore import read_manifest
+from megatron_cpt.checkpoint.convert.hf_mcore import mcore_to_hf
+from megatron_cpt.checkpoint.torch_dist.mcore import read_manifest
 from megatron_cpt.cli import main
-from megatron_cpt.data.indexed import read_index, read_tokens
-from megatron_cpt.data.masked import LEARNED, PIECE, write_masked_shard
-from megatron_cpt.data.tokenizer import load_tokenizer
+from megatron_cpt.data.shards.indexed import read_index, read_tokens
+from megatron_cpt.data.shards.masked import LEARNED, PIECE, write_masked_shard
+from megatron_cpt.data.tokenizer.interface import load_tokenizer
 from tests.train.conftest import write_experiment
 from tests.train.test_loop import records, run_path
 
@@ -21,9 +21,9 @@ SEQ = 32
 
 
 def instruction_stage(task: str, overrides: tuple[str, ...]) -> str:
-    from megatron_cpt.config.load import load_config
-    from megatron_cpt.data.epochs import with_iterations
-    from megatron_cpt.train.loop import train
+    from megatron_cpt.config.loading.resolve import load_config
+    from megatron_cpt.data.blend.epochs import with_iterations
+    from megatron_cpt.train.stage.loop import train
 
     return train(with_iterations(load_config(Path(task), "tiny", "short", "base", overrides=overrides)))
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from megatron_cpt.train.kernels import multi_tensor_l2_norm, multi_tensor_scale
+from megatron_cpt.train.backend.kernels import multi_tensor_l2_norm, multi_tensor_scale
 
 
 def adam_difference(is_fused):
     """Return the largest difference between our AdamW and torch's over ten steps, and our state's keys."""
-    from megatron_cpt.train.kernels import FusedAdam
+    from megatron_cpt.train.backend.kernels import FusedAdam
 
     torch.manual_seed(0)
     ours = [torch.nn.Parameter(torch.randn(5, 3)), torch.nn.Parameter(torch.randn(4))]
@@ -54,7 +54,7 @@ def kernels_of_megatron(_):
     """Return what megatron-core's optimizer uses after the substitution."""
     from megatron.core.optimizer import clip_grads, distrib_optimizer
 
-    from megatron_cpt.train import cpu, kernels
+    from megatron_cpt.train.backend import cpu, kernels
 
     cpu.substitute()
     assert clip_grads.l2_norm_impl is kernels.multi_tensor_l2_norm

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cpt.checkpoint.convert import mcore_to_hf
-from megatron_cpt.checkpoint.mcore import list_checkpoints, read_manifest, verify_checkpoint
+from megatron_cpt.checkpoint.convert.hf_mcore import mcore_to_hf
+from megatron_cpt.checkpoint.torch_dist.mcore import list_checkpoints, read_manifest, verify_checkpoint
 from tests.distributed import RankFailure
 
 TP2 = ("parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true", "launch.gpus_per_node=2")
@@ -17,8 +17,8 @@ PP2 = ("parallel.pipeline_model_parallel_size=2", "launch.gpus_per_node=2")
 
 def run_stage(task: str, variant: str, overrides: tuple[str, ...] = ()) -> str:
     """Train a stage on this rank and return why it ended."""
-    from megatron_cpt.config.load import load_config
-    from megatron_cpt.train.loop import train
+    from megatron_cpt.config.loading.resolve import load_config
+    from megatron_cpt.train.stage.loop import train
 
     return train(load_config(Path(task), "tiny", "short", variant, overrides=overrides))
 
@@ -142,7 +142,7 @@ def test_the_walltime_ends_a_run_with_a_checkpoint(ranks, experiment):
 def signalled_stage(task: str) -> str:
     import signal
 
-    from megatron_cpt.train import interrupt
+    from megatron_cpt.train.watch import interrupt
 
     original = interrupt.Interrupts.poll
 
@@ -167,7 +167,7 @@ def stage_with_a_signal_to_rank_1(task: str, overrides: tuple[str, ...]) -> str:
     """Train; rank 1 alone gets SIGUSR1 during its second step."""
     import signal
 
-    from megatron_cpt.train import loop
+    from megatron_cpt.train.stage import loop
 
     original, steps = loop.train_step, []
 
@@ -240,7 +240,7 @@ def test_an_asynchronous_run_saves_the_same_and_continues(ranks, experiment):
 
 
 def stage_with_a_failing_writer(task: str) -> str:
-    from megatron_cpt.train import checkpointing
+    from megatron_cpt.train.state import checkpointing
 
     original = checkpointing._write_and_hash
 

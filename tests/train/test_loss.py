@@ -11,8 +11,8 @@ def losses_of(config, padded):
     """Return (loss of GPTModel, loss from its logits without the padded rows, z-loss from them) on one batch."""
     import torch
 
-    from megatron_cpt.train.model import build_model_chunks
-    from megatron_cpt.train.parallel import finish_parallel, initialize_parallel
+    from megatron_cpt.train.backend.parallel import finish_parallel, initialize_parallel
+    from megatron_cpt.train.model.build import build_model_chunks
     from tests.train.tiny import batches
 
     initialize_parallel(config)
@@ -60,8 +60,8 @@ def split_loss(config, vocab_size):
     import torch
     from megatron.core import parallel_state
 
-    from megatron_cpt.train.loss import vocab_parallel_loss
-    from megatron_cpt.train.parallel import finish_parallel, initialize_parallel
+    from megatron_cpt.train.backend.parallel import finish_parallel, initialize_parallel
+    from megatron_cpt.train.model.loss import vocab_parallel_loss
 
     initialize_parallel(config)
     group = parallel_state.get_tensor_model_parallel_group()
@@ -97,9 +97,9 @@ def poisoned_step(config):
     """Return whether a step with an infinite weight updated anything, and whether the parameters stayed."""
     import torch
 
-    from megatron_cpt.train.model import build_training_model, unwrap
-    from megatron_cpt.train.parallel import finish_parallel, initialize_parallel
-    from megatron_cpt.train.step import train_step
+    from megatron_cpt.train.backend.parallel import finish_parallel, initialize_parallel
+    from megatron_cpt.train.model.build import build_training_model, unwrap
+    from megatron_cpt.train.stage.step import train_step
     from tests.train.tiny import batches
 
     initialize_parallel(config)

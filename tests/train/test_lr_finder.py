@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from megatron_cpt.config.sources import CHECKOUT
-from megatron_cpt.train.lr_finder import smooth, suggested_rate
+from megatron_cpt.config.loading.sources import CHECKOUT
+from megatron_cpt.train.tools.lr_finder import smooth, suggested_rate
 from tests.distributed import RankFailure
 from tests.train.test_loop import run_path, run_stage
 
@@ -37,8 +37,8 @@ def test_a_loss_that_never_falls_gives_no_suggestion():
 def sweep(task: str, iterations: int) -> list[float]:
     from pathlib import Path
 
-    from megatron_cpt.config.load import load_config
-    from megatron_cpt.train.lr_finder import find_learning_rate
+    from megatron_cpt.config.loading.resolve import load_config
+    from megatron_cpt.train.tools.lr_finder import find_learning_rate
 
     overrides = ("training.train_iters=40", "launch.gpus_per_node=2")
     loaded = load_config(Path(task), "tiny", "short", "base", overrides=overrides)

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_cpt.data.data_entry import DataEntry
-from megatron_cpt.data.masked import LEARNED, PIECE, mask_prefix, write_masked_shard
+from megatron_cpt.data.lists.entry import DataEntry
+from megatron_cpt.data.shards.masked import LEARNED, PIECE, mask_prefix, write_masked_shard
 from megatron_cpt.errors import DataError
-from megatron_cpt.train.samples import build_blended_samples, build_epoch_samples
-from megatron_cpt.train.shard_samples import loss_of_bits
+from megatron_cpt.train.samples.shard_samples import loss_of_bits
+from megatron_cpt.train.samples.stage_samples import build_blended_samples, build_epoch_samples
 from tests.train.test_samples import SEQ, dataset_config, write_shard
 from tests.train.tiny import EOD
 
@@ -113,7 +113,7 @@ def test_a_mask_of_other_documents_is_refused(tmp_path):
 
 
 def test_a_blend_mixes_masked_packed_and_plain_shards(tmp_path):
-    from megatron_cpt.train.batches import _batch
+    from megatron_cpt.train.samples.batches import _batch
 
     write_conversations(tmp_path / "chat")
     write_packs(tmp_path / "packs")
@@ -132,7 +132,7 @@ def test_a_blend_mixes_masked_packed_and_plain_shards(tmp_path):
         def __call__(self, ids, config, eod_id, loss_mask, sources, *, pieces, sample_ids):
             return ids, loss_mask, pieces, sample_ids
 
-    import megatron_cpt.train.batches as batches
+    import megatron_cpt.train.samples.batches as batches
 
     original, batches.build_batch = batches.build_batch, Batches()
     try:
@@ -160,7 +160,7 @@ def test_shards_without_a_whole_sample_cannot_be_held_out(tmp_path):
 
 
 def test_documents_are_rearranged_in_shards_without_a_mask_only(tmp_path):
-    from megatron_cpt.data.fim import FillInMiddle
+    from megatron_cpt.data.blend.fim import FillInMiddle
 
     class NoText:  # these ids mean nothing, so that cuts fall between them
         def decode(self, ids):

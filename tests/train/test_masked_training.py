@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_cpt.data.masked import PIECE
-from megatron_cpt.train.neftune import embedding_noise
-from megatron_cpt.train.shard_samples import loss_of_bits
+from megatron_cpt.data.shards.masked import PIECE
+from megatron_cpt.train.model.neftune import embedding_noise
+from megatron_cpt.train.samples.shard_samples import loss_of_bits
 from tests.train.test_attention import with_bounds
 from tests.train.test_masked import write_conversations, write_packs
 from tests.train.tiny import BATCH, EOD, SEQ, run_steps, tiny_config
@@ -19,9 +19,9 @@ TOLERANCE = {"rtol": 5e-6, "atol": 0}
 
 def mixed_dataset(folder: str):
     """Return the samples of a masked, a packed and an unmasked shard."""
-    from megatron_cpt.data.data_entry import DataEntry
-    from megatron_cpt.train.batches import DatasetTokenizer, dataset_config
-    from megatron_cpt.train.samples import build_blended_samples
+    from megatron_cpt.data.lists.entry import DataEntry
+    from megatron_cpt.train.samples.batches import DatasetTokenizer, dataset_config
+    from megatron_cpt.train.samples.stage_samples import build_blended_samples
 
     entries = [DataEntry(prefix=f"{folder}/{name}", tokens=8 * SEQ, corpus=name) for name in ("chat", "packs", "plain")]
     config = dataset_config(tiny_config(), DatasetTokenizer(EOD, 500, None), blend=(["unused"], None))
@@ -30,11 +30,11 @@ def mixed_dataset(folder: str):
 
 def masked_steps(config, checkpoint: str, folder: str) -> list[tuple[float, float]]:
     """Return loss and gradient norm of two steps from a checkpoint on the mixed samples."""
-    from megatron_cpt.train.batches import microbatches
-    from megatron_cpt.train.checkpointing import load_checkpoint
-    from megatron_cpt.train.model import build_training_model
-    from megatron_cpt.train.parallel import finish_parallel, initialize_parallel
-    from megatron_cpt.train.step import train_step
+    from megatron_cpt.train.backend.parallel import finish_parallel, initialize_parallel
+    from megatron_cpt.train.model.build import build_training_model
+    from megatron_cpt.train.samples.batches import microbatches
+    from megatron_cpt.train.stage.step import train_step
+    from megatron_cpt.train.state.checkpointing import load_checkpoint
 
     initialize_parallel(config)
     model, optimizer = build_training_model(config)
@@ -50,11 +50,11 @@ def masked_steps(config, checkpoint: str, folder: str) -> list[tuple[float, floa
 
 def looked_into(config, checkpoint: str, folder: str):
     """Return (mean loss by hand, |gradient| of each position's logits, their loss mask, logits of changed pieces)."""
-    from megatron_cpt.train.batches import build_batch, microbatches
-    from megatron_cpt.train.checkpointing import load_checkpoint
-    from megatron_cpt.train.model import build_model_chunks
-    from megatron_cpt.train.parallel import finish_parallel, initialize_parallel
-    from megatron_cpt.train.step import forward_step
+    from megatron_cpt.train.backend.parallel import finish_parallel, initialize_parallel
+    from megatron_cpt.train.model.build import build_model_chunks
+    from megatron_cpt.train.samples.batches import build_batch, microbatches
+    from megatron_cpt.train.stage.step import forward_step
+    from megatron_cpt.train.state.checkpointing import load_checkpoint
 
     initialize_parallel(config)
     (model,) = build_model_chunks(config)
@@ -107,7 +107,7 @@ def without_noise(ranks, data):
 
 
 def write_plain(prefix: Path, documents):
-    from megatron_cpt.data.indexed import bin_path, idx_path, write_index
+    from megatron_cpt.data.shards.indexed import bin_path, idx_path, write_index
 
     np.concatenate(documents).astype(np.int32).tofile(bin_path(prefix))
     write_index(idx_path(prefix), np.dtype(np.int32), np.array([len(ids) for ids in documents]))

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_cpt.checkpoint.convert import hf_to_mcore, mcore_to_hf
-from megatron_cpt.checkpoint.dcp import DcpReader
-from megatron_cpt.config.schema import RunConfig
+from megatron_cpt.checkpoint.convert.hf_mcore import hf_to_mcore, mcore_to_hf
+from megatron_cpt.checkpoint.torch_dist.dcp import DcpReader
+from megatron_cpt.config.settings.schema import RunConfig
 from tests.train.tiny import run_steps, tiny_config
 
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
@@ -25,10 +25,10 @@ def load_as_megatron_lm(config: RunConfig, root: str) -> dict[str, Any]:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-    from megatron_cpt.config.derived import padded_vocab_size
-    from megatron_cpt.train.layer_spec import LocalRMSNorm
-    from megatron_cpt.train.model import build_training_model, transformer_config, unwrap
-    from megatron_cpt.train.parallel import finish_parallel, initialize_parallel
+    from megatron_cpt.config.settings.derived import padded_vocab_size
+    from megatron_cpt.train.backend.parallel import finish_parallel, initialize_parallel
+    from megatron_cpt.train.model.build import build_training_model, transformer_config, unwrap
+    from megatron_cpt.train.model.layer_spec import LocalRMSNorm
 
     initialize_parallel(config)
     iteration = (Path(root) / "latest_checkpointed_iteration.txt").read_text().strip()

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_cpt.config.derived import padded_vocab_size
-from megatron_cpt.config.schema import LoggingConfig, ModelConfig, RunConfig
-from megatron_cpt.launch.model_size import num_active_parameters
-from megatron_cpt.launch.run_dir import RunDir
-from megatron_cpt.train.metrics import MetricsWriter, flops_per_token, peak_flops, train_line
+from megatron_cpt.config.settings.derived import padded_vocab_size
+from megatron_cpt.config.settings.schema import LoggingConfig, ModelConfig, RunConfig
+from megatron_cpt.launch.planning.model_size import num_active_parameters
+from megatron_cpt.run.directory import RunDir
+from megatron_cpt.train.watch.metrics import MetricsWriter, flops_per_token, peak_flops, train_line
 
 LLAMA = ModelConfig(
     num_layers=32, hidden_size=4096, ffn_hidden_size=14336, num_attention_heads=32, num_query_groups=8,

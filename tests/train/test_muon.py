@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from megatron_cpt.config.schema import OptimizerConfig
+from megatron_cpt.config.settings.schema import OptimizerConfig
 from tests.distributed import RankFailure
 from tests.train.tiny import run_steps, tiny_config
 

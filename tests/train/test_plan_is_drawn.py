@@ -8,13 +8,20 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_cpt.config.schema import CorpusConfig, DataConfig, ModelConfig, PathsConfig, RunConfig, TrainingConfig
-from megatron_cpt.data.blend import finish_stage, plan_blend
-from megatron_cpt.data.indexed import bin_path, idx_path, manifest_path, write_index
-from megatron_cpt.data.skip_list import stage_skip_list
+from megatron_cpt.config.settings.schema import (
+    CorpusConfig,
+    DataConfig,
+    ModelConfig,
+    PathsConfig,
+    RunConfig,
+    TrainingConfig,
+)
+from megatron_cpt.data.blend.plan import finish_stage, plan_blend
+from megatron_cpt.data.shards.indexed import bin_path, idx_path, manifest_path, write_index
+from megatron_cpt.data.shards.skip_list import stage_skip_list
 from megatron_cpt.errors import DataError
 from megatron_cpt.files import write_json
-from megatron_cpt.train.samples import build_blended_samples
+from megatron_cpt.train.samples.stage_samples import build_blended_samples
 from tests.train.test_samples import dataset_config
 
 SEQ = 16

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from megatron_cpt.train.prefetch import AHEAD, Prefetch
+from megatron_cpt.train.samples.prefetch import AHEAD, Prefetch
 from tests.train.test_loop import losses, run_stage
 
 
@@ -67,7 +67,7 @@ def test_leaving_it_ends_the_thread_whether_it_waits_or_reads():
 
 def stage_with_a_bad_read(task: str, first_sample: int) -> tuple[str, bool]:
     """Train with a read that fails; return the error and whether a thread is left."""
-    from megatron_cpt.train import loop
+    from megatron_cpt.train.stage import loop
 
     original = loop.microbatches
 

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from megatron_cpt.checkpoint.mcore import read_manifest
+from megatron_cpt.checkpoint.torch_dist.mcore import read_manifest
 from tests.train.test_loop import PP2, losses, records, run_path, run_stage
 
 RAMP = (
@@ -21,7 +21,7 @@ SIZES = [4, 4, 8, 12, 16, 16, 16, 16]
 
 def traced_stage(task: str, overrides: tuple[str, ...]) -> list[tuple[int, int]]:
     """Train a stage; return (first sample, samples) of each global batch that was read for training."""
-    from megatron_cpt.train import loop
+    from megatron_cpt.train.stage import loop
 
     seen = []
     original = loop.microbatches

@@ -5,10 +5,10 @@ import json
 
 import pytest
 
-from megatron_cpt.config.schema import CorpusConfig
-from megatron_cpt.config.values import Duration, parse_ramp
+from megatron_cpt.config.settings.schema import CorpusConfig
+from megatron_cpt.config.settings.values import Duration, parse_ramp
 from megatron_cpt.errors import ConfigError
-from megatron_cpt.train.resume_check import check_unchanged
+from megatron_cpt.train.state.resume_check import check_unchanged
 from tests.train.tiny import tiny_config
 
 

@@ -10,12 +10,12 @@ import pytest
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
-from megatron_cpt.data.budget import apportion, spread_samples
-from megatron_cpt.data.data_entry import DataEntry
-from megatron_cpt.data.indexed import bin_path, idx_path, manifest_path, write_index
+from megatron_cpt.data.lists.budget import apportion, spread_samples
+from megatron_cpt.data.lists.entry import DataEntry
+from megatron_cpt.data.shards.indexed import bin_path, idx_path, manifest_path, write_index
 from megatron_cpt.errors import DataError
 from megatron_cpt.files import write_json
-from megatron_cpt.train.samples import build_blended_samples
+from megatron_cpt.train.samples.stage_samples import build_blended_samples
 
 SEQ = 16
 
@@ -211,7 +211,7 @@ def test_two_builders_at_once_leave_one_whole_cache(tmp_path):
 
 def test_what_follows_a_documents_end_is_left_out_wherever_the_end_stands_in_a_sample(tmp_path):
     """Documents of 17 tokens against samples of 16 put an end at every place, the first and the last too; one has no other."""
-    from megatron_cpt.train.visibility import document_numbers
+    from megatron_cpt.train.model.attention_bounds import document_numbers
 
     lengths = [17] * 34 + [1] * 6 + [100]
     write_shard(tmp_path / "s", lengths, first_token=1)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cpt.checkpoint import mcore
+from megatron_cpt.checkpoint.torch_dist import mcore
 from megatron_cpt.errors import CheckpointError
-from megatron_cpt.launch.lock import HELD, is_held_for_us, run_lock
+from megatron_cpt.run.lock import HELD, is_held_for_us, run_lock
 from tests.distributed import RankFailure
 from tests.train.test_loop import records, run_path, run_stage
 from tests.train.tiny import batches, manifest_of, run_steps, tiny_config
@@ -20,7 +20,7 @@ TP = "tensor_model_parallel_size"
 
 def import_training() -> None:
     """Import what training needs, so that ranks which are killed later need not."""
-    import megatron_cpt.train.loop  # noqa: F401
+    import megatron_cpt.train.stage.loop  # noqa: F401
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,10 +33,10 @@ def save_twice(root: str, is_async: bool, disturb: str) -> str:
     """Save iteration 1, train a step, save iteration 2 disturbed at a stage; return the error's text."""
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
-    from megatron_cpt.train import checkpointing
-    from megatron_cpt.train.model import build_training_model
-    from megatron_cpt.train.parallel import finish_parallel, initialize_parallel
-    from megatron_cpt.train.step import train_step
+    from megatron_cpt.train.backend.parallel import finish_parallel, initialize_parallel
+    from megatron_cpt.train.model.build import build_training_model
+    from megatron_cpt.train.stage.step import train_step
+    from megatron_cpt.train.state import checkpointing
 
     config = tiny_config()
     initialize_parallel(config)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from megatron_cpt.train.schedule import ANNEAL, STEEPNESS, Schedule
+from megatron_cpt.train.stage.schedule import ANNEAL, STEEPNESS, Schedule
 
 
 def curve(**changes):

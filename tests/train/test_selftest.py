@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from megatron_cpt.train import selftest
+from megatron_cpt.train.tools import selftest
 
 
 def test_a_product_on_this_machines_devices_is_right():

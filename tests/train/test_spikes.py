@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_cpt.checkpoint.mcore import read_manifest
-from megatron_cpt.config.schema import TrainingConfig
-from megatron_cpt.evaluate.stages import read_stage
-from megatron_cpt.train.spikes import RECENT, WINDOW, SpikeDetector, may_roll_back, skip_line
+from megatron_cpt.checkpoint.torch_dist.mcore import read_manifest
+from megatron_cpt.config.settings.schema import TrainingConfig
+from megatron_cpt.evaluate.report.stages import read_stage
+from megatron_cpt.train.watch.spikes import RECENT, WINDOW, SpikeDetector, may_roll_back, skip_line
 from tests.train.test_loop import records, run_path, run_stage
 
 LONG = ("training.train_iters=24", "training.spike_threshold=20", "checkpoint.save_interval=10")
@@ -68,7 +68,7 @@ def stage_with_bad_samples(task: str, overrides: tuple[str, ...], bad: tuple[int
     """Train a stage in which samples `bad` have labels that no document has."""
     import torch
 
-    from megatron_cpt.train import loop
+    from megatron_cpt.train.stage import loop
 
     original = loop.microbatches
 

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_cpt.train import step_log
-from megatron_cpt.train.step import StepResult
+from megatron_cpt.train.stage import step_log
+from megatron_cpt.train.stage.step import StepResult
 from tests.train.tiny import tiny_config
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cpt.checkpoint.mcore import read_manifest
+from megatron_cpt.checkpoint.torch_dist.mcore import read_manifest
 from megatron_cpt.cli import main
-from megatron_cpt.data.indexed import document_bounds, read_index, read_tokens
-from megatron_cpt.data.tokenization import tokenize
+from megatron_cpt.data.shards.indexed import document_bounds, read_index, read_tokens
+from megatron_cpt.data.tokenize.driver import tokenize
 from megatron_cpt.errors import DataError
 from tests.train.test_loop import run_path, run_stage
 
@@ -21,7 +21,7 @@ def recorded_stage(task: str, folder: str, overrides: tuple[str, ...]) -> str:
     """Train, and write what each step of this rank got: (sample id, entry, token ids)."""
     import os
 
-    from megatron_cpt.train import loop
+    from megatron_cpt.train.stage import loop
 
     original, seen = loop.train_step, []
 
@@ -72,7 +72,7 @@ def test_the_ledger_equals_a_recount_of_every_batch(traced):
 
 
 def test_a_step_is_traced_to_what_it_read(traced):
-    from megatron_cpt.train.step_trace import RunTrace
+    from megatron_cpt.train.tools.step_trace import RunTrace
 
     run, seen, data = traced
     trace = RunTrace(run)
@@ -97,7 +97,7 @@ def test_a_step_is_traced_to_what_it_read(traced):
 
 def traced_tokens(run: Path) -> dict[int, list[int]]:
     """Return the tokens of every sample of a run, as its trace names them."""
-    from megatron_cpt.train.step_trace import RunTrace
+    from megatron_cpt.train.tools.step_trace import RunTrace
 
     trace, found = RunTrace(run), {}
     for iteration in range(1, 9):
@@ -166,7 +166,7 @@ def test_the_verb_prints_the_documents_of_a_range(traced, capsys):
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path):
-    from megatron_cpt.train.step_trace import RunTrace
+    from megatron_cpt.train.tools.step_trace import RunTrace
 
     with pytest.raises(DataError, match="config.yaml: no such file"):
         RunTrace(tmp_path)

@@ -17,12 +17,12 @@ def measured(config, checkpoint: str, shard: str, eval_iters: int) -> tuple[int,
     import torch
     from megatron.core import parallel_state
 
-    from megatron_cpt.config.schema import EvaluationConfig
-    from megatron_cpt.train.batches import DatasetTokenizer, build_batch, build_validation_dataset
-    from megatron_cpt.train.checkpointing import load_checkpoint
-    from megatron_cpt.train.evaluation import ValidationSet, validation_loss
-    from megatron_cpt.train.model import build_training_model
-    from megatron_cpt.train.parallel import finish_parallel, initialize_parallel
+    from megatron_cpt.config.settings.schema import EvaluationConfig
+    from megatron_cpt.train.backend.parallel import finish_parallel, initialize_parallel
+    from megatron_cpt.train.model.build import build_training_model
+    from megatron_cpt.train.samples.batches import DatasetTokenizer, build_batch, build_validation_dataset
+    from megatron_cpt.train.stage.validation import ValidationSet, validation_loss
+    from megatron_cpt.train.state.checkpointing import load_checkpoint
 
     config = dataclasses.replace(config, evaluation=EvaluationConfig(eval_interval=1, eval_iters=eval_iters))
     initialize_parallel(config)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron_cpt.errors import ConfigError
-from megatron_cpt.launch.run_dir import RunDir
-from megatron_cpt.train.wandb_run import check_wandb, start_wandb
+from megatron_cpt.run.directory import RunDir
+from megatron_cpt.train.watch.wandb_run import check_wandb, start_wandb
 from tests.train.test_loop import records, run_path, run_stage
 from tests.train.test_metrics import config
 

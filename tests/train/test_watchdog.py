@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cpt.train.watchdog import HANG_EXIT_CODE
+from megatron_cpt.train.watch.watchdog import HANG_EXIT_CODE
 from tests.distributed import RankFailure
 from tests.train.test_loop import PP2, run_stage
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:
-    code = f"import time\nfrom megatron_cpt.train.watchdog import Watchdog\n{code}"
+    code = f"import time\nfrom megatron_cpt.train.watch.watchdog import Watchdog\n{code}"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
 
 
@@ -35,7 +35,7 @@ def test_no_time_out_means_no_watch():
 
 def stage_that_stalls(task: str, folder: str, rank: str, where: str, overrides: tuple[str, ...]) -> str:
     """Train a stage of which one rank stalls in its third step or while it reads; its stderr goes to a file."""
-    from megatron_cpt.train import loop
+    from megatron_cpt.train.stage import loop
 
     log = os.open(Path(folder, f"rank_{os.environ['RANK']}.log"), os.O_WRONLY | os.O_CREAT, 0o644)
     os.dup2(log, 2)

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from megatron_cpt.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainingConfig
+from megatron_cpt.config.settings.schema import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainingConfig
 
 VOCAB, SEQ, BATCH, EOD = 500, 64, 8, 7
 
@@ -76,7 +76,7 @@ def batches(config: RunConfig, iteration: int) -> list[Any]:
     """Return this rank's micro-batches of an iteration."""
     from megatron.core import parallel_state
 
-    from megatron_cpt.train.batches import build_batch
+    from megatron_cpt.train.samples.batches import build_batch
 
     size = config.training.micro_batch_size
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
@@ -88,10 +88,10 @@ def run_steps(
     config: RunConfig, first: int, last: int, load: str | None, save: str | None, with_optimizer: bool = True
 ) -> list[tuple[float, float]]:
     """Build the model, load a checkpoint, run the steps `[first, last)`, save; return loss and gradient norm of each."""
-    from megatron_cpt.train.checkpointing import load_checkpoint, save_checkpoint
-    from megatron_cpt.train.model import build_training_model
-    from megatron_cpt.train.parallel import finish_parallel, initialize_parallel
-    from megatron_cpt.train.step import train_step
+    from megatron_cpt.train.backend.parallel import finish_parallel, initialize_parallel
+    from megatron_cpt.train.model.build import build_training_model
+    from megatron_cpt.train.stage.step import train_step
+    from megatron_cpt.train.state.checkpointing import load_checkpoint, save_checkpoint
 
     initialize_parallel(config)
     model, optimizer = build_training_model(config)
@@ -116,10 +116,10 @@ def logits(config: RunConfig, load: str | None, ids: list[list[int]]) -> Any:
     """Return one rank's logits `[b, s, v]` as nested lists for token ids `[b, s]`."""
     import torch
 
-    from megatron_cpt.train.batches import build_batch
-    from megatron_cpt.train.checkpointing import load_checkpoint
-    from megatron_cpt.train.model import build_model_chunks
-    from megatron_cpt.train.parallel import finish_parallel, initialize_parallel
+    from megatron_cpt.train.backend.parallel import finish_parallel, initialize_parallel
+    from megatron_cpt.train.model.build import build_model_chunks
+    from megatron_cpt.train.samples.batches import build_batch
+    from megatron_cpt.train.state.checkpointing import load_checkpoint
 
     initialize_parallel(config)
     (model,) = build_model_chunks(config)

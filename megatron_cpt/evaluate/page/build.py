@@ -19,10 +19,10 @@ from jinja2 import Environment, StrictUndefined
 from megatron_cpt.evaluate.page import gather
 from megatron_cpt.evaluate.page.curves import TRAIN_FIELDS, points_per_stage, train_curves, validation_curves
 from megatron_cpt.evaluate.page.measured import measured
-from megatron_cpt.evaluate.stages import Stage, read_stages, setting, short_layouts
+from megatron_cpt.evaluate.report.stages import Stage, read_stages, setting, short_layouts
 from megatron_cpt.files import write_text
-from megatron_cpt.launch.run_dir import RunDir
 from megatron_cpt.log import format_count, format_seconds
+from megatron_cpt.run.directory import RunDir
 
 logger = logging.getLogger(__name__)
 

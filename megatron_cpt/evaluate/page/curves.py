@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_cpt.evaluate.stages import Stage
+from megatron_cpt.evaluate.report.stages import Stage
 
 TRAIN_COLUMNS = ("lr", "grad_norm", "tokens_per_second", "tflops_per_gpu", "step_seconds", "global_batch_size")
 """Keys of a training record that are drawn as they are; loss and the share of waiting for data are made of others."""

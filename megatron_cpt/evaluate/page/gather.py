@@ -9,11 +9,11 @@ from typing import Any
 from urllib.parse import quote
 
 from megatron_cpt.errors import DataError
-from megatron_cpt.evaluate.stages import Stage
+from megatron_cpt.evaluate.report.stages import Stage
 from megatron_cpt.files import read_json
-from megatron_cpt.launch.ledger import read_jobs
-from megatron_cpt.launch.run_dir import RunDir
 from megatron_cpt.log import format_bytes, format_count, format_seconds
+from megatron_cpt.run.directory import RunDir
+from megatron_cpt.run.ledger import read_jobs
 
 _SETTING = re.compile(r"  (?P<key>\w+): (?P<value>.*?)  # (?P<origin>.*)")
 

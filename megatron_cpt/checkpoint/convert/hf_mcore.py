@@ -1,0 +1,308 @@
+"""Hugging Face folders to Megatron `torch_dist` checkpoints and back, tensor by tensor, on a CPU.
+
+No model is built and no process group started: each step (`mapping.Unit`) reads the tensors that it needs, rearranges them
+and writes the result, so that memory holds a few tensors per worker. An output is complete under its name or not there.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import json
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_cpt.checkpoint.convert.verify import verify_against_hf
+from megatron_cpt.checkpoint.huggingface.companion_files import copy_tokenizer, tokenizer_hash, write_configs
+from megatron_cpt.checkpoint.huggingface.folder import HFFolder, OutputGroup, write_safetensors
+from megatron_cpt.checkpoint.huggingface.read_config import (
+    POSITION_FIELDS,
+    TRAINING_FIELDS,
+    architecture_name,
+    differing_fields,
+    model_config_from_hf,
+)
+from megatron_cpt.checkpoint.huggingface.vocabulary import ExtendedFolder, VocabExtension
+from megatron_cpt.checkpoint.huggingface.write_config import hf_config_from_model
+from megatron_cpt.checkpoint.mapping.rules import Unit, check_coverage, family_of, units
+from megatron_cpt.checkpoint.torch_dist import mcore
+from megatron_cpt.checkpoint.torch_dist.dcp_writer import Slice, write_dcp
+from megatron_cpt.checkpoint.torch_dist.megatron_arguments import write_megatron_metadata
+from megatron_cpt.checkpoint.torch_dist.release import is_made, release_manifest
+from megatron_cpt.checkpoint.torch_dist.weights import MegatronWeights, TorchDistWeights
+from megatron_cpt.config.settings.schema import ModelConfig
+from megatron_cpt.errors import CheckpointError
+from megatron_cpt.files import file_hash, read_json, text_hash, whole_dir, write_json
+from megatron_cpt.log import Progress, format_bytes
+
+logger = logging.getLogger(__name__)
+
+CONVERSION = "conversion.json"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+NAMES_IN_CONFIG = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+DEFAULT_SHARD_BYTES = 5 * 10**9
+
+
+def hf_to_mcore(
+    hf_dir: Path,
+    output: Path,
+    *,
+    model: ModelConfig | None = None,
+    make_vocab_size_divisible_by: int = 128,
+    dtype: str | None = None,
+    verify: bool = False,
+    num_workers: int = 2,
+    skip_tensors: Sequence[str] = (),
+    ignore_config: Sequence[str] = (),
+    extension: VocabExtension | None = None,
+) -> Path:
+    """Convert the model in `hf_dir` to `<output>/release`; return that folder.
+
+    `model`, when given, must describe the same weights; its vocabulary padding is used. `dtype` is fp32, bf16 or fp16 (None:
+    as it is; the router's bias keeps its type). `verify` reads everything back and compares it bit by bit. `extension` adds
+    rows to the vocabulary.
+
+    Raises: CheckpointError when a tensor or a key has no place, when sizes differ, or when there is something else already.
+    """
+    source = HFFolder(hf_dir) if extension is None else ExtendedFolder(hf_dir, extension)
+    described = model_config_from_hf(source.config, ignore=ignore_config)
+    model = _agreed_model(described, model, make_vocab_size_divisible_by, hf_dir)
+    family = family_of(architecture_name(source.config))
+    steps = units(model, family)
+    skipped = check_coverage(
+        steps, source.names_to_claim(is_tied=not model.untie_embeddings_and_output_weights), str(hf_dir), skip_tensors
+    )
+    _check_shapes(source, steps)
+    target = mcore.checkpoint_dir(output, "release")
+    identity = {"kind": "huggingface", **source.fingerprint(), "dtype": dtype, "skipped": skipped}
+    if is_made(target, identity, model):
+        if mcore.read_tracker(output) is None:  # killed between the folder and the tracker
+            mcore.write_tracker(output, "release")
+        logger.info("%s: converted already from the same weights", target)
+        return target
+    mcore.check_holds_no_run(output)
+    mcore.check_free_space(output, int(source.num_bytes() * 1.01) + (1 << 20))
+    remove_partial(target)
+    with whole_dir(target) as directory, claimed(directory):
+        progress = progress_of(f"{hf_dir.name} to Megatron", source.num_bytes())
+        cast = DTYPES[dtype] if dtype else None
+        hashes = write_dcp(
+            directory,
+            [_slice(step, source, model, cast) for step in steps],
+            num_workers=num_workers,
+            progress=progress,
+        )
+        write_megatron_metadata(directory, model)
+        if verify:
+            weights = TorchDistWeights(directory)
+            tensors = verify_against_hf(source, weights, steps, model, cast, num_workers)
+            write_json(directory / CONVERSION, {"direction": "hf_to_mcore", "bit_exact": True, "tensors": tensors})
+        mcore.write_manifest(directory, release_manifest(dataclasses.asdict(model), identity, hf=source.config), hashes)
+    mcore.write_tracker(output, "release")
+    logger.info("%s: %s in %d steps", target, format_bytes(source.num_bytes()), len(steps))
+    return target
+
+
+def mcore_to_hf(
+    checkpoint: Path,
+    output: Path,
+    *,
+    tokenizer: Path | None = None,
+    dtype: str | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    verify: bool = False,
+    num_workers: int = 2,
+    weights: MegatronWeights | None = None,
+    manifest: dict[str, Any] | None = None,
+    extra_files: Mapping[str, Any] | None = None,
+) -> Path:
+    """Convert the checkpoint `iter_NNNNNNN` or `release` (or the newest good one of a folder of them) to a Hugging Face
+    folder `output`; return `output`.
+
+    The model and the source's `config.json` come from the manifest. `tokenizer` (a folder, `tokenizer.json` or a
+    SentencePiece model) is copied, with chat template and generation configuration where it has them. `weights` and `manifest`
+    replace the checkpoint's own (averages, other formats); `checkpoint` then only names them. `extra_files` (name -> JSON
+    value) are written beside.
+
+    Raises: CheckpointError when the checkpoint is damaged or incomplete, or `output` holds something else.
+    """
+    if weights is None:
+        checkpoint = mcore.find_checkpoint(checkpoint)
+    manifest = mcore.read_manifest(checkpoint) if manifest is None else manifest
+    model = mcore.manifest_model(manifest, checkpoint)
+    weights = weights or TorchDistWeights(checkpoint)
+    options = {"dtype": dtype, "max_shard_bytes": max_shard_bytes, "tokenizer": tokenizer_hash(tokenizer)}
+    identity = {"kind": "megatron", "files": text_hash(json.dumps(manifest.get("files"), sort_keys=True)), **options}
+    if _is_exported(output, identity):
+        logger.info("%s: converted already from the same weights", output)
+        return output
+    token_ids = {
+        "eos_token_id": (manifest.get("tokenizer") or {}).get("eod_id"),
+        "bos_token_id": None,
+        "pad_token_id": None,
+    }
+    config = hf_config_from_model(model, manifest.get("hf"), token_ids=token_ids)
+    steps = units(model, family_of(config["architectures"][0]))
+    left = weights.unclaimed(steps)
+    if left:
+        raise CheckpointError(
+            f"{checkpoint}: {len(left)} weights have no place in {config['architectures'][0]}, the first are "
+            f"{', '.join(left[:3])}. Every weight must be converted. The manifest belongs to another model."
+        )
+    cast = DTYPES[dtype] if dtype else None
+    groups = [_group(step, weights, model, cast) for step in steps]
+    config["dtype"] = config["torch_dtype"] = NAMES_IN_CONFIG[groups[0].tensors[0][2]]
+    total = sum(group.num_bytes for group in groups)
+    mcore.check_free_space(output, int(total * 1.01) + (1 << 20))
+    remove_partial(output)
+    with whole_dir(output) as directory, claimed(directory):
+        progress = progress_of(f"{checkpoint.name} to Hugging Face", total)
+        hashes = write_safetensors(
+            directory, groups, max_shard_bytes=max_shard_bytes, num_workers=num_workers, progress=progress
+        )
+        copied = copy_tokenizer(tokenizer, directory, token_ids["eos_token_id"])
+        write_configs(directory, config, copied)
+        for name, value in (extra_files or {}).items():
+            write_json(directory / name, value)
+        record: dict[str, Any] = {"direction": "mcore_to_hf", "source": identity}
+        if verify:
+            folder = HFFolder(directory)
+            record |= {
+                "bit_exact": True,
+                "tensors": verify_against_hf(folder, weights, steps, model, None, num_workers, stored_cast=cast),
+            }
+        record["files"] = {
+            file.name: {"bytes": file.stat().st_size, "hash": hashes.get(file.name) or file_hash(file)}
+            for file in sorted(directory.iterdir())
+        }
+        write_json(directory / CONVERSION, record)
+    logger.info("%s: %s in %d tensors", output, format_bytes(total), sum(len(group.tensors) for group in groups))
+    return output
+
+
+def _agreed_model(described: ModelConfig, given: ModelConfig | None, divisible_by: int, where: Path) -> ModelConfig:
+    if given is None:
+        return dataclasses.replace(described, make_vocab_size_divisible_by=divisible_by)
+    different = differing_fields(given, described, TRAINING_FIELDS | POSITION_FIELDS)
+    if different:
+        raise CheckpointError(
+            f"{where / 'config.json'}: another model than the params file says (params != config.json): "
+            f"{'; '.join(different)}. Use the params file of this model, or none."
+        )
+    for difference in differing_fields(given, described, TRAINING_FIELDS):
+        logger.warning("positions differ on purpose? params != config.json: %s. The params file is used.", difference)
+    return given
+
+
+def _check_shapes(source: HFFolder, steps: Sequence[Unit]) -> None:
+    for step in steps:
+        for name, shape in zip(step.hf, step.hf_shapes, strict=True):
+            if source.shape(name) != shape:
+                raise CheckpointError(
+                    f"{source.path}: {name} is {list(source.shape(name))}. config.json says {list(shape)}. "
+                    "The folder's configuration belongs to another model."
+                )
+
+
+def _slice(step: Unit, source: HFFolder, model: ModelConfig, cast: torch.dtype | None) -> Slice:
+    dtypes = {source.dtype(name) for name in step.hf}
+    if len(dtypes) > 1 or not next(iter(dtypes)).is_floating_point:
+        raise CheckpointError(
+            f"{source.path}: {', '.join(step.hf)} have types {dtypes}. One floating-point type is needed."
+        )
+    dtype = _cast_type(step, dtypes.pop(), cast)
+
+    def build() -> torch.Tensor:
+        return step.to_mcore([source.read(name) for name in step.hf], model).to(dtype)
+
+    experts = () if step.expert is None else (1,)
+    return Slice(step.key, (*experts, *step.shape), dtype, step.offsets, step.global_shape, build)
+
+
+def _group(step: Unit, weights: MegatronWeights, model: ModelConfig, cast: torch.dtype | None) -> OutputGroup:
+    dtype = _cast_type(step, weights.dtype(step), cast)
+    shape = weights.shape(step)
+    rows = model.vocab_size if step.how == "vocab" else None
+    if (shape[0] < model.vocab_size or shape[1:] != step.shape[1:]) if rows else shape != step.shape:
+        raise CheckpointError(
+            f"{step.key}: {list(shape)} on disk, {list(step.shape)} by the manifest's model. Use its own."
+        )
+
+    def build() -> Sequence[torch.Tensor]:
+        return [part.to(dtype) for part in step.to_hf(weights.read(step, rows), model)]
+
+    tensors = tuple((name, shape, dtype) for name, shape in zip(step.hf, step.hf_shapes, strict=True))
+    return OutputGroup(tensors, build)
+
+
+def _cast_type(step: Unit, stored: torch.dtype, cast: torch.dtype | None) -> torch.dtype:
+    return stored if cast is None or step.key.endswith("expert_bias") else cast
+
+
+def _is_exported(output: Path, identity: dict[str, Any]) -> bool:
+    if not output.exists():
+        return False
+    record = read_json(output / CONVERSION, CheckpointError) if (output / CONVERSION).exists() else {}
+    files = record.get("files", {})
+    if record.get("source") == identity and all(
+        (output / name).is_file() and (output / name).stat().st_size == entry["bytes"] for name, entry in files.items()
+    ):
+        return True
+    raise CheckpointError(
+        f"{output}: exists already and is damaged, or was made from other weights or with other options. An output is never "
+        "overwritten. Remove it or choose another folder."
+    )
+
+
+def remove_partial(target: Path) -> None:
+    """Remove what killed conversions to the same name left behind.
+
+    Raises: CheckpointError when a conversion to that name is at work.
+    """
+    for leftover in target.parent.glob(f".{target.name}.*.partial"):
+        try:
+            with claimed(leftover):
+                logger.warning("%s: left by an interrupted conversion, removed", leftover)
+                shutil.rmtree(leftover)
+        except BlockingIOError:
+            raise CheckpointError(
+                f"{target}: another process converts to it ({leftover.name}). One at a time may. Wait for it."
+            ) from None
+
+
+@contextlib.contextmanager
+def claimed(directory: Path) -> Iterator[None]:
+    """Hold a lock on a partial folder that ends with this process, however it ends.
+
+    Raises: BlockingIOError when another process holds it.
+    """
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:
+            logger.debug("%s: this file system has no locks", directory)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def progress_of(label: str, total: int) -> Callable[[int], None]:
+    """Return a function that counts bytes and logs progress; workers may call it at the same time."""
+    meter, lock = Progress(label, total / 1e6, "MB"), threading.Lock()
+
+    @functools.wraps(meter.add)
+    def add(num_bytes: int) -> None:
+        with lock:
+            meter.add(num_bytes / 1e6)
+
+    return add

@@ -1,0 +1,1 @@
+"""Hugging Face folders: tensors, config.json, companion files, hub."""

@@ -1,0 +1,302 @@
+"""Hugging Face folders: tensors read one at a time with plain reads, shards written in one pass.
+
+A safetensors file is eight bytes (length of the header, little endian), a JSON header (name -> dtype, shape, offsets) and
+the values. Reading with `preadv` into a tensor of our own keeps the memory bounded by what is asked for, which a mapped
+file does not. `pytorch_model*.bin` folders are read with `torch.load(weights_only=True, mmap=True)`.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_cpt.checkpoint.torch_dist.dcp_writer import HashingWriter
+from megatron_cpt.errors import CheckpointError
+from megatron_cpt.files import read_json, write_json
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+NAME_OF_DTYPE = {dtype: name for name, dtype in DTYPES.items()}
+SIDE_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "tokenization_*.py",
+)
+"""What belongs to a tokenizer (globs)."""
+_SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
+
+
+class HFFolder:
+    """A model folder: its configuration and its tensors by name."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.config: dict[str, Any] = read_json(path / "config.json", CheckpointError)
+        self._entries: dict[str, tuple[Path, int, int, torch.dtype, tuple[int, ...]]] = {}
+        self._pickled: dict[str, torch.Tensor] = {}
+        self.files = _weight_files(path)
+        for file in self.files:
+            if file.suffix == ".safetensors":
+                self._entries.update(_read_header(file))
+            else:
+                self._pickled.update(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+        self._check_index()
+
+    def names(self) -> list[str]:
+        """Return the names of all tensors, in file order."""
+        return [*self._entries, *self._pickled]
+
+    def names_to_claim(self, *, is_tied: bool) -> list[str]:
+        """Return the names without an output layer that repeats tied embeddings bit for bit.
+
+        Raises: CheckpointError when it does not repeat them.
+        """
+        names = self.names()
+        output, embedding = "lm_head.weight", "model.embed_tokens.weight"
+        if not is_tied or output not in names or embedding not in names:
+            return names
+        if not torch.equal(self.read(output), self.read(embedding)):
+            raise CheckpointError(
+                f"{self.path}: tie_word_embeddings is true but {output} differs from {embedding}. One of them is wrong. "
+                "Set tie_word_embeddings to false in config.json if the output layer is meant."
+            )
+        return [name for name in names if name != output]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape."""
+        return tuple(self._pickled[name].shape) if name in self._pickled else self._entry(name)[4]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return a tensor's type on disk."""
+        return self._pickled[name].dtype if name in self._pickled else self._entry(name)[3]
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return a tensor, read into memory of its own."""
+        if name in self._pickled:
+            return self._pickled[name].clone()
+        file, offset, length, dtype, shape = self._entry(name)
+        if math.prod(shape) == 0:
+            return torch.empty(shape, dtype=dtype)
+        values = torch.empty(length, dtype=torch.uint8)
+        with file.open("rb", buffering=0) as raw:
+            _read_fully(raw.fileno(), memoryview(values.numpy()), offset, file)
+        return values.view(dtype).view(shape)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what tells this model from another without reading it whole: configuration, and per weight file its size
+        and a hash of its header and of 16 pieces of 64 KiB over its length."""
+        return {
+            "config": hashlib.blake2b((self.path / "config.json").read_bytes(), digest_size=16).hexdigest(),
+            "files": {file.name: [file.stat().st_size, sampled_hash(file)] for file in self.files},
+        }
+
+    def num_bytes(self) -> int:
+        """Return the bytes of the weight files."""
+        return sum(file.stat().st_size for file in self.files)
+
+    def _entry(self, name: str) -> tuple[Path, int, int, torch.dtype, tuple[int, ...]]:
+        try:
+            return self._entries[name]
+        except KeyError:
+            raise CheckpointError(
+                f"{self.path}: no tensor {name}. It holds {len(self._entries) + len(self._pickled)} others. "
+                "The folder is incomplete or of another architecture."
+            ) from None
+
+    def _check_index(self) -> None:
+        for index in self.path.glob("*.index.json"):
+            listed = set(read_json(index, CheckpointError).get("weight_map", {}))
+            missing = sorted(listed - set(self.names()))
+            if missing and index.name.split(".")[0] in {file.name.split("-")[0].split(".")[0] for file in self.files}:
+                raise CheckpointError(
+                    f"{self.path}: {len(missing)} tensors of {index.name} are in no file, the first is {missing[0]}. "
+                    "The folder is incomplete. Fetch it again."
+                )
+
+
+@dataclass(frozen=True)
+class OutputGroup:
+    """Tensors that are produced together and lie in the same shard."""
+
+    tensors: tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
+    """Name, shape, type of each."""
+    build: Callable[[], Sequence[torch.Tensor]]
+    """Returns their values in that order; called once, in a worker thread."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the values."""
+        return sum(math.prod(shape) * dtype.itemsize for _, shape, dtype in self.tensors)
+
+
+def write_safetensors(
+    directory: Path,
+    groups: Sequence[OutputGroup],
+    *,
+    max_shard_bytes: int,
+    num_workers: int = 2,
+    progress: Callable[[int], None] = lambda _: None,
+) -> dict[str, str]:
+    """Write `model.safetensors`, or shards of at most about `max_shard_bytes` with an index; return file name -> hash.
+
+    Memory: one group per worker at a time.
+    """
+    shards = shards_of(groups, max_shard_bytes)
+    count = len(shards)
+    names = [name for name, _ in shards]
+
+    def write_shard(number: int) -> str:
+        return _write_shard(directory / names[number], shards[number][1], progress)
+
+    with ThreadPoolExecutor(num_workers) as pool:
+        hashes = dict(zip(names, pool.map(write_shard, range(count)), strict=True))
+    if count > 1:
+        total = sum(group.num_bytes for group in groups)
+        weight_map = {tensor[0]: name for name, shard in shards for group in shard for tensor in group.tensors}
+        write_json(
+            directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+        )
+    return hashes
+
+
+def shards_of(groups: Sequence[OutputGroup], max_shard_bytes: int) -> list[tuple[str, list[OutputGroup]]]:
+    """Return (file name, groups) of each shard of at most about `max_shard_bytes`; a larger group has one of its own."""
+    shards: list[list[OutputGroup]] = [[]]
+    size = 0
+    for group in groups:
+        if shards[-1] and size + group.num_bytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(group)
+        size += group.num_bytes
+    count = len(shards)
+    if count == 1:
+        return [("model.safetensors", shards[0])]
+    return [(f"model-{number:05d}-of-{count:05d}.safetensors", shard) for number, shard in enumerate(shards, 1)]
+
+
+def copy_side_files(source: Path, output: Path, patterns: Iterable[str] = SIDE_FILES) -> list[str]:
+    """Copy the files of `source` that match `patterns` and are not in `output` yet; return their names."""
+    copied = []
+    for pattern in patterns:
+        for file in sorted(source.glob(pattern)):
+            if file.is_file() and not (output / file.name).exists():
+                shutil.copyfile(file, output / file.name)
+                copied.append(file.name)
+    return copied
+
+
+def _weight_files(path: Path) -> list[Path]:
+    for pattern in ("model*.safetensors", "*.safetensors", "pytorch_model*.bin"):
+        files = sorted(file for file in path.glob(pattern) if not file.name.startswith("."))
+        if files:
+            return files
+    raise CheckpointError(f"{path}: no *.safetensors and no pytorch_model*.bin. A Hugging Face model folder is needed.")
+
+
+def _read_header(file: Path) -> dict[str, tuple[Path, int, int, torch.dtype, tuple[int, ...]]]:
+    size = file.stat().st_size
+    with file.open("rb") as raw:
+        length = int.from_bytes(raw.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise CheckpointError(f"{file}: {size} bytes, its header alone needs {length + 8}. It is truncated.")
+        try:
+            header = json.loads(raw.read(length))
+        except (json.JSONDecodeError, UnicodeDecodeError) as problem:
+            raise CheckpointError(f"{file}: the header is no JSON ({problem}). The file is damaged.") from None
+    start = 8 + length
+    entries = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        low, high = entry["data_offsets"]
+        dtype = DTYPES.get(entry["dtype"])
+        shape = tuple(entry["shape"])
+        if dtype is None:
+            raise CheckpointError(f"{file}: {name} has type {entry['dtype']}. {', '.join(DTYPES)} can be read.")
+        if high - low != math.prod(shape) * dtype.itemsize:
+            raise CheckpointError(
+                f"{file}: {name} {list(shape)} {entry['dtype']} has {high - low} bytes. It is damaged."
+            )
+        if start + high > size:
+            raise CheckpointError(f"{file}: {name} ends at byte {start + high} of {size}. The file is truncated.")
+        entries[name] = (file, start + low, high - low, dtype, shape)
+    return entries
+
+
+def _read_fully(descriptor: int, view: memoryview, offset: int, file: Path) -> None:
+    done = 0
+    while done < len(view):
+        count = os.preadv(descriptor, [view[done : done + (1 << 30)]], offset + done)
+        if count == 0:
+            raise CheckpointError(f"{file}: ends at byte {offset + done}. The file is truncated.")
+        done += count
+
+
+def sampled_hash(file: Path) -> str:
+    """Return a hash of 17 pieces of 64 KiB over a file's length, which tells files apart without reading them whole."""
+    size = file.stat().st_size
+    digest = hashlib.blake2b(digest_size=16)
+    with file.open("rb") as raw:
+        for number in range(_SAMPLES + 1):
+            raw.seek(size * number // _SAMPLES - (_SAMPLE_BYTES if number == _SAMPLES and size > _SAMPLE_BYTES else 0))
+            digest.update(raw.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _write_shard(path: Path, groups: Sequence[OutputGroup], progress: Callable[[int], None]) -> str:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for group in groups:
+        for name, shape, dtype in group.tensors:
+            length = math.prod(shape) * dtype.itemsize
+            header[name] = {
+                "dtype": NAME_OF_DTYPE[dtype],
+                "shape": list(shape),
+                "data_offsets": [offset, offset + length],
+            }
+            offset += length
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as raw:
+        file = HashingWriter(raw)
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for group in groups:
+            for (name, shape, dtype), values in zip(group.tensors, group.build(), strict=True):
+                if tuple(values.shape) != shape or values.dtype != dtype:
+                    raise CheckpointError(
+                        f"{name}: {list(values.shape)} {values.dtype} instead of {list(shape)} {dtype}."
+                    )
+                file.write(values.contiguous().reshape(-1).view(torch.uint8).numpy())
+            progress(group.num_bytes)
+        raw.flush()
+        os.fsync(raw.fileno())
+    return file.hexdigest()

@@ -1,0 +1,1 @@
+"""Which Hugging Face tensors make which Megatron tensor."""

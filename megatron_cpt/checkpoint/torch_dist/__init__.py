@@ -1,0 +1,1 @@
+"""Megatron's checkpoint folder: torch.distributed.checkpoint files, manifest, retention."""

@@ -1,0 +1,83 @@
+"""Copies of checkpoints to another disk: every byte is hashed on the way, and a copy that was interrupted goes on."""
+
+import hashlib
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from megatron_cpt.checkpoint.torch_dist import mcore
+from megatron_cpt.errors import CheckpointError
+from megatron_cpt.files import file_hash, sync_dir
+from megatron_cpt.log import Progress, format_bytes
+
+logger = logging.getLogger(__name__)
+
+_CHUNK_BYTES = 1 << 22
+
+
+def copy_checkpoint(source: Path, target_root: Path) -> Path:
+    """Copy the checkpoint `source` to `<target_root>/<its name>`; return the copy, verified against the manifest.
+
+    Files go to `.<name>.copying` first; a second call takes over those that are whole. An existing good copy is kept.
+
+    Raises: CheckpointError when the source is damaged, or something else is there already.
+    """
+    manifest = mcore.verify_checkpoint(source, "size")
+    target = target_root / source.name
+    if target.exists():
+        if mcore.verify_checkpoint(target, "full")["files"] == manifest["files"]:
+            logger.info("%s: a good copy is there already", target)
+            return target
+        raise CheckpointError(
+            f"{target}: holds another checkpoint. A checkpoint is never overwritten. Choose another folder."
+        )
+    partial = target_root / f".{source.name}.copying"
+    partial.mkdir(parents=True, exist_ok=True)
+    total = sum(entry["bytes"] for entry in manifest["files"].values())
+    mcore.check_free_space(target_root, total - mcore.checkpoint_bytes(partial))
+    progress = Progress(f"copy {source.name}", total / 1e6, "MB")
+    for name, entry in manifest["files"].items():
+        _copy_file(source / name, partial / name, entry, progress)
+    _copy_bytes(source / mcore.MANIFEST, partial / mcore.MANIFEST)
+    mcore.read_manifest(partial)
+    os.rename(partial, target)
+    sync_dir(target_root)
+    _advance_tracker(target_root, target)
+    logger.info("%s: %s copied and verified", target, format_bytes(total))
+    return target
+
+
+def _copy_file(source: Path, target: Path, entry: dict[str, Any], progress: Progress) -> None:
+    if target.is_file() and target.stat().st_size == entry["bytes"] and file_hash(target) == entry["hash"]:
+        progress.add(entry["bytes"] / 1e6)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    found = _copy_bytes(source, target, progress)
+    if found != entry["hash"]:
+        target.unlink()
+        raise CheckpointError(
+            f"{source}: has another hash than in its manifest. The checkpoint is damaged. Use another one."
+        )
+
+
+def _copy_bytes(source: Path, target: Path, progress: Progress | None = None) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with source.open("rb") as reader, target.open("wb") as writer:
+        while chunk := reader.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            writer.write(chunk)
+            if progress is not None:
+                progress.add(len(chunk) / 1e6)
+        writer.flush()
+        os.fsync(writer.fileno())
+    return digest.hexdigest()
+
+
+def _advance_tracker(root: Path, copied: Path) -> None:
+    """Point the tracker of `root` at its newest checkpoint."""
+    iteration, tracked = mcore.iteration_of(copied), mcore.read_tracker(root)
+    if iteration is None:
+        return
+    if tracked is None or tracked == "release" or (isinstance(iteration, int) and iteration > tracked):
+        mcore.write_tracker(root, iteration)

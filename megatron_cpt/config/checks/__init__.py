@@ -1,0 +1,1 @@
+"""Relations between settings: what cannot work is refused with its numbers."""

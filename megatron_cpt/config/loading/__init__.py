@@ -1,0 +1,1 @@
+"""One RunConfig from layers of files, with the origin of every value."""

@@ -1,0 +1,1 @@
+"""Settings as arguments of Megatron-Core objects and as Megatron-LM flags."""

@@ -1,0 +1,1 @@
+"""The settings themselves: schema, typed values, numbers that follow from them."""

@@ -1,0 +1,1 @@
+"""The blend of a stage: sources, budget, order of samples, replay, epochs."""

@@ -1,0 +1,1 @@
+"""Documents to fewer documents: dedup, decontamination, sampling, rewriting."""

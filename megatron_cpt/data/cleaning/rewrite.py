@@ -1,0 +1,393 @@
+"""Document files checked and rewritten: validate, repair, extract, merge small files.
+
+All four read sources as lines and judge each line with the rules of `data/reading/records.py`; validate only counts, the others
+write plain lines (optionally compressed) with a newline after every document. Repair also splits two objects that share
+a line, and drops byte-order marks, blank lines, empty texts and what cannot be mended (kept in a reject file). Records with
+a list of `conversations` or `messages` in place of the text pass through. Tables become JSON lines. A text file that is one document is
+copied as it is. Sources are worked on in parallel; an output whose sources are unchanged is kept.
+
+Lines = documents + blank lines + empty texts + rejects, but that two objects which repair splits are one line.
+"""
+
+import contextlib
+import gzip
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from megatron_cpt.data.reading import records
+from megatron_cpt.data.reading.byproducts import rejects_beside, remove_partials
+from megatron_cpt.data.reading.conversations import MESSAGE_KEYS
+from megatron_cpt.data.reading.documents import Source, plain_name
+from megatron_cpt.data.reading.file_pool import map_files
+from megatron_cpt.data.reading.plain_reader import PlainReader
+from megatron_cpt.data.reading.record_files import json_line, reject_writer
+from megatron_cpt.data.reading.records import Problem
+from megatron_cpt.data.reading.streams import MAX_DOCUMENT_BYTES, PIECE_BYTES, stream_blocks
+from megatron_cpt.data.tokenize.shard_writer import bad_line
+from megatron_cpt.errors import ConfigError, DataError
+from megatron_cpt.files import read_json, whole_file, write_json
+
+COMPRESSIONS = ("none", "gz", "zst")
+_BOM = b"\xef\xbb\xbf"
+_EXAMPLES = 5
+Reject = Callable[[dict[str, Any]], Any]
+
+
+@dataclass
+class Findings:
+    """What the lines of a file are."""
+
+    path: str
+    lines: int = 0
+    documents: int = 0
+    notes: Counter[str] = field(default_factory=Counter)
+    problems: Counter[str] = field(default_factory=Counter)
+    examples: list[dict[str, Any]] = field(default_factory=list)
+    """The first problems, as entries of a reject file."""
+
+    def __str__(self) -> str:
+        odd = [f"{count:,} {kind}" for kind, count in (self.problems + self.notes).items()]
+        summary = f"{self.path}: {self.documents:,} documents in {self.lines:,} lines" + "".join(
+            f"; {part}" for part in odd
+        )
+        shown = [f"  line {entry['line']}: {entry['reason']} ({entry.get('detail', '')})" for entry in self.examples]
+        return "\n".join([summary, *shown])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rewriting:
+    """One output file and the sources it is made of; no output: only look."""
+
+    sources: tuple[Source, ...]
+    output: Path | None
+    keys: tuple[str, ...]
+    """Text keys that a record must have; empty: lines are copied without a look into them."""
+    on_bad_line: str = "skip"
+    compression: str = "none"
+    max_document_bytes: int = MAX_DOCUMENT_BYTES
+    txt_documents: str = "line"
+    """Whether a .txt file holds a document per `line` or is one document (`file`)."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return what an output is made of and how."""
+        return {
+            "sources": [source.identity() for source in self.sources],
+            "keys": list(self.keys),
+            "on_bad_line": self.on_bad_line,
+            "max_document_bytes": self.max_document_bytes,
+            "txt_documents": self.txt_documents,
+        }
+
+
+def plan_tree_of_files(
+    sources: Sequence[Source], output_dir: Path, target_bytes: int | None, **settings: Any
+) -> list[Rewriting]:
+    """Return one rewriting per source, mirroring the tree, or per group of about `target_bytes` of a folder and format.
+
+    Raises: DataError when two sources would have the same output, an output exists that is not ours, or an earlier run with
+    another target size or compression left files of the same sources beside.
+    """
+    compression = settings.get("compression", "none")
+    if compression not in COMPRESSIONS:
+        raise ConfigError(f"compression is {compression!r}. Choose one of {', '.join(COMPRESSIONS)}.")
+    if target_bytes is not None and settings.get("txt_documents") == "file" and any(s.format == "txt" for s in sources):
+        raise ConfigError(
+            "text files that are one document each (--txt-documents file) cannot be merged. Leave them out."
+        )
+    suffix = "" if compression == "none" else f".{compression}"
+    groups: dict[tuple[Path, str], list[list[Source]]] = {}
+    for source in sources:
+        format = "txt" if source.format == "txt" else "jsonl"
+        members = groups.setdefault((output_dir / source.relative.parent, format), [])
+        filled = sum(member.size for member in members[-1]) if members else 0
+        if target_bytes is None or not members or filled + source.size / 2 >= target_bytes:
+            members.append([])
+        members[-1].append(source)
+    rewritings: dict[Path, Rewriting] = {}
+    for (folder, format), members in groups.items():
+        for number, group in enumerate(members):
+            name = plain_name(group[0].relative.name)
+            if target_bytes is not None:
+                name = f"{group[0].relative.parent.name or 'documents'}-{number:05d}"
+            output = folder / f"{name}.{format}{suffix}"
+            if output in rewritings:
+                other = rewritings[output].sources[0].path
+                raise DataError(f"{group[0].path} and {other}: would both become {output}. Exclude one of them.")
+            if any(output.absolute() == source.path.absolute() for source in group):
+                raise DataError(f"{output}: is its own source. Choose another --output-dir.")
+            rewritings[output] = Rewriting(sources=tuple(group), output=output, **settings)
+    _check_folders(rewritings)
+    return list(rewritings.values())
+
+
+def _check_folders(rewritings: Mapping[Path, Rewriting]) -> None:
+    """Refuse outputs that are not ours, and outputs of the same sources that would stay beside."""
+    makers = {os.path.abspath(source.path): work.output for work in rewritings.values() for source in work.sources}
+    for output in rewritings:
+        if output.exists() and not _record_path(output).exists():
+            raise DataError(f"{output}: exists already, from other work. Remove it or choose another --output-dir.")
+    for folder in {output.parent for output in rewritings}:
+        for path in sorted(folder.glob(".*.sources.json")):
+            output = path.with_name(path.name[1:].removesuffix(".sources.json"))
+            if output in rewritings or not output.exists():
+                continue
+            for entry in read_json(path, DataError)["identity"]["sources"]:
+                if entry["path"] in makers:
+                    raise DataError(
+                        f"{output}: holds {entry['path']} from an earlier run, which would go to "
+                        f"{makers[entry['path']]} as well. Remove it or choose another --output-dir."
+                    )
+
+
+def _record_path(output: Path) -> Path:
+    return output.with_name(f".{output.name}.sources.json")
+
+
+def rewrite_all(rewritings: Sequence[Rewriting], workers: int, label: str) -> list[Findings]:
+    """Do the rewritings in parallel and return what was found in each source, in order.
+
+    Raises: DataError at the first bad line where the policy is to fail, and when a worker dies.
+    """
+    outputs = [work.output for work in rewritings if work.output]
+    remove_partials([path for output in outputs for path in (output, rejects_beside(output), _record_path(output))])
+    sizes = [sum(source.size for source in work.sources) for work in rewritings]
+    found = map_files(rewrite, [(work,) for work in rewritings], sizes, workers, label)
+    return [findings for group in found for findings in group]
+
+
+def rewrite(work: Rewriting) -> list[Findings]:
+    """Do one rewriting and return what was found in each of its sources; a finished one is read from its record."""
+    if work.output is None:
+        return [_look(source, work, None, None) for source in work.sources]
+    record_path, identity = _record_path(work.output), work.identity()
+    if work.output.exists() and record_path.exists():
+        record = read_json(record_path, DataError)
+        if record["identity"] == identity and record["size"] == work.output.stat().st_size:
+            return [Findings(**(found | _counters(found))) for found in record["findings"]]
+    # written first, so that an output of ours is known as such also when the record of its findings is missing
+    write_json(record_path, {"identity": identity, "size": None, "findings": []})
+    with (
+        whole_file(work.output, "wb") as file,
+        _compressed(file, work.compression) as target,
+        reject_writer(work.output) as reject,
+    ):
+        findings = [_look(source, work, target.write, reject) for source in work.sources]
+    for source in work.sources:
+        status = source.path.stat()
+        if (status.st_size, status.st_mtime_ns) != (source.size, source.mtime_ns):
+            raise DataError(f"{source.path}: changed while it was read. Run the command again when it is at rest.")
+    record = {"identity": identity, "size": work.output.stat().st_size, "findings": [vars(found) for found in findings]}
+    write_json(record_path, record)
+    return findings
+
+
+def _counters(found: dict[str, Any]) -> dict[str, Any]:
+    return {"notes": Counter(found["notes"]), "problems": Counter(found["problems"])}
+
+
+def _look(source: Source, work: Rewriting, write: Callable[[bytes], Any] | None, reject: Reject | None) -> Findings:
+    """Pass the good lines of a source to `write` and the bad ones to `reject`, where given; return what was found."""
+    found = Findings(str(source.path))
+    if source.format == "txt" and work.txt_documents == "file":
+        _look_at_text(source, work, write, reject, found)
+        return found
+    is_start = True
+    for data, is_end, damage in _blocks(source, work.max_document_bytes):
+        if is_start and data.startswith(_BOM):
+            found.notes[records.BYTE_ORDER_MARK] += 1
+            data = data[len(_BOM) :]
+        is_start = False
+        lines = data.split(b"\n")
+        if not lines[-1]:
+            lines.pop()
+        elif is_end and damage is None:
+            found.notes[records.NO_FINAL_NEWLINE] += 1
+        good: list[bytes] = []
+        for line in lines:
+            if problem := _judge(line.removesuffix(b"\r"), source, work, found, good):
+                _reject(source, problem, found, reject, work)
+            found.lines += 1
+        if damage:
+            _reject(source, damage, found, reject, work)
+            found.lines += 1
+        if good and write:
+            write(b"\n".join(good) + b"\n")
+    return found
+
+
+def _look_at_text(
+    source: Source, work: Rewriting, write: Callable[[bytes], Any] | None, reject: Reject | None, found: Findings
+) -> None:
+    """Judge a text file that is one document, and write its bytes."""
+    with PlainReader(source.path, source.compression) as stream:
+        data, damage = stream.read_block(work.max_document_bytes + 1)
+    problem = Problem(0, records.DAMAGED, damage) if damage else None
+    if data.startswith(_BOM):
+        found.notes[records.BYTE_ORDER_MARK] += 1
+        data = data[len(_BOM) :]
+    if len(data) > work.max_document_bytes:
+        problem = Problem(0, records.TOO_LONG, f"over {work.max_document_bytes:,} bytes")
+    elif problem is None:
+        try:
+            data.decode()
+        except UnicodeDecodeError as error:
+            problem = Problem(0, records.INVALID_UTF8, f"byte {error.start}", data)
+    if problem:
+        _reject(source, problem, found, reject, work)
+    elif not data:
+        found.notes[records.EMPTY_TEXT] += 1
+    else:
+        found.documents += 1
+        if write:
+            write(data)
+    found.lines += 1
+
+
+def _judge(line: bytes, source: Source, work: Rewriting, found: Findings, good: list[bytes]) -> Problem | None:
+    """Count and add the documents of a line to `good`, or return why there are none."""
+    if not line.strip():
+        found.notes[records.BLANK_LINE] += 1
+        return None
+    if len(line) > work.max_document_bytes:
+        return Problem(0, records.TOO_LONG, f"{len(line):,} bytes")
+    if source.format == "txt" or not work.keys:
+        if source.format == "txt":
+            try:
+                line.decode()
+            except UnicodeDecodeError as problem:
+                return Problem(0, records.INVALID_UTF8, f"byte {problem.start}", line)
+        found.documents += 1
+        good.append(line)
+        return None
+    try:
+        record = records.object_of_line(line)
+    except (ValueError, RecursionError):
+        return _mend(line, work, found, good)
+    if found_wrong := _record_problem(record, work.keys):
+        return Problem(0, *found_wrong, line)
+    if _is_empty(record, work.keys):
+        found.notes[records.EMPTY_TEXT] += 1
+        return None
+    found.documents += 1
+    good.append(line)
+    return None
+
+
+def _mend(line: bytes, work: Rewriting, found: Findings, good: list[bytes]) -> Problem | None:
+    """Add the objects of a line that is not one JSON value, or return what is wrong with it; without output it is only judged."""
+    if work.output is not None and line.startswith(_BOM):  # files with one were put together
+        found.notes[records.BYTE_ORDER_MARK] += 1
+        line = line[len(_BOM) :]
+        if not line.strip():
+            found.notes[records.BLANK_LINE] += 1
+            return None
+        with contextlib.suppress(ValueError, RecursionError):
+            record = records.object_of_line(line)
+            if found_wrong := _record_problem(record, work.keys):
+                return Problem(0, *found_wrong, line)
+            found.documents += 1
+            good.append(line)
+            return None
+    kind, detail = records.line_problem(line)
+    parts = _objects_of_line(line) if kind == records.TWO_OBJECTS else None
+    if work.output is None or parts is None or any(_record_problem(part, work.keys) for part, _ in parts):
+        return Problem(0, kind, detail, line)
+    found.notes[kind] += 1
+    found.documents += len(parts)
+    good += [raw for _, raw in parts]
+    return None
+
+
+def _objects_of_line(line: bytes) -> list[tuple[Any, bytes]] | None:
+    """Return the JSON objects that share a line, separated by nothing, spaces or commas, each with its bytes."""
+    text, found = line.decode().strip(), []
+    decoder = json.JSONDecoder()
+    while text:
+        try:
+            value, end = decoder.raw_decode(text)
+        except (ValueError, RecursionError):
+            return None
+        found.append((value, text[:end].encode()))
+        text = text[end:].lstrip(" \t\r,")
+    return found
+
+
+def _is_empty(record: dict[str, Any], keys: Sequence[str]) -> bool:
+    return all(record.get(key) == "" for key in keys)
+
+
+def _record_problem(record: Any, keys: Sequence[str]) -> tuple[str, str] | None:
+    if not isinstance(record, dict):
+        return records.NOT_AN_OBJECT, f"a {type(record).__name__}"
+    chat_key = next((key for key in MESSAGE_KEYS if isinstance(record.get(key), list)), None)
+    if chat_key and not any(key in record for key in keys if key not in MESSAGE_KEYS):
+        turns = record[chat_key]
+        for number, turn in enumerate(turns):
+            if found := _turn_problem(turn):
+                return found, f"turn {number} of {chat_key!r} has no role and content"
+        return None if turns else (records.EMPTY_TEXT, f"{chat_key!r} has no turns")
+    for key in keys:
+        if key not in record:
+            return records.MISSING_KEY, f"no {key!r}; the keys are {', '.join(map(repr, list(record)[:8]))}"
+        if problem := records.value_problem(record[key]):
+            return problem, f"{key!r} is a {type(record[key]).__name__}"
+    return None
+
+
+def _turn_problem(turn: Any) -> str | None:
+    if not isinstance(turn, dict) or not any(turn.get(key) is not None for key in ("role", "from")):
+        return records.NOT_TEXT
+    content = next((turn[key] for key in ("content", "value") if turn.get(key) is not None), None)
+    if isinstance(content, list):
+        return None if all(isinstance(part, dict) for part in content) else records.NOT_TEXT
+    if "content" not in turn and "value" not in turn:
+        return records.NOT_TEXT
+    return records.value_problem(content)
+
+
+def _reject(source: Source, problem: Problem, found: Findings, reject: Reject | None, work: Rewriting) -> None:
+    if work.on_bad_line == "fail":
+        raise bad_line(source, found.lines + 1, problem, "fail")
+    found.problems[problem.kind] += 1
+    if reject is None and len(found.examples) >= _EXAMPLES:
+        return
+    entry = problem.record(os.path.abspath(source.path), found.lines + 1)
+    if reject:
+        reject(entry)
+    if len(found.examples) < _EXAMPLES:
+        found.examples.append(entry)
+
+
+def _blocks(source: Source, max_document_bytes: int) -> Iterator[tuple[bytes, bool, Problem | None]]:
+    if source.format not in ("parquet", "arrow"):
+        yield from stream_blocks(source, PIECE_BYTES, max_document_bytes)
+        return
+    import pyarrow as pa  # heavy; only where tables are read
+
+    from megatron_cpt.data.reading.tables import read_batches
+
+    try:
+        for batch in read_batches(source, None, PIECE_BYTES):
+            rows = [json_line(row) for row in batch.to_pylist()]
+            yield b"\n".join(rows) + b"\n" if rows else b"", False, None
+    except (pa.ArrowException, OSError) as problem:
+        yield b"", True, Problem(0, records.DAMAGED, " ".join(str(problem).split())[:300])
+
+
+@contextlib.contextmanager
+def _compressed(file: IO[bytes], compression: str) -> Iterator[IO[bytes]]:
+    if compression == "gz":
+        with gzip.GzipFile(filename="", mode="wb", fileobj=file, compresslevel=6, mtime=0) as target:
+            yield target  # type: ignore[misc]
+    elif compression == "zst":
+        import zstandard  # compiled; only where .zst is written
+
+        with zstandard.ZstdCompressor().stream_writer(file, closefd=False) as target:
+            yield target
+    else:
+        yield file

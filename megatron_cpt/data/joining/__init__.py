@@ -1,0 +1,1 @@
+"""Shards made of shards: merge and packing."""

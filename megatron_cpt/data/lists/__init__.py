@@ -1,0 +1,1 @@
+"""Data lists: their formats, and exact arithmetic of budgets over them."""

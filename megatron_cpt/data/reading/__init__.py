@@ -1,0 +1,1 @@
+"""Document files: found by name, read as pieces, parsed into records, written again."""

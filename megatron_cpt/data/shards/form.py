@@ -1,0 +1,45 @@
+"""How a shard is to be read in training: with a mask or without, as packs of a length or as a stream of documents.
+
+The format of masks and packs stands in `data/shards/masked.py`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_cpt.data.shards.indexed import manifest_path
+from megatron_cpt.data.shards.masked import has_mask
+from megatron_cpt.errors import DataError
+from megatron_cpt.files import read_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardForm:
+    """How a shard is to be read."""
+
+    is_masked: bool = False
+    packed_seq_length: int | None = None
+    """Tokens of each pack; None: an unpacked shard."""
+
+
+def read_shard_form(prefix: Path) -> ShardForm:
+    """Return whether a shard is masked and packed, from its manifest and the files beside it.
+
+    Raises: DataError when the manifest is no JSON, or a packed shard has no mask.
+    """
+    path = manifest_path(prefix)
+    manifest = read_json(path, DataError) if path.exists() else {}
+    packed = manifest.get("packed")
+    is_masked = manifest.get("mask") is not None or has_mask(prefix)
+    if packed is not None and not is_masked:
+        raise DataError(f"{prefix}: is packed and has no mask, so that its pieces cannot be told apart. Pack it again.")
+    return ShardForm(is_masked=is_masked, packed_seq_length=None if packed is None else int(packed["seq_length"]))
+
+
+def packing_problem(packed_seq_length: int | None, seq_length: int) -> str | None:
+    """Return what is wrong with training at `seq_length` from packs of a length, None where nothing is."""
+    if packed_seq_length in (None, seq_length):
+        return None
+    return (
+        f"is packed for sequences of {packed_seq_length:,} tokens; training.seq_length is {seq_length:,}. A pack is one "
+        "sample. Pack it for that length, or change training.seq_length."
+    )

@@ -1,0 +1,1 @@
+"""Documents to token shards: plan of shards, worker processes, writer."""

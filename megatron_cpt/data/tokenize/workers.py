@@ -1,0 +1,311 @@
+"""Worker processes of `tokenize`: each parses pieces, encodes them, and writes the ids where the parent says.
+
+A task is a few pieces of one shard. The worker answers with the number of tokens of each document and keeps the ids;
+the parent, which sees the tasks in the order of the documents, adds up where they go and sends that place back; the
+worker writes with `pwrite`. So no ids travel between processes, nothing is merged afterwards, and the order does not
+depend on who is faster. Messages to a worker are small, so that no two processes can wait for each other's pipes.
+"""
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import signal
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_cpt.data.reading.records import Parsed, Problem
+from megatron_cpt.data.reading.streams import Layout, Piece, parse_piece
+from megatron_cpt.data.tokenizer.engines import Engine, EngineRefusal, load_checked_engine, load_engine
+from megatron_cpt.data.tokenizer.interface import Tokenizer, load_tokenizer
+from megatron_cpt.errors import CptError, DataError
+
+ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "FASTOKENS_BPE_THREADS": "1"}
+"""Environment that keeps the engines to one thread in each worker; fastokens has threads of its own besides rayon's."""
+
+_THREAD_END_SECONDS = 1.0
+_PR_SET_PDEATHSIG = 1
+_LONG_DOCUMENT_TOKENS = 1 << 11
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+
+class EngineDifference(Exception):
+    """An accelerated engine refused, or gave other ids than the reference."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What every worker needs to know."""
+
+    tokenizer_path: Path
+    eod_token: str | None
+    layout: Layout
+    engine: str
+    dtype: np.dtype
+    append_eod: bool
+    keep_lines: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class PieceResult:
+    """What a piece held; lists have one entry per key."""
+
+    source: int
+    num_lines: int
+    documents: int
+    tokens: list[int]
+    text_bytes: list[int]
+    notes: Counter[str]
+    first_note: tuple[int, str] | None
+    problems: list[Problem]
+    lines: np.ndarray | None
+    """Line of each document within the piece, where provenance is kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskResult:
+    """What a worker answers to a task."""
+
+    task: int
+    pieces: list[PieceResult]
+    lengths: list[np.ndarray]
+    """Tokens of each document, end-of-document token included; int32 [documents] per key."""
+
+
+class WorkerPool:
+    """Started worker processes, and the pipes to them.
+
+    Raises (when used as a context and in `receive`): EngineDifference, DataError when a worker reports one or dies.
+    """
+
+    def __init__(self, num_workers: int, job: Job, tokenizer: Tokenizer):
+        engine, can_fork = _prepare(job, tokenizer)
+        context: Any = multiprocessing.get_context("fork" if can_fork else "forkserver")
+        if not can_fork:
+            context.set_forkserver_preload([__name__])
+        pipes = [context.Pipe() for _ in range(num_workers)]
+        self.connections: list[Connection] = [ours for ours, _ in pipes]
+        self.processes = []
+        for _, theirs in pipes:
+            others = [end for pair in pipes for end in pair if end is not theirs] if can_fork else []
+            arguments = (theirs, others, job, os.getpid() if can_fork else None, engine if can_fork else None)
+            process = context.Process(target=_work, args=arguments, daemon=True)
+            process.start()
+            self.processes.append(process)
+        for _, theirs in pipes:
+            theirs.close()
+
+    def __enter__(self) -> "WorkerPool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+        for connection in self.connections:
+            connection.close()
+
+    def send(self, rank: int, message: tuple[Any, ...]) -> None:
+        """Send a small message to a worker; a dead one is noticed by `receive`."""
+        try:
+            self.connections[rank].send(message)
+        except (BrokenPipeError, ConnectionResetError):
+            raise self._death(rank) from None
+
+    def receive(self, wake: int, timeout_seconds: float = 1.0) -> Iterator[tuple[int, tuple[Any, ...]]]:
+        """Yield (rank, message) of all workers that have one; return at once when the descriptor `wake` is readable."""
+        ready = wait([*self.connections, wake], timeout_seconds)
+        if wake in ready:
+            os.read(wake, 4096)
+        for rank, connection in enumerate(self.connections):
+            if connection in ready:
+                try:
+                    message = connection.recv()
+                except (EOFError, ConnectionResetError):
+                    raise self._death(rank) from None
+                if message[0] == "refused":
+                    raise EngineDifference(message[1])
+                if message[0] == "error":
+                    raise DataError(message[1])
+                if message[0] == "bug":
+                    raise RuntimeError(f"a worker failed:\n{message[1]}")
+                yield rank, message
+
+    def _death(self, rank: int) -> DataError:
+        self.processes[rank].join(5)
+        code = self.processes[rank].exitcode
+        how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
+        return DataError(
+            f"tokenize: worker {rank} {how}. A killed worker usually means that memory ran out. "
+            "Run the same command again, with fewer --workers; finished shards are kept."
+        )
+
+
+def _prepare(job: Job, tokenizer: Tokenizer) -> tuple[Engine, bool]:
+    """Return a checked engine, and whether workers may be forked from this process with it: it has one thread."""
+    was_alone = _num_threads() == 1
+    with _one_thread():
+        try:
+            engine = load_checked_engine(tokenizer, job.engine)
+        except EngineRefusal as refusal:
+            raise EngineDifference(str(refusal)) from None
+    deadline = time.monotonic() + _THREAD_END_SECONDS
+    while was_alone and _num_threads() > 1 and time.monotonic() < deadline:
+        time.sleep(0.0005)  # a thread that was joined is still listed for a moment
+    return engine, _num_threads() == 1
+
+
+def _num_threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep the engines that are loaded here to one thread: a process that has others cannot be forked."""
+    before = {name: os.environ.get(name) for name in ONE_THREAD}
+    os.environ.update(ONE_THREAD)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _work(
+    connection: Connection, others: Sequence[Connection], job: Job, parent: int | None, engine: Engine | None
+) -> None:
+    """Serve tasks until the parent goes away; a forked worker has the parent's engine, which was checked there."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent is not None and os.getppid() != parent:
+        return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for other in others:
+        other.close()
+    os.environ.update(ONE_THREAD)
+    _keep_freed_memory()
+    try:
+        engine = engine or load_engine(load_tokenizer(job.tokenizer_path, job.eod_token), job.engine)
+        connection.send(("ready",))
+        _serve(connection, job, engine)
+    except EngineRefusal as refusal:
+        connection.send(("refused", str(refusal)))
+    except CptError as error:
+        connection.send(("error", str(error)))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return
+    except Exception:
+        connection.send(("bug", traceback.format_exc()))
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc use the memory of one task again for the next: fresh pages cost a tenth of the time. musl has no such knob."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(_M_TRIM_THRESHOLD, 1 << 28)
+
+
+def _serve(connection: Connection, job: Job, engine: Engine) -> None:
+    encoded: dict[int, list[np.ndarray]] = {}
+    while True:
+        kind, task, details = connection.recv()
+        if kind == "encode":
+            result, encoded[task] = _encode_task(job, engine, task, details)
+            connection.send(("encoded", result))
+        else:
+            for (path, offset), ids in zip(details, encoded.pop(task), strict=True):
+                _write_at(path, offset, ids)
+            connection.send(("written", task))
+
+
+def _encode_task(job: Job, engine: Engine, task: int, pieces: list[Piece]) -> tuple[TaskResult, list[np.ndarray]]:
+    parsed = [parse_piece(piece, job.layout) for piece in pieces]
+    counts = [len(piece.lines) for piece in parsed]
+    arrays, lengths, tokens, text_bytes = [], [], [], []
+    for key in range(len(job.layout.keys)):
+        texts = [text for piece in parsed for text in piece.texts[key]]
+        ids, found = engine.encode(texts)
+        if difference := engine.check_sample(texts, ids, found, task):
+            raise EngineRefusal(f"{job.engine} gives other ids: {difference}")
+        text_bytes.append(_sums(np.fromiter(map(_utf8_size, texts), np.int64, len(texts)), counts))
+        texts.clear()
+        for piece in parsed:
+            piece.texts[key] = []  # a huge document must not lie beside two copies of its ids
+        ids, found = _with_eod(ids, found, job, engine.tokenizer.eod_id)
+        arrays.append(ids)
+        lengths.append(found)
+        tokens.append(_sums(found, counts))
+    results = [
+        PieceResult(
+            source=piece.source,
+            num_lines=found.num_lines,
+            documents=count,
+            tokens=[sums[i] for sums in tokens],
+            text_bytes=[sums[i] for sums in text_bytes],
+            notes=found.notes,
+            first_note=found.first_note,
+            problems=found.problems,
+            lines=_lines(found) if job.keep_lines else None,
+        )
+        for i, (piece, found, count) in enumerate(zip(pieces, parsed, counts, strict=True))
+    ]
+    return TaskResult(task=task, pieces=results, lengths=lengths), arrays
+
+
+def _with_eod(ids: np.ndarray, lengths: np.ndarray, job: Job, eod_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ids in their type on disk with the end-of-document token after each document, and int32 lengths."""
+    if not job.append_eod:
+        return ids.astype(job.dtype), lengths.astype(np.int32)
+    lengths = lengths + 1
+    whole = np.empty(len(ids) + len(lengths), dtype=job.dtype)
+    if len(ids) > _LONG_DOCUMENT_TOKENS * len(lengths):  # few and long: no mask of their size
+        start = 0
+        for number, end in enumerate(np.cumsum(lengths).tolist()):
+            whole[start : end - 1] = ids[start - number : end - 1 - number]
+            whole[end - 1] = eod_id
+            start = end
+        return whole, lengths.astype(np.int32)
+    is_text = np.ones(len(whole), dtype=bool)
+    is_text[np.cumsum(lengths) - 1] = False
+    whole[is_text] = ids
+    whole[~is_text] = eod_id
+    return whole, lengths.astype(np.int32)
+
+
+def _sums(values: np.ndarray, counts: Sequence[int]) -> list[int]:
+    ends = np.cumsum([0, *counts])
+    totals = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
+    return np.diff(totals[ends]).tolist()
+
+
+def _utf8_size(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
+
+
+def _lines(parsed: Parsed) -> np.ndarray:
+    return np.array(parsed.lines, dtype=np.int32)
+
+
+def _write_at(path: str, offset: int, ids: np.ndarray) -> None:
+    descriptor = os.open(path, os.O_WRONLY)
+    try:
+        view = memoryview(ids).cast("B") if len(ids) else memoryview(b"")
+        while view:
+            written = os.pwrite(descriptor, view, offset)
+            view, offset = view[written:], offset + written
+    except OSError as problem:
+        raise DataError(f"{path}: cannot be written ({problem.strerror}). Make room or choose another place.") from None
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""Models measured: perplexity, forgetting, generation, weights."""

@@ -1,0 +1,1 @@
+"""Reports: curves of a run, charts, pages, sweeps."""

@@ -1,0 +1,303 @@
+"""What a job script runs on the job's first node: finds the nodes, starts the processes, keeps the ledger.
+
+    python -m megatron_cpt.launch.node.supervisor --run RUN --stage STAGE --log-dir DIR [options] -- PROGRAM [ARGUMENT ...]
+
+Without `--launcher` the program runs once, here, `{array_index}` and `{num_array_tasks}` in its arguments filled in. With
+it the program runs on every rank. The rendezvous is the first host of the node list itself, at a port that follows
+from the job's id and moves on when it is taken.
+"""
+
+import argparse
+import json
+import logging
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megatron_cpt.errors import CptError, LaunchError
+from megatron_cpt.launch.node.chain import BROKEN_EXIT_CODE, NOT_FINISHED_EXIT_CODE, chain_verdict
+from megatron_cpt.launch.node.hosts import job_hosts, training_hosts, write_hostfile
+from megatron_cpt.launch.node.preflight import BAD_NODES_EXIT_CODE, read_excluded
+from megatron_cpt.launch.node.processes import (
+    SHUTDOWN_SECONDS,
+    Outcome,
+    Signals,
+    caught_signals,
+    process_environment,
+    run_watched,
+    show_failure,
+)
+from megatron_cpt.log import configure_logging
+from megatron_cpt.run.directory import RunDir
+from megatron_cpt.run.ledger import append_record, read_jobs
+from megatron_cpt.run.lock import HELD, run_lock
+from megatron_cpt.run.progress import last_checkpoint
+
+logger = logging.getLogger(__name__)
+
+FIRST_PORT, NUM_PORTS = 15000, 15000
+"""Rendezvous ports lie below the range that the system gives to clients (32768 on)."""
+PORT_ATTEMPTS = 4
+LOCK_WAIT_SECONDS = 120
+"""Longer than a lock lives: the link before may have died on another node a moment ago."""
+HOSTFILE = "%hostfile%"
+"""Stands for the job's node file in the launcher's command."""
+FORWARDED = ("PATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "MEGATRON_CPT_JOB_START", HELD)
+"""Variables of the job that launchers such as mpirun do not carry to other nodes by themselves."""
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Return the options before `--` and the program after it."""
+    parser = argparse.ArgumentParser(prog="python -m megatron_cpt.launch.node.supervisor", description=__doc__)
+    parser.add_argument("--run", type=Path, required=True, help="run directory")
+    parser.add_argument("--stage", required=True)
+    parser.add_argument("--log-dir", type=Path, required=True)
+    parser.add_argument("--launcher", default="", help="command that starts processes on all nodes")
+    parser.add_argument("--processes", choices=("node", "rank"), default="node", help="what the launcher starts")
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--gpus-per-node", type=int, default=1)
+    parser.add_argument("--forward", default="", help="names of variables to carry to every process, by commas")
+    parser.add_argument("--num-array-tasks", type=int, default=1)
+    parser.add_argument("--chain", default="", help="name that the links of one chain share")
+    parser.add_argument("--train-iters", type=int, default=None, help="iterations after which the run is finished")
+    parser.add_argument(
+        "--must-finish", action="store_true", help=f"exit {NOT_FINISHED_EXIT_CODE} if it is not finished"
+    )
+    parser.add_argument("--preflight", action="store_true", help="measure the nodes first; bad ones end the job")
+    parser.add_argument("--max-failures", type=int, default=2, help="links without progress that break the chain")
+    parser.add_argument("--points", type=Path, default=None, help="sweep: what each array task trains, as JSON")
+    options, program = list(argv), []
+    if "--" in options:
+        split = options.index("--")
+        options, program = options[:split], options[split + 1 :]
+    arguments = parser.parse_args(options)
+    if not program:
+        parser.error("no program: give it after --")
+    arguments.program = program
+    return arguments
+
+
+def job_id(environment: Mapping[str, str]) -> str:
+    """Return the scheduler's id of this job; an array's for its tasks."""
+    return (
+        environment.get("SLURM_ARRAY_JOB_ID")
+        or environment.get("SLURM_JOB_ID")
+        or environment.get("PBS_ARRAY_ID")
+        or environment.get("PBS_JOBID")
+        or f"by-hand-{os.getpid()}"
+    )
+
+
+def array_index(environment: Mapping[str, str]) -> int:
+    """Return this task's index in its array; 0 outside of one."""
+    return int(environment.get("SLURM_ARRAY_TASK_ID") or environment.get("PBS_ARRAY_INDEX") or 0)
+
+
+def rendezvous_port(job: str, attempt: int, task: int = 0) -> int:
+    """Return a port that all nodes derive alike from the job's id; later attempts and array tasks move far away."""
+    digits = re.match(r"\D*(\d+)", job)
+    return FIRST_PORT + (int(digits[1] if digits else 0) * 7 + attempt * 1009 + task * 211) % NUM_PORTS
+
+
+def process_command(arguments: argparse.Namespace, host: str, port: int, environment: Mapping[str, str]) -> list[str]:
+    """Return the launcher's command, every variable carried by `env` so that no launcher can lose it."""
+    nodes, gpus = arguments.nodes, arguments.gpus_per_node
+    launcher = [word.replace(HOSTFILE, environment.get("PBS_NODEFILE", "")) for word in shlex.split(arguments.launcher)]
+    forwarded = [*FORWARDED, *filter(None, arguments.forward.split(","))]
+    variables = {name: environment[name] for name in forwarded if environment.get(name)}
+    variables = {**process_environment(environment, gpus), "MASTER_ADDR": host, "MASTER_PORT": str(port), **variables}
+    rank = [sys.executable, "-m", "megatron_cpt.launch.node.rank", str(arguments.log_dir), *arguments.program]
+    if arguments.processes == "node":
+        node = [
+            sys.executable,
+            "-m",
+            "megatron_cpt.launch.node.torchrun",
+            f"--nnodes={nodes}",
+            f"--nproc-per-node={gpus}",
+        ]
+        node += [f"--master-addr={host}", f"--master-port={port}", f"--shutdown-timeout={SHUTDOWN_SECONDS}"]
+        rank = [*node, "--no-python", "--", *rank]  # else torchrun takes `--max` of the program for its own, cut short
+    return [*launcher, "env", *(f"{name}={value}" for name, value in variables.items()), *rank]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the job; return its exit code."""
+    arguments = parse_arguments(argv)
+    configure_logging()
+    os.environ["MEGATRON_CPT_JOB_START"] = f"{time.time():.0f}"  # the walltime counts from here, not from the training
+    arguments.log_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        if arguments.points is not None:
+            _take_point(arguments)
+        with caught_signals() as signals:
+            if not arguments.launcher:
+                return _run_once(arguments, signals)
+            return _run_ranks(arguments, signals)
+    except CptError as error:
+        sys.stderr.write(f"{arguments.stage}: {error}\n")
+        # 2 would say that every next link fails alike; what goes wrong in launching may go right on other nodes
+        code = 1 if isinstance(error, LaunchError) else 2
+        append_record(arguments.run / "jobs", _record_id(arguments), state="failed", exit_code=code, reason=str(error))
+        return code
+
+
+def _take_point(arguments: argparse.Namespace) -> None:
+    """Let this array task work on its point of a sweep: another run directory, log folder, length and program."""
+    points = json.loads(arguments.points.read_text(encoding="utf-8"))
+    point = points[array_index(os.environ)]
+    arguments.run, arguments.log_dir = Path(point["run"]), Path(point["log_dir"])
+    arguments.train_iters, arguments.program = point["train_iters"], [*arguments.program, *point["arguments"]]
+    arguments.log_dir.mkdir(parents=True, exist_ok=True)
+
+
+def _record_id(arguments: argparse.Namespace) -> str:
+    """Return what the ledger calls this job: a sweep's points are tasks of one array."""
+    job = job_id(os.environ)
+    return job if arguments.points is None else f"{job}/{array_index(os.environ)}"
+
+
+def _run_ranks(arguments: argparse.Namespace, signals: Signals) -> int:
+    run, job = RunDir(arguments.run), _record_id(arguments)
+    iteration = last_checkpoint(run)
+    if arguments.train_iters is not None:
+        links = [
+            link
+            for link in read_jobs(run.jobs).values()
+            if arguments.chain and link.get("chain") == arguments.chain and "iteration_start" in link
+        ]
+        verdict, reason = chain_verdict(
+            [link for link in links if link["job"] != job],
+            iteration=iteration,
+            train_iters=arguments.train_iters,
+            run_path=run.path,
+            max_failures=arguments.max_failures,
+        )
+        logger.info("%s: %s", verdict, reason)
+        if verdict != "run":
+            code = {"finished": 0, "broken": BROKEN_EXIT_CODE}.get(verdict, NOT_FINISHED_EXIT_CODE)
+            state = "failed" if verdict == "broken" else verdict
+            append_record(run.jobs, job, state=state, exit_code=code, reason=reason)
+            return code
+    with run_lock(run.jobs / "lock.json", f"job {job}", wait_seconds=LOCK_WAIT_SECONDS):
+        nodefile = os.environ.get("PBS_NODEFILE")
+        all_hosts = job_hosts(os.environ)
+        hosts = _choose_hosts(arguments, run, all_hosts, nodefile)
+        (run.path / "stop_now").unlink(missing_ok=True)  # meant for a job that has ended before it looked
+        append_record(
+            run.jobs, job, state="running", hosts=hosts, iteration_start=iteration, stage=arguments.stage,
+            chain=arguments.chain, log_dir=str(arguments.log_dir),
+            restarts=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+        )  # fmt: skip
+        if arguments.preflight:
+            code, reason = _preflight(arguments, run, job, hosts[0], signals)
+            while code == BAD_NODES_EXIT_CODE and _num_good(all_hosts, run) >= arguments.nodes:
+                logger.warning("%s; spare nodes take their place", reason)
+                hosts = _choose_hosts(arguments, run, all_hosts, nodefile)
+                append_record(run.jobs, job, hosts=hosts)
+                code, reason = _preflight(arguments, run, job, hosts[0], signals)
+            if code:
+                logger.error("%s", reason)
+                append_record(run.jobs, job, state="failed", exit_code=code, iteration_end=iteration, reason=reason)
+                return code
+        outcome = _start(arguments, run, job, hosts[0], signals)
+        iteration = last_checkpoint(run)
+        code = outcome.exit_code
+        state = ("stopped" if signals.received else "finished") if code == 0 else "failed"
+        if code:
+            show_failure(outcome, arguments.log_dir)
+        elif arguments.must_finish and arguments.train_iters is not None and iteration < arguments.train_iters:
+            code = NOT_FINISHED_EXIT_CODE
+            logger.warning("iteration %d of %d: the chain needs more links.", iteration, arguments.train_iters)
+        append_record(run.jobs, job, state=state, exit_code=code, iteration_end=iteration)
+        return code
+
+
+def _choose_hosts(arguments: argparse.Namespace, run: RunDir, hosts: list[str], nodefile: str | None) -> list[str]:
+    """Return the hosts that train; a launcher with a host file gets one that names only them."""
+    chosen = training_hosts(hosts, read_excluded(run.jobs), arguments.nodes)
+    if nodefile and len(hosts) > arguments.nodes:
+        hostfile = arguments.log_dir / "hostfile"
+        write_hostfile(hostfile, chosen, Path(nodefile))
+        os.environ["PBS_NODEFILE"] = str(hostfile)
+    return chosen
+
+
+def _num_good(hosts: Sequence[str], run: RunDir) -> int:
+    excluded = read_excluded(run.jobs)
+    return sum(host not in excluded for host in hosts)
+
+
+def _start(arguments: argparse.Namespace, run: RunDir, job: str, host: str, signals: Signals) -> Outcome:
+    def ask_to_end(_pid: int, _number: int) -> bool:
+        (run.path / "stop_now").touch()  # reaches the ranks on every node, whatever launcher is between
+        return True
+
+    for attempt in range(PORT_ATTEMPTS):
+        port = rendezvous_port(job_id(os.environ), attempt, array_index(os.environ))
+        command = process_command(arguments, host, port, os.environ)
+        outcome = run_watched(command, arguments.log_dir, os.environ, signals, ask_to_end)
+        if not outcome.port_taken:
+            return outcome
+        logger.warning("port %d on %s is in use; trying another one.", port, host)
+    raise LaunchError(f"{host}: {PORT_ATTEMPTS} ports were in use. See {arguments.log_dir / 'launcher.log'}.")
+
+
+def _preflight(arguments: argparse.Namespace, run: RunDir, job: str, host: str, signals: Signals) -> tuple[int, str]:
+    """Measure the nodes with the job's own launcher; return 0, or an exit code and what is wrong.
+
+    Bad nodes are kept from the chain's next links, where the scheduler can (Slurm).
+    """
+    program = [arguments.program[0], "-m", "megatron_cpt", "preflight", "--run-dir", str(run.path)]
+    program += ["--gpus-per-node", str(arguments.gpus_per_node)]
+    measured = argparse.Namespace(**{**vars(arguments), "program": program, "log_dir": arguments.log_dir / "preflight"})
+    measured.log_dir.mkdir(parents=True, exist_ok=True)
+    before = read_excluded(run.jobs)
+    outcome = _start(measured, run, job, host, signals)
+    if outcome.exit_code != BAD_NODES_EXIT_CODE:
+        return outcome.exit_code, f"preflight: {outcome.text(measured.log_dir)}"
+    excluded = read_excluded(run.jobs)
+    for other, record in read_jobs(run.jobs).items():
+        if os.environ.get("SLURM_JOB_ID") and record.get("chain") == arguments.chain and other != job:
+            if record.get("state") == "submitted":
+                command = ["scontrol", "update", f"jobid={other}", f"excnodelist={','.join(excluded)}"]
+                subprocess.run(command, check=False)
+    bad = [node for node in excluded if node not in before]
+    return BAD_NODES_EXIT_CODE, f"preflight: bad nodes: {', '.join(bad) or 'those listed already'}"
+
+
+def _run_once(arguments: argparse.Namespace, signals: Signals) -> int:
+    """Run the program here, its output in the task's own log."""
+    run, job, index = RunDir(arguments.run), job_id(os.environ), array_index(os.environ)
+    is_array = arguments.num_array_tasks > 1
+    task = {"task": index} if is_array else {}
+    append_record(run.jobs, f"{job}/{index}" if is_array else job, state="running", stage=arguments.stage, **task)
+    holes = {"{array_index}": str(index), "{num_array_tasks}": str(arguments.num_array_tasks)}
+    program = [re.sub("|".join(map(re.escape, holes)), lambda hole: holes[hole[0]], word) for word in arguments.program]
+    environment = {**os.environ, **process_environment(os.environ, 1)}
+    log_path = arguments.log_dir / f"task_{index:05d}.log"
+    with log_path.open("a", encoding="utf-8") as log:
+        log.write(f"$ {shlex.join(program)}\n")
+        log.flush()
+        process = subprocess.Popen(program, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+        while True:
+            try:
+                code = process.wait(timeout=0.5)
+                break
+            except subprocess.TimeoutExpired:
+                if signals.received:
+                    process.terminate()
+    code = code if code >= 0 else 128 - code
+    state = "failed" if code else "finished"
+    append_record(run.jobs, f"{job}/{index}" if is_array else job, state=state, exit_code=code)
+    if code:
+        logger.error("%s ended with exit code %d, see %s", arguments.stage, code, log_path)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,160 @@
+"""Layouts that fit: TP, PP, CP, EP, micro-batch and recomputation for given nodes, the likely fastest first.
+
+Every candidate passes the same checks as a run's settings and the memory formula. The order comes from a simple model of
+an iteration, good for ranking and not for predicting: compute at half of a device's peak, tensor and expert parallel traffic
+at the speed inside a node, context, data and pipeline parallel traffic at the speed between nodes, the pipeline's bubble
+(P - 1) / M (arXiv:2104.04473, section 2.2), and a third more compute for full recomputation. Among layouts within 5 percent the one
+with the least model parallelism comes first.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_cpt.config.checks.parallel import parallel_problems
+from megatron_cpt.config.settings.derived import (
+    data_parallel_size,
+    kv_channels,
+    model_parallel_size,
+    num_microbatches,
+    num_query_groups,
+    padded_vocab_size,
+    world_size,
+)
+from megatron_cpt.config.settings.schema import RunConfig
+from megatron_cpt.launch.planning.memory import stage_memories
+from megatron_cpt.launch.planning.model_size import num_active_parameters
+from megatron_cpt.launch.planning.plan import GIB, GPU_RESERVE_BYTES
+
+FLOPS = 0.5 * 989e12
+"""Half of an H100's dense bf16 peak (NVIDIA H100 SXM data sheet)."""
+BYTES_INSIDE_NODE, BYTES_BETWEEN_NODES = 300e9, 40e9
+"""Bytes per second and GPU: NVLink 4 and one 400 Gb/s link, at about 70 and 80 percent."""
+MICRO_BATCHES = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A configuration that fits, and what it costs."""
+
+    config: RunConfig
+    peak_bytes: int
+    seconds: float
+    """Modelled time of one iteration; only its order among layouts means something."""
+
+    def overrides(self) -> list[str]:
+        """Return the settings that make a run use this layout."""
+        parallel = self.config.parallel
+        names = (
+            "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
+            "expert_model_parallel_size", "sequence_parallel", "recompute_granularity",
+        )  # fmt: skip
+        settings = [f"parallel.{name}={str(getattr(parallel, name)).lower()}" for name in names]
+        return [*settings, f"training.micro_batch_size={self.config.training.micro_batch_size}"]
+
+
+def search_layouts(config: RunConfig, gpu_memory_bytes: int) -> list[Layout]:
+    """Return every layout of the run's nodes that fits into `gpu_memory_bytes` with the reserve, best first."""
+    layouts = []
+    for candidate in _candidates(config):
+        if any(parallel_problems(candidate)):
+            continue
+        peak = max(stage.total for stage in stage_memories(candidate))
+        if peak + GPU_RESERVE_BYTES <= gpu_memory_bytes:
+            layouts.append(Layout(candidate, peak, iteration_seconds(candidate)))
+    fastest = min((layout.seconds for layout in layouts), default=1.0)
+
+    def order(layout: Layout) -> tuple[int, int, float]:
+        steps = round(
+            math.log(layout.seconds / fastest) / math.log(1.05)
+        )  # closer than the model can tell: the simpler
+        return steps, model_parallel_size(layout.config.parallel), layout.seconds
+
+    return sorted(layouts, key=order)
+
+
+def iteration_seconds(config: RunConfig) -> float:
+    """Return the modelled time of one iteration."""
+    model, parallel, training = config.model, config.parallel, config.training
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    cp, ep = parallel.context_parallel_size, parallel.expert_model_parallel_size
+    micro_batches = num_microbatches(config)
+    tokens = training.seq_length * training.micro_batch_size / cp
+    element = 2 if training.precision == "bf16" else 4
+    embedding = padded_vocab_size(model) * model.hidden_size
+    compute = 6 * (num_active_parameters(model) - embedding) / (tp * pp) * tokens / FLOPS
+    compute *= 4 / 3 if parallel.recompute_granularity == "full" else 1
+    layers = model.num_layers / pp
+    boundary = tokens * model.hidden_size * element
+    inside = layers * 8 * boundary * (tp - 1) / tp / BYTES_INSIDE_NODE
+    if model.num_moe_experts:
+        speed = BYTES_INSIDE_NODE if ep * tp <= config.launch.gpus_per_node else BYTES_BETWEEN_NODES
+        inside += layers * 4 * boundary * model.moe_router_topk * (ep - 1) / ep / speed
+    keys = 2 * num_query_groups(model) * kv_channels(model) / tp * training.seq_length * training.micro_batch_size
+    between = layers * 3 * keys * element * (cp - 1) / cp / BYTES_BETWEEN_NODES
+    between += (4 * boundary / tp / BYTES_BETWEEN_NODES) if pp > 1 else 0
+    small = 1 + 1024 / tokens  # launching kernels costs as much as about a thousand tokens
+    bubble = (pp - 1) / (micro_batches * (parallel.virtual_pipeline_model_parallel_size or 1))
+    gradients = stage_memories(config)[0].gradients * 1.5 / BYTES_BETWEEN_NODES if data_parallel_size(config) > 1 else 0
+    return micro_batches * (compute * small + inside + between) * (1 + bubble) + gradients
+
+
+def search_text(config: RunConfig, gpu_memory_bytes: int, limit: int = 8) -> str:
+    """Return the best layouts as a table, and the first one's settings."""
+    layouts = search_layouts(config, gpu_memory_bytes)
+    where = f"{config.launch.nodes} x {config.launch.gpus_per_node} GPUs of {gpu_memory_bytes / GIB:.0f} GiB"
+    if not layouts:
+        return (
+            f"nothing fits {where}: more nodes, a longer pipeline than the model's layers allow, or a smaller batch\n"
+        )
+    lines = [f"{len(layouts)} layouts fit {where}; the likely fastest:"]
+    lines.append("  TP  PP  CP  EP   DP  micro-batch  recompute  GiB per GPU  time")
+    for layout in layouts[:limit]:
+        parallel = layout.config.parallel
+        lines.append(
+            f"{parallel.tensor_model_parallel_size:4}{parallel.pipeline_model_parallel_size:4}"
+            f"{parallel.context_parallel_size:4}{parallel.expert_model_parallel_size:4}"
+            f"{data_parallel_size(layout.config):5}{layout.config.training.micro_batch_size:13}"
+            f"  {parallel.recompute_granularity:>9}{layout.peak_bytes / GIB:13.1f}"
+            f"{layout.seconds / layouts[0].seconds:6.2f}"
+        )
+    return "\n".join([*lines, "", " ".join(layouts[0].overrides())]) + "\n"
+
+
+def _candidates(config: RunConfig) -> Iterator[RunConfig]:
+    world, model = world_size(config), config.model
+    experts = model.num_moe_experts or 1
+    for tp in _powers(min(config.launch.gpus_per_node, model.num_attention_heads)):
+        for pp in (size for size in range(1, model.num_layers + 1) if model.num_layers % size == 0):
+            for cp in _powers(world if config.training.seq_length > 8192 else 1):
+                if world % (tp * pp * cp):
+                    continue
+                for ep in _powers(experts):
+                    if experts % ep or world % (pp * ep):
+                        continue
+                    for micro_batch in MICRO_BATCHES:
+                        for recompute in ("none", "full"):
+                            yield _with_layout(config, tp, pp, cp, ep, micro_batch, recompute)
+
+
+def _with_layout(config: RunConfig, tp: int, pp: int, cp: int, ep: int, micro_batch: int, recompute: str) -> RunConfig:
+    parallel = dataclasses.replace(
+        config.parallel,
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=None,
+        num_layers_in_first_pipeline_stage=None,
+        num_layers_in_last_pipeline_stage=None,
+        context_parallel_size=cp,
+        expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=1 if ep > 1 else None,
+        sequence_parallel=tp > 1,
+        recompute_granularity=recompute,  # type: ignore[arg-type]
+    )
+    training = dataclasses.replace(config.training, micro_batch_size=micro_batch)
+    return dataclasses.replace(config, parallel=parallel, training=training)
+
+
+def _powers(limit: int) -> list[int]:
+    return [1 << exponent for exponent in range(limit.bit_length()) if 1 << exponent <= limit]

@@ -1,0 +1,133 @@
+"""The local scheduler: torchrun on this machine, watched until it ends.
+
+`run_local` owns the job from the lock to the ledger: a free port, threads per rank, a log file per rank with rank 0's
+shown in the terminal, signals passed to the ranks, restarts after a crash, and the exit code of the rank that
+failed first.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megatron_cpt.errors import LaunchError
+from megatron_cpt.launch.node.processes import (
+    SHUTDOWN_SECONDS,
+    Outcome,
+    Signals,
+    caught_signals,
+    process_environment,
+    run_watched,
+    show_failure,
+)
+from megatron_cpt.run.directory import RunDir
+from megatron_cpt.run.ledger import append_record
+from megatron_cpt.run.lock import run_lock
+
+logger = logging.getLogger(__name__)
+
+PORT_ATTEMPTS = 4
+"""Ports tried before a job is given up; another process can take a free port before torchrun binds it."""
+
+
+def run_local(
+    run: RunDir,
+    arguments: Sequence[str],
+    *,
+    num_ranks: int,
+    max_restarts: int = 0,
+    stage: str = "train",
+    program: Sequence[str] = ("-m", "megatron_cpt", "train"),
+    port: int | None = None,
+) -> int:
+    """Run `python PROGRAM ARGUMENTS` on `num_ranks` local ranks; return the exit code of the rank that failed first.
+
+    A rank ended by signal N gives 128 + N; 2 means a mistake of the user, which no restart would mend. After any other
+    failure the job starts again up to `max_restarts` times and continues from the run's last checkpoint.
+
+    Raises: LaunchError when another job holds the run or no port can be bound.
+    """
+    job = f"local-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"
+    log_dir = run.logs / job
+    with run_lock(run.jobs / "lock.json", job), caught_signals() as signals:
+        log_dir.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, *program, *arguments]
+        append_record(
+            run.jobs,
+            job,
+            stage=stage,
+            scheduler="local",
+            state="running",
+            command=command,
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            ranks=num_ranks,
+            log_dir=str(log_dir),
+        )
+        logger.info("job %s: %d ranks, logs in %s", job, num_ranks, log_dir)
+        exit_code, state, restarts = 1, "failed", 0
+        try:
+            while True:
+                outcome = _run_once(command, log_dir, num_ranks, port, signals)
+                exit_code = outcome.exit_code
+                if exit_code in (0, 2) or signals.received or restarts == max_restarts:
+                    break
+                restarts += 1
+                append_record(run.jobs, job, state="running", restarts=restarts, exit_code=exit_code)
+                logger.warning("%s. Restart %d of %d.", outcome.text(log_dir), restarts, max_restarts)
+            stopped = "cancelled" if exit_code else "stopped"
+            state = stopped if signals.received else "failed" if exit_code else "finished"
+            if exit_code and not signals.received:
+                show_failure(outcome, log_dir)
+        finally:
+            append_record(run.jobs, job, state=state, exit_code=exit_code, restarts=restarts)
+        return exit_code
+
+
+def local_environment(environment: Mapping[str, str], num_ranks: int) -> dict[str, str]:
+    """Return the environment of the ranks; what the user has set stands, but the package stays importable."""
+    defaults = process_environment(environment, num_ranks)
+    if sys.platform == "linux":
+        defaults["GLOO_SOCKET_IFNAME"] = "lo"  # a machine's own name need not resolve
+    return {**defaults, **environment, "PYTHONPATH": defaults["PYTHONPATH"]}
+
+
+def free_port() -> int:
+    """Return a TCP port of the loopback interface that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _run_once(command: list[str], log_dir: Path, num_ranks: int, port: int | None, signals: Signals) -> Outcome:
+    environment = local_environment(os.environ, num_ranks)
+    for _ in range(PORT_ATTEMPTS):
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={num_ranks}"]
+        torchrun += ["--master-addr=127.0.0.1", f"--master-port={port or free_port()}"]
+        torchrun += [f"--shutdown-timeout={SHUTDOWN_SECONDS}", "--no-python", "--"]
+        torchrun += [sys.executable, "-m", "megatron_cpt.launch.node.rank", str(log_dir), *command]
+        outcome = run_watched(torchrun, log_dir, environment, signals, _signal_ranks)
+        if not outcome.port_taken:
+            return outcome
+        if port is not None:
+            raise LaunchError(f"port {port}: in use by another process. A free port is needed. Leave the port unset.")
+        logger.warning("the rendezvous port was taken by another process; trying another one.")
+    raise LaunchError(f"no free port after {PORT_ATTEMPTS} attempts. See {log_dir / 'launcher.log'}.")
+
+
+def _signal_ranks(torchrun_pid: int, number: int) -> bool:
+    """Send SIGTERM (or SIGUSR1 as it is) to the ranks, not to torchrun, which would kill them after half a minute."""
+    import psutil  # only here: a light module stays light
+
+    ranks = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        ranks = psutil.Process(torchrun_pid).children()
+    for rank in ranks:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            rank.send_signal(number if number == signal.SIGUSR1 else signal.SIGTERM)
+    return bool(ranks)

@@ -1,0 +1,1 @@
+"""What is handed to a scheduler: training, pipelines, sweeps, single verbs."""

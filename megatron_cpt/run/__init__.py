@@ -1,0 +1,1 @@
+"""The run directory and its records: names, ledger, lock, progress, variants, revision."""

@@ -1,0 +1,1 @@
+"""Devices: substitutions for CPU, kernels, process groups."""

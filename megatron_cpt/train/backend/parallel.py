@@ -1,0 +1,107 @@
+"""Process groups and random seeds of a training process."""
+
+import datetime
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.num_microbatches_calculator import (
+    destroy_num_microbatches_calculator,
+    init_num_microbatches_calculator,
+)
+
+from megatron_cpt.config.settings.derived import megatron_virtual_size, model_parallel_size
+from megatron_cpt.config.settings.schema import RunConfig
+from megatron_cpt.errors import ConfigError, CptError
+from megatron_cpt.train.backend import cpu
+
+
+def initialize_parallel(config: RunConfig, timeout_seconds: int = 1800) -> None:
+    """Join the job that torchrun's environment describes; build megatron's process groups and seed this rank.
+
+    Without torchrun's variables the process is a job of one rank. NCCL on GPUs, gloo on CPU.
+
+    Raises: ConfigError when the number of ranks does not fit the layout.
+    """
+    cpu.substitute()
+    parallel, training = config.parallel, config.training
+    if not torch.distributed.is_initialized():
+        _initialize_distributed(timeout_seconds)
+    world_size = torch.distributed.get_world_size()
+    model_size = model_parallel_size(parallel)
+    if world_size % model_size:
+        raise ConfigError(
+            f"parallel: {world_size} ranks were started, not a multiple of TP x PP x CP = {model_size}. "
+            f"Start {model_size} ranks or a multiple of it."
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=megatron_virtual_size(parallel),
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        create_gloo_process_groups=not cpu.is_cpu(),  # on CPU the groups are gloo already
+        distributed_timeout_minutes=max(timeout_seconds // 60, 1),
+    )
+    # Pipeline stages draw different numbers, as in Megatron-LM's training/initialize.py.
+    seed = training.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    init_num_microbatches_calculator(
+        torch.distributed.get_rank(),
+        None,
+        training.global_batch_size,
+        training.micro_batch_size,
+        parallel_state.get_data_parallel_world_size(),
+    )
+
+
+def finish_parallel() -> None:
+    """Leave the process groups."""
+    destroy_num_microbatches_calculator()
+    parallel_state.destroy_model_parallel()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def on_rank_0(function: Callable[[], Any]) -> Any:
+    """Return on every rank what `function` returns on rank 0, or raise on every rank the CptError it raises there.
+
+    So a mistake that only rank 0 can see ends all ranks with the same exit code, instead of one with the mistake's and
+    the others with a lost connection.
+    """
+    answer: list[Any] = [None, None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            answer[0] = function()
+        except CptError as error:
+            answer[1] = error
+    if torch.distributed.get_world_size() > 1:
+        torch.distributed.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
+
+
+def _initialize_distributed(timeout_seconds: int) -> None:
+    cpu.set_threads()
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, value)
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    if cpu.is_cpu():
+        store = None
+        if os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ:
+            store = torch.distributed.HashStore()
+        torch.distributed.init_process_group(
+            "gloo",
+            timeout=timeout,
+            **({"store": store, "rank": 0, "world_size": 1} if store is not None else {}),
+        )
+        return
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    os.environ.setdefault("MASTER_PORT", "29500")
+    torch.distributed.init_process_group("nccl", timeout=timeout, device_id=device)

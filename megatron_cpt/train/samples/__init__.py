@@ -1,0 +1,1 @@
+"""A stage's samples and batches."""

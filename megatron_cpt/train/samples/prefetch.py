@@ -1,0 +1,66 @@
+"""Reading ahead: a thread reads the batches of the next steps, in their order, while the current step runs.
+
+What a step gets is what it would have read itself: batches are functions of the iteration, so nothing here is part of a
+run's state. A mistake while reading is raised by the step that was to have the batch.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from megatron_cpt.train.backend import cpu
+
+AHEAD = 2
+"""Steps whose batches wait at most; another one may be in the making."""
+
+
+class Prefetch:
+    """Calls `read(iteration)` for each of `iterations` in a thread. A context: leaving it ends the thread."""
+
+    def __init__(self, read: Callable[[int], Any], iterations: Iterable[int]):
+        self._waiting: queue.Queue[tuple[int | None, Any, BaseException | None]] = queue.Queue(maxsize=AHEAD)
+        self._is_closed = threading.Event()
+        device = None if cpu.is_cpu() else torch.cuda.current_device()  # a thread begins on device 0
+        self._thread = threading.Thread(target=self._run, args=(read, iterations, device), name="prefetch", daemon=True)
+        self._thread.start()
+
+    def get(self, iteration: int) -> Any:
+        """Return what was read for the next iteration, which must be `iteration`.
+
+        Raises: what reading it raised.
+        """
+        found, value, problem = self._waiting.get()
+        if problem is not None:
+            raise problem
+        if found != iteration:
+            raise AssertionError(f"iteration {iteration} was asked for, {found} comes next")
+        return value
+
+    def close(self) -> None:
+        """End the thread; what it has read is dropped."""
+        self._is_closed.set()
+        while self._thread.is_alive():
+            while not self._waiting.empty():  # the thread may be waiting for room
+                self._waiting.get_nowait()
+            self._thread.join(timeout=0.05)
+
+    def __enter__(self) -> "Prefetch":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _run(self, read: Callable[[int], Any], iterations: Iterable[int], device: int | None) -> None:
+        iteration: int | None = None
+        try:
+            if device is not None:
+                torch.cuda.set_device(device)
+            for iteration in iterations:
+                if self._is_closed.is_set():
+                    return
+                self._waiting.put((iteration, read(iteration), None))
+        except BaseException as problem:  # whatever it is, the step raises it
+            self._waiting.put((iteration, None, problem))

@@ -1,0 +1,336 @@
+"""A stage's samples from megatron-core's GPT datasets: exact per shard, without replacement, from a race-free cache.
+
+- Each entry of the data list gives exactly its planned samples (`spread_samples`), in the order of `blend_order`.
+- A shard is read epoch by epoch, each in an order of its own; no document comes again before the epoch is exhausted.
+  `DataEntry.first_sample` continues where earlier stages stopped in the same shard.
+- An index is built once per shard, epoch, seed and sequence length, in a folder named after their hash and the shard's
+  content; it appears whole under its name, so that two builders at once, or one killed midway, do no harm.
+"""
+
+import dataclasses
+import errno
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import resource
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.utils import Split
+
+from megatron_cpt.config.settings.derived import train_samples
+from megatron_cpt.config.settings.schema import RunConfig
+from megatron_cpt.data.blend.continued_order import ContinuedOrder
+from megatron_cpt.data.blend.fim import FillInMiddle
+from megatron_cpt.data.blend.order import blend_order
+from megatron_cpt.data.lists.budget import spread_samples
+from megatron_cpt.data.lists.entry import DataEntry
+from megatron_cpt.data.shards.form import packing_problem, read_shard_form
+from megatron_cpt.data.shards.indexed import bin_path, idx_path, manifest_path, read_index
+from megatron_cpt.data.shards.masked import mask_prefix, read_mask
+from megatron_cpt.data.shards.skip_list import SkipList, kept_documents, stage_skip_list
+from megatron_cpt.errors import CptError, DataError
+from megatron_cpt.files import text_hash, whole_dir, write_json
+from megatron_cpt.log import Progress
+from megatron_cpt.train.samples.shard_samples import ShardSamples
+
+logger = logging.getLogger(__name__)
+
+_COMPLETE = "complete.json"
+_MOST_FILES = 1 << 20
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES)
+
+
+class BlendedSamples(torch.utils.data.Dataset):
+    """The samples of a stage in training order; `dataset_id` is the index of the entry each came from."""
+
+    def __init__(self, shards: Sequence[ShardSamples | None], dataset_index: np.ndarray, sample_index: np.ndarray):
+        self.shards = shards
+        self.fim: FillInMiddle | None = None
+        """How documents of shards without a mask are rearranged."""
+        self.fim_prefixes: dict[int, str] = {}
+        """The entries whose documents are, and their prefixes."""
+        self.dataset_index = dataset_index
+        """Entry of each sample, int32 [samples]."""
+        self.sample_index = sample_index
+        """Which of its entry's samples each is, int64 [samples]."""
+
+    def __len__(self) -> int:
+        return len(self.dataset_index)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        dataset_id = int(self.dataset_index[index])
+        shard = self.shards[dataset_id]
+        assert shard is not None, f"entry {dataset_id} gives no sample"
+        number = int(self.sample_index[index])
+        sample = shard[number]
+        if self.fim is not None and dataset_id in self.fim_prefixes and "pieces" not in sample:
+            ids = torch.cat([sample["tokens"], sample["labels"][-1:]]).numpy()
+            ids = torch.from_numpy(self.fim.rearrange(ids, self.fim_prefixes[dataset_id], shard.first_sample + number))
+            sample = sample | {"tokens": ids[:-1], "labels": ids[1:]}
+        return {"dataset_id": dataset_id, **sample}
+
+
+def build_train_samples(
+    config: RunConfig,
+    entries: Sequence[DataEntry],
+    dataset_config: GPTDatasetConfig,
+    cache: Path,
+    fim: FillInMiddle | None = None,
+    order: ContinuedOrder | None = None,
+) -> BlendedSamples:
+    """Return the stage's samples in training order, without the documents of `data.skip_list`.
+
+    With `order` they are the next ones of that order, and `entries` are those that it takes them from.
+    """
+    num_samples, skip = train_samples(config.training), stage_skip_list(config)
+    shuffle_seed = config.training.seed if config.data.shuffle_in_corpus else None
+    samples = build_blended_samples(
+        entries, num_samples, dataset_config, cache, skip=skip, shuffle_seed=shuffle_seed, order=order
+    )
+    if fim is not None:
+        samples.fim = fim
+        samples.fim_prefixes = {
+            number: entry.prefix for number, entry in enumerate(entries) if fim.applies_to(entry.corpus)
+        }
+    return samples
+
+
+def build_train_indexes(
+    config: RunConfig,
+    entries: Sequence[DataEntry],
+    dataset_config: GPTDatasetConfig,
+    cache: Path,
+    workers: int,
+    order: ContinuedOrder | None = None,
+) -> None:
+    """Build the shards' indexes that `build_train_samples` will read, in `workers` processes.
+
+    Raises: what a worker raises.
+    """
+    skip, num_samples = stage_skip_list(config), train_samples(config.training)
+    if order is not None:
+        entries, dataset_config = order.entries, dataclasses.replace(dataset_config, random_seed=order.seed)
+    samples = spread_samples(
+        [entry.tokens or 0 for entry in entries], num_samples if order is None else order.num_samples
+    )
+    drawn = [range(count) for count in samples] if order is None else order.drawn(num_samples)
+    # fork: a process of its own would spend longer on importing torch and megatron than on a shard
+    with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
+        jobs = [
+            pool.submit(_build_indexes_of, entry, count, part, dataset_config, cache, skip)
+            for entry, count, part in zip(entries, samples, drawn, strict=True)
+            if part
+        ]
+        progress = Progress("indexes", len(jobs), "shards")
+        for job in jobs:
+            job.result()
+            progress.add(1)
+
+
+def build_epoch_samples(prefixes: Sequence[str], dataset_config: GPTDatasetConfig, cache: Path) -> BlendedSamples:
+    """Return every sample of some shards once, in an order that follows from the seed of `dataset_config`.
+
+    Raises: DataError when there is not one.
+    """
+    entries = []
+    for prefix in prefixes:
+        form = read_shard_form(Path(prefix))
+        config = dataclasses.replace(dataset_config, add_extra_token_to_sequence=form.packed_seq_length is None)
+        count = samples_per_epoch(read_index(Path(prefix)).sequence_lengths, config)
+        entries.append(DataEntry(prefix=prefix, tokens=count * config.sequence_length))
+    num_tokens = sum(entry.tokens or 0 for entry in entries)
+    if not num_tokens:
+        raise DataError(
+            f"{', '.join(prefixes)}: not one sequence of {dataset_config.sequence_length:,} tokens and the token after "
+            "it. Hold out more documents."
+        )
+    return build_blended_samples(entries, num_tokens // dataset_config.sequence_length, dataset_config, cache)
+
+
+def build_blended_samples(
+    entries: Sequence[DataEntry],
+    num_samples: int,
+    dataset_config: GPTDatasetConfig,
+    cache: Path,
+    *,
+    skip: SkipList | None = None,
+    shuffle_seed: int | None = None,
+    order: ContinuedOrder | None = None,
+) -> BlendedSamples:
+    """Return the `num_samples` samples of a stage; index caches are written by rank 0 and read by the others.
+
+    `dataset_config` states sequence length, seed and masks; its blend is not used. With `order` they are its next samples, and
+    entries and seeds are its own.
+    """
+    if order is not None:
+        entries, shuffle_seed = order.entries, order.shuffle_seed
+        dataset_config = dataclasses.replace(dataset_config, random_seed=order.seed)
+    samples = spread_samples(
+        [entry.tokens or 0 for entry in entries], num_samples if order is None else order.num_samples
+    )
+    is_distributed = torch.distributed.is_initialized()
+    if is_distributed and torch.distributed.get_rank() > 0:
+        torch.distributed.barrier()
+    _allow_open_files()
+    progress = Progress("indexes", len(entries), "shards")
+    drawn = [range(count) for count in samples] if order is None else order.drawn(num_samples)
+    shards = []
+    for entry, count, part in zip(entries, samples, drawn, strict=True):
+        try:
+            shards.append(_shard_samples(entry, count, part, dataset_config, cache, skip or {}) if part else None)
+        except OSError as problem:
+            if problem.errno != errno.EMFILE:
+                raise
+            raise DataError(
+                f"open files: {resource.getrlimit(resource.RLIMIT_NOFILE)[1]:,} are allowed; the blend's {len(entries):,} "
+                "shards need about five each. Merge shards with `megatron-cpt data merge`, or raise `ulimit -Hn`."
+            ) from None
+        progress.add(1)
+    if order is not None:  # what gives nothing stands in no list of the stage's
+        shards = [shard for shard in shards if shard is not None]
+    indices = _cached_order(entries, samples, shuffle_seed, cache, order, num_samples)
+    if is_distributed and torch.distributed.get_rank() == 0:
+        torch.distributed.barrier()
+    return BlendedSamples(shards, *indices)
+
+
+def _build_indexes_of(
+    entry: DataEntry, num_samples: int, drawn: range, config: GPTDatasetConfig, cache: Path, skip: SkipList
+) -> None:
+    _shard_samples(entry, num_samples, drawn, config, cache, skip)
+
+
+def _shard_samples(
+    entry: DataEntry, num_samples: int, drawn: range, config: GPTDatasetConfig, cache: Path, skip: SkipList
+) -> ShardSamples:
+    """Return the samples `drawn` of an entry that gives `num_samples` in a round of its order."""
+    form = read_shard_form(Path(entry.prefix))
+    if problem := packing_problem(form.packed_seq_length, config.sequence_length):
+        raise DataError(f"{entry.prefix}: {problem}")
+    indexed = GPTDataset.build_low_level_dataset(entry.prefix, config)
+    mask = None
+    if form.is_masked:
+        read_mask(read_index(Path(entry.prefix)))  # raises unless the mask fits the tokens
+        mask = GPTDataset.build_low_level_dataset(os.fspath(mask_prefix(Path(entry.prefix))), config)
+    documents = kept_documents(len(indexed.sequence_lengths), skip.get(entry.prefix, ()))
+    # A pack is one sample, and the token after its last belongs to another pack.
+    config = dataclasses.replace(config, add_extra_token_to_sequence=form.packed_seq_length is None)
+    per_epoch = samples_per_epoch(indexed.sequence_lengths[documents], config)
+    # A shard smaller than one sequence is left to megatron-core, which joins its epochs; a round is its epoch.
+    in_round = (entry.first_sample or 0) + num_samples
+    first_sample, last_sample = ((entry.first_sample or 0) + place for place in (drawn.start, drawn.stop))
+    length = per_epoch or in_round
+    epochs = range(first_sample // length, -(-last_sample // length))
+    key = {
+        "shard": _content(Path(entry.prefix)),
+        "skip": [list(span) for span in skip.get(entry.prefix, ())],
+        "sequence_length": config.sequence_length,
+        "num_samples": None if per_epoch else in_round,
+        "megatron": importlib.metadata.version("megatron-core"),
+        "tokenizer": config.tokenizer.unique_identifiers,
+    }
+    datasets = []
+    for epoch in epochs:
+        # A buffer's order is its own, so that stages with other seeds go on in it without replacement.
+        seed = _epoch_seed(config.random_seed if entry.first_sample is None else 0, entry.prefix, epoch)
+        folder = cache / _hash({**key, "seed": seed})
+        blend = ([entry.prefix], None)
+        epoch_config = dataclasses.replace(
+            config, random_seed=seed, path_to_cache=os.fspath(folder), blend=blend, blend_per_split=None, split="1,0,0"
+        )
+
+        def build(to: Path, config: GPTDatasetConfig = epoch_config) -> GPTDataset:
+            built = dataclasses.replace(config, path_to_cache=os.fspath(to))
+            return GPTDataset(indexed, entry.prefix, documents, key["num_samples"], Split.train, built)
+
+        _build_once(folder, build, key)
+        datasets.append(build(folder))
+    return ShardSamples(datasets, length, first_sample, mask)
+
+
+def samples_per_epoch(sequence_lengths: np.ndarray, config: GPTDatasetConfig) -> int:
+    """Return the whole samples that documents of these lengths give."""
+    num_tokens = int(sequence_lengths.sum(dtype=np.int64))
+    return max(num_tokens - config.add_extra_token_to_sequence, 0) // config.sequence_length
+
+
+def _cached_order(
+    entries: Sequence[DataEntry],
+    samples: Sequence[int],
+    shuffle_seed: int | None,
+    cache: Path,
+    order: ContinuedOrder | None,
+    num_samples: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    corpora = [entry.corpus or entry.prefix for entry in entries]
+    key: dict[str, Any] = {"samples": list(samples), "corpora": corpora, "shuffle_seed": shuffle_seed}
+    if order is not None:
+        key |= {"position": order.position, "num_samples": num_samples}
+    folder = cache / _hash(key)
+
+    def build(to: Path) -> None:
+        dataset_index, sample_index = blend_order(samples, corpora, shuffle_seed=shuffle_seed)
+        if order is not None:
+            dataset_index, sample_index = order.window((dataset_index, sample_index), num_samples)
+        np.save(to / "dataset_index.npy", dataset_index)
+        np.save(to / "sample_index.npy", sample_index)
+
+    _build_once(folder, build, {"samples": int(sum(samples)), "entries": len(entries)})
+    return np.load(folder / "dataset_index.npy", mmap_mode="r"), np.load(folder / "sample_index.npy", mmap_mode="r")
+
+
+def _build_once(folder: Path, build: Any, description: dict[str, Any]) -> None:
+    """Fill `folder` unless it is complete. Of two builders the first to finish wins; the other's work is dropped."""
+    if (folder / _COMPLETE).exists():
+        return
+    try:
+        with whole_dir(folder) as temporary:
+            build(temporary)
+            write_json(temporary / _COMPLETE, description)
+    except (OSError, CptError) as problem:
+        if not (folder / _COMPLETE).exists():
+            # numpy's short writes carry no errno
+            if isinstance(problem, OSError) and problem.errno in (None, *_NO_ROOM):
+                raise DataError(
+                    f"{folder}: the index cannot be written ({problem.strerror or problem}). Make room or mend the permissions, then "
+                    "give the command again; the indexes that are whole are kept."
+                ) from None
+            raise
+        logger.info("%s: another process built it at the same time", folder)
+
+
+def _allow_open_files() -> None:
+    """Raise this process's limit of open files as far as it may: every memory map of a shard holds one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_FILES if hard == resource.RLIM_INFINITY else hard
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+
+
+def _content(prefix: Path) -> dict[str, Any]:
+    """Return what tells that a shard is unchanged, without reading its tokens."""
+    manifest = manifest_path(prefix)
+    return {
+        "prefix": os.fspath(prefix),
+        "bin_bytes": bin_path(prefix).stat().st_size,
+        "idx_bytes": idx_path(prefix).stat().st_size,
+        "manifest": text_hash(manifest.read_text(encoding="utf-8")) if manifest.exists() else None,
+    }
+
+
+def _epoch_seed(seed: int, prefix: str, epoch: int) -> int:
+    """Return a seed below 2^32 of its own for each shard and epoch."""
+    digest = hashlib.blake2b(f"{seed} {Path(prefix).name} {epoch}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _hash(key: dict[str, Any]) -> str:
+    return text_hash(json.dumps(key, sort_keys=True))

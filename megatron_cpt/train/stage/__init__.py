@@ -1,0 +1,1 @@
+"""A stage from start to end: set-up, step, schedule, loop."""

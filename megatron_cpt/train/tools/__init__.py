@@ -1,0 +1,1 @@
+"""Single programs around training: LR finder, fork, trace, logits, self-test, preflight."""

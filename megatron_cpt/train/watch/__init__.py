@@ -1,0 +1,1 @@
+"""What observes a running stage: metrics, watchdog, interrupts, spikes."""

@@ -1,0 +1,54 @@
+"""Build the index cache of a stage ahead of training, in a CPU job.
+
+The cache is content-addressed (shard, seed, sequence length, epoch) and appears whole: training, or a second builder, that
+starts meanwhile does no harm. What is there already is not built again.
+
+Example: megatron-cpt blend build-index --task tasks/demo --params demo-5m --size 8M
+"""
+
+import argparse
+import logging
+import sys
+import time
+from pathlib import Path
+
+from megatron_cpt.config.loading.resolve import add_run_arguments
+from megatron_cpt.data.blend.epochs import load_run
+from megatron_cpt.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_run_arguments(parser)
+    parser.add_argument("--workers", type=int, default=1, help="processes, each for a shard at a time (default: 1)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    # heavy: torch and megatron
+    from megatron_cpt.data.blend.plan import plan_blend
+    from megatron_cpt.data.blend.start_position import stage_order
+    from megatron_cpt.data.tokenizer.interface import load_tokenizer
+    from megatron_cpt.run.directory import run_dir
+    from megatron_cpt.train.samples.batches import DatasetTokenizer, build_train_dataset, dataset_config
+    from megatron_cpt.train.samples.stage_samples import build_train_indexes
+    from megatron_cpt.train.stage.validation import build_validation_sets
+
+    config = load_run(arguments).config
+    if config.data.tokenizer is None:
+        raise DataError("data.tokenizer: not set. Its end-of-document id is needed. Name the tokenizer's folder.")
+    run = run_dir(config)
+    data_dir = Path(config.paths.data_dir)
+    order = stage_order(config)
+    plan = plan_blend(config, run.data_list_path, order)
+    found = load_tokenizer(data_dir / config.data.tokenizer)
+    tokenizer = DatasetTokenizer(found.eod_id, found.vocab_size, found.identity)
+    started = time.monotonic()
+    if arguments.workers > 1:
+        blend = ([entry.prefix for entry in plan.entries], None)
+        settings = dataset_config(config, tokenizer, blend=blend)
+        build_train_indexes(config, plan.entries, settings, run.cache, arguments.workers, order)
+    dataset = build_train_dataset(config, plan.entries, tokenizer, run.cache, order)
+    build_validation_sets(config, tokenizer, run.cache)
+    seconds = time.monotonic() - started
+    sys.stdout.write(f"{run.cache}: {len(dataset):,} samples of {len(plan.entries):,} shards in {seconds:.1f} s\n")

@@ -1,0 +1,52 @@
+"""Remove training documents that share a passage of 13 words with an evaluation set.
+
+NAME=PATH names a corpus or an evaluation set; several inputs of a name belong together. Case, punctuation and Unicode's
+spellings of a character make no difference. The report (also in OUTPUT/report.json) says how many documents each evaluation
+set removed, with examples. A killed run goes on when the same command is given again.
+
+Example: megatron-cpt data decontaminate web=clean/web --against gsm8k=eval/gsm8k.jsonl --output decontaminated
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("inputs", nargs="+", metavar="[NAME=]PATH", help="training documents, by corpus")
+    parser.add_argument("--against", nargs="+", required=True, metavar="[NAME=]PATH", help="evaluation sets")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the clean documents")
+    parser.add_argument("--key", default="text", help="field of the training documents (default: text)")
+    parser.add_argument("--against-key", default="text", help="field of the evaluation sets (default: text)")
+    parser.add_argument("--ngram", type=int, default=13, help="words of a passage (default: 13)")
+    parser.add_argument("--min-words", type=int, default=8, help="shortest evaluation text looked for (default: 8)")
+    parser.add_argument("--min-matches", type=int, default=1, help="passages from which a document goes (default: 1)")
+    parser.add_argument("--compress", action="store_true", help="write .zst")
+    parser.add_argument("--skip-bad-lines", action="store_true", help="leave out lines that hold no document")
+    parser.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from megatron_cpt.data.cleaning.decontaminate import DecontaminationOptions, decontaminate, read_passages
+    from megatron_cpt.data.reading.named_corpora import named_corpora  # heavy: numpy
+    from megatron_cpt.data.reading.record_files import Reading
+
+    options = DecontaminationOptions(
+        ngram=arguments.ngram,
+        min_words=arguments.min_words,
+        min_matches=arguments.min_matches,
+        is_compressed=arguments.compress,
+    )
+    passages = read_passages(named_corpora(arguments.against), Reading(key=arguments.against_key), options)
+    reading = Reading(key=arguments.key, skip_bad_lines=arguments.skip_bad_lines)
+    report = decontaminate(
+        named_corpora(arguments.inputs), passages, arguments.output, reading, options, arguments.workers
+    )
+    for corpus, row in report["corpora"].items():
+        sys.stdout.write(f"{corpus}: {row['removed']:,} of {row['documents']:,} removed ({row['removed_share']:.2%})\n")
+        for kind, count in row["rejects"].items():
+            sys.stdout.write(f"  left out {count:,} lines: {kind}\n")
+    for name, removed in report["removed_by_evaluation"].items():
+        short = report["too_short"][name]
+        note = f"; {short:,} texts too short to be looked for" if short else ""
+        sys.stdout.write(f"  because of {name}: {removed:,}{note}\n")

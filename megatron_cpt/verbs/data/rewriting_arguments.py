@@ -1,0 +1,46 @@
+"""Arguments and run of the verbs that rewrite document files (repair, extract, merge-files)."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from megatron_cpt.verbs.tokenize import add_input_arguments
+
+
+def add_rewriting_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the inputs, the output folder, its compression and the number of workers."""
+    add_input_arguments(parser)
+    parser.add_argument(
+        "--output-dir", type=Path, required=True, help="folder for the files; the input tree is mirrored"
+    )
+    parser.add_argument("--compress", choices=("none", "gz", "zst"), default="none", help="compression of the outputs")
+    parser.add_argument(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: all cores)"
+    )
+
+
+def run_rewriting(
+    arguments: argparse.Namespace, label: str, keys: tuple[str, ...], on_bad_line: str, target_bytes: int | None = None
+) -> int:
+    """Rewrite the inputs and write one line per file to stdout."""
+    # reading documents needs compiled libraries; --help must not wait for them
+    from megatron_cpt.data.cleaning.rewrite import plan_tree_of_files, rewrite_all
+    from megatron_cpt.data.reading.documents import list_sources
+
+    sources = list_sources(arguments.input, arguments.include, arguments.exclude, arguments.format)
+    work = plan_tree_of_files(
+        sources,
+        arguments.output_dir,
+        target_bytes,
+        keys=keys,
+        on_bad_line=on_bad_line,
+        compression=arguments.compress,
+        max_document_bytes=arguments.max_document_bytes,
+        txt_documents=arguments.txt_documents,
+    )
+    findings = rewrite_all(work, arguments.workers, label)
+    sys.stdout.write("".join(f"{found}\n" for found in findings))
+    documents, bad = sum(found.documents for found in findings), sum(found.problems.total() for found in findings)
+    sys.stdout.write(f"{len(findings)} files became {len(work)}: {documents:,} documents, {bad:,} rejected lines\n")
+    return 0

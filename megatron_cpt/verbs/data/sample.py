@@ -1,0 +1,59 @@
+"""Take a subset of documents: by field value, by score bucket, a random number of each.
+
+The same documents are drawn whatever the order or number of files: a document's hash and the seed decide. Conditions:
+lang=ja, lang!=ja, score>=3.5, conversation_id^=translation_ (starts with), id!^=x (does not). With --score and --edges
+each bucket goes to a folder of its own, and --number counts per bucket. What was read, fitted and drawn is printed and
+written to OUTPUT/report.json.
+
+Example: megatron-cpt data sample raw/chat --where 'conversation_id!^=translation_' --number 1M --output chat-1M
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_cpt.config.settings.values import parse_count
+from megatron_cpt.errors import DataError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("inputs", nargs="+", help="files, folders or globs of documents")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the subset")
+    parser.add_argument("--number", help="documents to draw at random: 1000, 1M (default: all that fit)")
+    parser.add_argument("--where", action="append", default=[], metavar="CONDITION", help="all of them must hold")
+    parser.add_argument("--score", help="field that chooses the bucket")
+    parser.add_argument("--edges", nargs="+", type=float, default=[], help="ascending bounds of the buckets")
+    parser.add_argument("--seed", type=int, default=42, help="another seed draws others (default: 42)")
+    parser.add_argument("--key", default="text", help="field with the text or the chat messages (default: text)")
+    parser.add_argument("--compress", action="store_true", help="write .zst")
+    parser.add_argument("--skip-bad-lines", action="store_true", help="leave out lines that hold no document")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from megatron_cpt.data.cleaning.sample import SampleOptions, sample
+    from megatron_cpt.data.reading.documents import list_sources  # heavy: the readers
+    from megatron_cpt.data.reading.record_files import Reading
+
+    try:
+        number = None if arguments.number is None else parse_count(arguments.number)
+    except ValueError as problem:
+        raise DataError(f"--number: {problem}.") from None
+    report = sample(
+        list_sources(arguments.inputs),
+        arguments.output,
+        Reading(key=arguments.key, skip_bad_lines=arguments.skip_bad_lines),
+        SampleOptions(
+            number=number,
+            conditions=tuple(arguments.where),
+            score=arguments.score,
+            edges=tuple(arguments.edges),
+            seed=arguments.seed,
+            is_compressed=arguments.compress,
+        ),
+    )
+    for name, row in report["buckets"].items():
+        sys.stdout.write(f"{arguments.output / name}: {row['drawn']:,} of {row['found']:,} documents\n")
+    outside = f", {report['in_no_bucket']:,} of them in no bucket" if report["in_no_bucket"] else ""
+    sys.stdout.write(f"{report['documents']:,} documents read, {report['fit']:,} fit{outside}\n")
+    for kind, count in report["rejects"].items():
+        sys.stdout.write(f"left out {count:,} lines: {kind}\n")

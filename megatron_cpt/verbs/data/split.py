@@ -1,0 +1,51 @@
+"""Hold out a fixed, named validation set of each corpus by document hash.
+
+A document's side depends on its text and the set's name only: it never moves when data is added, and copies of it are on
+the same side. `train` and the set lie below OUTPUT/CORPUS/; tokenize them apart.
+
+Example: megatron-cpt data split ja=clean/ja en=clean/en --name validation --fraction 0.001 --output split
+"""
+
+import argparse
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+from megatron_cpt.errors import DataError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("inputs", nargs="+", metavar="[NAME=]PATH", help="documents, by corpus")
+    parser.add_argument("--output", type=Path, required=True, help="folder for both sides")
+    parser.add_argument("--name", default="validation", help="name of the set (default: validation)")
+    parser.add_argument("--fraction", type=Fraction, required=True, help="part of the documents: 0.001, 1/1000")
+    parser.add_argument("--key", default="text", help="field with the text or the chat messages (default: text)")
+    parser.add_argument("--compress", action="store_true", help="write .zst")
+    parser.add_argument("--skip-bad-lines", action="store_true", help="leave out lines that hold no document")
+    parser.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from megatron_cpt.data.cleaning.sample import split_validation
+    from megatron_cpt.data.reading.named_corpora import named_corpora  # heavy: the readers
+    from megatron_cpt.data.reading.record_files import Reading
+
+    if not 0 < arguments.fraction < 1 or arguments.name in ("train", "", ".", "..") or "/" in arguments.name:
+        raise DataError(
+            f"--fraction {arguments.fraction} --name {arguments.name}: a part between 0 and 1 and a file name other than train are needed."
+        )
+    counts = split_validation(
+        named_corpora(arguments.inputs),
+        arguments.output,
+        Reading(key=arguments.key, skip_bad_lines=arguments.skip_bad_lines),
+        name=arguments.name,
+        fraction=arguments.fraction,
+        is_compressed=arguments.compress,
+        workers=arguments.workers,
+    )
+    for corpus, row in counts.items():
+        total = max(row["documents"], 1)
+        held_out = row[arguments.name]
+        sys.stdout.write(f"{corpus}: {held_out:,} of {total:,} documents held out ({held_out / total:.3%})\n")
+        for kind, count in row["rejects"].items():
+            sys.stdout.write(f"  left out {count:,} lines: {kind}\n")
