@@ -13,16 +13,28 @@ from pathlib import Path
 import pytest
 
 from megatron_cpt.cli import VERBS
+from megatron_cpt.verbs.dispatch import verb_module
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = {
     **dict.fromkeys(("__init__", "errors", "log", "files"), 0),
     "config": 1,
-    **dict.fromkeys(("data", "launch"), 2),
-    "checkpoint": 3,
-    **dict.fromkeys(("train", "evaluate"), 4),
-    **dict.fromkeys(("cli", "verbs", "__main__"), 5),
+    "run": 2,
+    **dict.fromkeys(("data", "launch"), 3),
+    "checkpoint": 4,
+    **dict.fromkeys(("train", "evaluate"), 5),
+    **dict.fromkeys(("cli", "verbs", "__main__"), 6),
 }
+ROOMS = {
+    # rooms of a package; a room imports from its own group's rooms to the left and from earlier groups, never the other way
+    "config": "settings < checks, megatron < loading",
+    "data": "reading < tokenizer < lists < shards < tokenize < blend < joining < cleaning < chat < audit",
+    "checkpoint": "mapping < torch_dist < huggingface < convert < foreign < soup",
+    "launch": "node < scheduler < planning < submission",
+    "train": "backend < model < samples < state < watch < stage < tools",
+    "evaluate": "models < report < advice",
+}
+"""The order of the rooms inside each package; a comma puts rooms on one floor, where neither imports the other."""
 HEAVY = {"torch", "megatron", "transformers", "tokenizers", "numpy", "pyarrow", "matplotlib", "mergekit"}
 FORBIDDEN_STEMS = re.compile(r"(utils?|helpers?|common|misc|.*_v\d+|new_.*|process_.*|handle_.*|do_.*)$")
 SITE_PATH = re.compile(r"(?<![\w.{}$)/-])/(?:home|groups|gpfs|lustre|fs\d*|root|work|leonardo\w*|flare|eagle)/\w")
@@ -100,6 +112,36 @@ def test_imports_run_one_way_through_the_layers():
     assert not breaches, "\n".join(breaches)
 
 
+def room_of(module: str) -> str:
+    """Return the folder of a module inside its package (`reading`), or "" for a module that lies at the package's top."""
+    folders = library()[module].relative_to(ROOT / "megatron_cpt").parts[1:-1]
+    return folders[0] if folders else ""
+
+
+def test_every_room_has_its_place_in_the_order_of_its_package():
+    found = {(layer_of(module), room_of(module)) for module in library() if layer_of(module) != "verbs"}
+    known = {(layer, room) for layer, order in ROOMS.items() for room in re.findall(r"\w+", order)}
+    assert {pair for pair in found if pair[1]} == known
+
+
+def test_imports_run_one_way_through_the_rooms_of_a_package():
+    floors = {
+        (layer, room): floor
+        for layer, order in ROOMS.items()
+        for floor, rooms in enumerate(order.split(" < "))
+        for room in rooms.split(", ")
+    }
+    breaches = []
+    for module, path in library().items():
+        layer, room = layer_of(module), room_of(module)
+        for target, line in imported_modules(path).items():
+            other = room_of(target)
+            if layer_of(target) == layer and room and other and other != room:
+                if floors[layer, other] >= floors[layer, room]:
+                    breaches.append(f"{where(path, line)}: {layer}/{room} imports {layer}/{other}")
+    assert not breaches, "\n".join(breaches)
+
+
 def test_there_is_no_import_cycle():
     graph = {module: set(imported_modules(path)) - {"megatron_cpt"} for module, path in library().items()}
     while leaves := {module for module, targets in graph.items() if not targets & graph.keys()}:
@@ -112,7 +154,7 @@ def test_config_and_launch_name_no_heavy_package():
     breaches = [
         f"{where(path, line)}: {name}"
         for module, path in library().items()
-        if layer_of(module) in ("config", "launch")
+        if layer_of(module) in ("config", "run", "launch")
         for name, line in imports(path)
         if name.split(".")[0] in HEAVY
         # a login node may read a checkpoint's or a shard's index, once it is asked to
@@ -136,7 +178,9 @@ def test_megatron_is_imported_in_train_only():
     assert not users
 
 
-@pytest.mark.parametrize(("layers", "heavy"), [(("config", "launch"), HEAVY), (("cli", "verbs"), HEAVY - {"numpy"})])
+@pytest.mark.parametrize(
+    ("layers", "heavy"), [(("config", "run", "launch"), HEAVY), (("cli", "verbs"), HEAVY - {"numpy"})]
+)
 def test_importing_every_light_module_loads_no_heavy_package(layers, heavy):
     modules = [module for module in library() if layer_of(module) in layers]
     program = (
@@ -212,7 +256,8 @@ def help_text(argv):
     with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
         main([*argv, "--help"])
     return output.getvalue()
-module = importlib.import_module("megatron_cpt.verbs." + VERB.replace("-", "_"))
+from megatron_cpt.verbs.dispatch import verb_module
+module = importlib.import_module(verb_module(VERB))
 parser = argparse.ArgumentParser()
 module.add_arguments(parser)
 parts = list(getattr(module, "SUB_VERBS", ()))
@@ -238,18 +283,18 @@ def test_every_verb_explains_itself_with_an_example_quickly_and_without_heavy_pa
 
 
 def test_every_verb_module_is_reachable_from_the_command_line():
-    reachable = {verb.replace("-", "_") for verb in VERBS} | {"__init__"}
-    for verb in tuple(reachable - {"__init__"}):
-        path = ROOT / "megatron_cpt" / "verbs" / f"{verb}.py"
-        assert path.is_file(), f"{path} is missing"
-        for node in tree(path).body:
+    reachable = set()
+    for verb in VERBS:
+        module = verb_module(verb)
+        assert module in library(), f"{module} is missing"
+        reachable.add(module)
+        for node in tree(library()[module]).body:
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SUB_VERBS":
-                reachable |= {f"{verb}_{name.replace('-', '_')}" for name in ast.literal_eval(node.value)}
-    orphans = {path.stem for path in tracked("megatron_cpt/verbs/*.py")} - reachable
-    shared = {
-        target.rpartition(".")[2] for path in tracked("megatron_cpt/verbs/*.py") for target in imported_modules(path)
-    }
-    assert not orphans - shared, sorted(orphans - shared)
+                reachable |= {verb_module(f"{verb} {name}") for name in ast.literal_eval(node.value)}
+    verbs = {module: path for module, path in library().items() if layer_of(module) == "verbs"}
+    shared = {target for path in verbs.values() for target in imported_modules(path)}
+    packages = {module for module, path in verbs.items() if path.name == "__init__.py"}
+    assert not verbs.keys() - reachable - shared - packages
 
 
 TOOLS = tracked("tools/*.sh", "tools/*.py", "pbs/*.sh", "slurm/*.sh")

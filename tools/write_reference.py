@@ -91,7 +91,7 @@ def configuration_page() -> Iterator[str]:
     for kind, title in ((Site, "site"), (StageResources, "site.stages.STAGE")):
         yield from ["", f"## {title}", "", "In a site file only." if kind is Site else one_line(kind.__doc__ or ""), ""]
         yield from ["| key | default | meaning |", "|---|---|---|"]
-        described = attribute_texts(ROOT / "megatron_cpt" / "launch" / "site.py", kind.__name__)
+        described = attribute_texts(ROOT / "megatron_cpt" / "launch" / "scheduler" / "site.py", kind.__name__)
         for item in dataclasses.fields(kind):
             default = item.default if item.default is not dataclasses.MISSING else {}
             yield f"| `{item.name}` | `{cell(str(default))}` | {cell(described[item.name])} |"
@@ -173,7 +173,7 @@ def formats_page() -> Iterator[str]:
 
 def run_paths() -> Iterator[tuple[str, str]]:
     """Yield each path of a run directory with what its property says of it."""
-    tree = ast.parse((ROOT / "megatron_cpt" / "launch" / "run_dir.py").read_text(encoding="utf-8"))
+    tree = ast.parse((ROOT / "megatron_cpt" / "run" / "directory.py").read_text(encoding="utf-8"))
     kind = next(node for node in tree.body if isinstance(node, ast.ClassDef))
     for node in kind.body:
         if isinstance(node, ast.FunctionDef):

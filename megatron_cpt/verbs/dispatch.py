@@ -7,12 +7,13 @@ rest, with an example, the description. A verb with sub-verbs has a table of the
 import argparse
 import importlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import ModuleType
 
 
 def load_verb(name: str, program: str) -> tuple[ModuleType, argparse.ArgumentParser]:
-    """Import the module of a verb (`data dedup` is `data_dedup`) and return it with its parser."""
-    module = importlib.import_module(f"megatron_cpt.verbs.{name.replace('-', '_').replace(' ', '_')}")
+    """Import the module of a verb (`data dedup` is `verbs/data/dedup.py`) and return it with its parser."""
+    module = importlib.import_module(verb_module(name))
     summary, _, description = (module.__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(
         prog=program,
@@ -21,6 +22,13 @@ def load_verb(name: str, program: str) -> tuple[ModuleType, argparse.ArgumentPar
     )
     module.add_arguments(parser)
     return module, parser
+
+
+def verb_module(name: str) -> str:
+    """Return the dotted module of a verb; a verb with a folder has its table of sub-verbs in `sub_verbs.py` there."""
+    path = name.replace("-", "_").replace(" ", ".")
+    is_folder = (Path(__file__).parent / path).is_dir()
+    return f"{__package__}.{path}.sub_verbs" if is_folder else f"{__package__}.{path}"
 
 
 def add_sub_verbs(parser: argparse.ArgumentParser, sub_verbs: Mapping[str, str]) -> None:

@@ -25,11 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan; return 1 when the run does not fit."""
-    from megatron_cpt.data.blend.epochs import load_run
     from megatron_cpt.errors import LaunchError
     from megatron_cpt.launch.planning.plan import GIB, plan_run, plan_text
     from megatron_cpt.launch.planning.search import search_text
     from megatron_cpt.launch.scheduler.site import read_site
+    from megatron_cpt.verbs.run_arguments import load_run
 
     config = load_run(arguments).config
     gib = arguments.gpu_memory or read_site(arguments.site).gpu_memory_gib

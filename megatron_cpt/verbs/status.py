@@ -43,10 +43,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _text(arguments: argparse.Namespace) -> str:
     from megatron_cpt.config.loading.resolve import read_resolved
-    from megatron_cpt.data.blend.epochs import load_run
     from megatron_cpt.errors import ConfigError
     from megatron_cpt.launch.status import status_text
     from megatron_cpt.run.directory import RunDir, run_dir
+    from megatron_cpt.verbs.run_arguments import load_run
 
     if arguments.task:
         missing = [f"--{name}" for name in ("params", "size") if not getattr(arguments, name)]

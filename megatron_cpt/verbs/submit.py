@@ -83,7 +83,6 @@ def run(arguments: argparse.Namespace) -> int:
     """Submit the stage; return its exit code (local) or 0 once it is queued."""
     from megatron_cpt.config.loading.resolve import load_from_arguments
     from megatron_cpt.config.settings.derived import world_size
-    from megatron_cpt.data.blend.epochs import load_run
     from megatron_cpt.errors import LaunchError
     from megatron_cpt.launch.scheduler.local import run_local
     from megatron_cpt.launch.scheduler.site import read_site
@@ -92,6 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
     from megatron_cpt.launch.submission.submit import Submission, submit_chain
     from megatron_cpt.launch.submission.validate import check_training
     from megatron_cpt.run.directory import run_dir
+    from megatron_cpt.verbs.run_arguments import load_run
 
     if arguments.stage == "train" and (
         arguments.from_environment or arguments.finetune or arguments.universal_checkpoint
@@ -152,10 +152,10 @@ def _sweep(submission: "Submission", arguments: argparse.Namespace) -> int:
     """Start a grid: every point is loaded, and so checked, before anything begins."""
     import dataclasses
 
-    from megatron_cpt.data.blend.epochs import load_run
     from megatron_cpt.launch.submission.grid import grid_points, old_corpora, parse_grid
     from megatron_cpt.launch.submission.sweep import Sweep, run_sweep, submit_sweep, sweep_submission
     from megatron_cpt.run.variants import labelled
+    from megatron_cpt.verbs.run_arguments import load_run
 
     config = submission.loaded.config
     old = old_corpora(arguments, config)

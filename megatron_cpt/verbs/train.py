@@ -12,7 +12,7 @@ The run continues from its last checkpoint. SIGTERM or SIGUSR1, `touch RUN/stop_
 import argparse
 
 from megatron_cpt.config.loading.resolve import add_run_arguments
-from megatron_cpt.data.blend.epochs import load_run
+from megatron_cpt.verbs.run_arguments import load_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

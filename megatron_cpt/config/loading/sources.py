@@ -11,7 +11,7 @@ import yaml
 
 from megatron_cpt.errors import ConfigError
 
-CHECKOUT = Path(__file__).resolve().parents[2]
+CHECKOUT = Path(__file__).resolve().parents[3]
 SITE_DIRS = (Path("pbs/sites"), Path("slurm/sites"))
 
 

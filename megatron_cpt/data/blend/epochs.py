@@ -8,26 +8,17 @@ With `data.rules` shares depend on the length (`epochs 2` of a corpus is a small
 the longest one that the rules allow with the corpus that has the largest share read at most E times.
 """
 
-import argparse
 import dataclasses
 from fractions import Fraction
 
 from megatron_cpt.config.checks.all import check_config
-from megatron_cpt.config.loading.resolve import LoadedConfig, load_from_arguments
+from megatron_cpt.config.loading.resolve import LoadedConfig
 from megatron_cpt.config.settings.derived import train_iters, train_samples
 from megatron_cpt.config.settings.schema import RunConfig, TrainingConfig
 from megatron_cpt.errors import DataError
 
 _GRID = 200
 """Lengths that are tried with data.rules, equal factors apart."""
-
-
-def load_run(arguments: argparse.Namespace) -> LoadedConfig:
-    """Return the configuration that `add_run_arguments`' arguments name, its length in iterations.
-
-    Raises: ConfigError; DataError when the length is in epochs and the corpus's token files are missing.
-    """
-    return with_iterations(load_from_arguments(arguments))
 
 
 def with_iterations(loaded: LoadedConfig) -> LoadedConfig:

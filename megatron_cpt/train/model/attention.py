@@ -3,7 +3,7 @@
 Stands in for megatron's `DotProductAttention`: grouped queries without copies of keys, sliding windows, isolated
 documents, context parallelism by gathering keys and values, and value heads of another width (MLA).
 
-The `attention_mask` that reaches it is made by `visibility.py`: None for plain causal attention, the bounds of documents
+The `attention_mask` that reaches it is made by `attention_bounds.py`: None for plain causal attention, the bounds of documents
 (varlen attention on a GPU, document by document on a CPU), or `[b, 1, s, s]`, True where a query (row) may see a key
 (column). (megatron's own masks are True where hidden.)
 
@@ -120,7 +120,7 @@ def attend_varlen(
 ) -> Tensor:
     """Return the context `[t, n, d_v]` of causal attention within pieces by flash attention, for bf16 on a GPU.
 
-    Queries are `[t, n, d]`, keys and values `[k, g, d]`, with bounds as in `visibility.py`; the last query of a piece sees
+    Queries are `[t, n, d]`, keys and values `[k, g, d]`, with bounds as in `attention_bounds.py`; the last query of a piece sees
     its last key. Heads are padded with zeros to the size that the kernel takes, which moves no result.
     """
     width = value.shape[-1]

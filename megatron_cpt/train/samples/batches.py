@@ -50,7 +50,7 @@ class Batch:
 
     @property
     def attention_mask(self) -> Tensor | None:
-        """What attention takes (`visibility.py`): bounds of documents, a mask, or None for plain causal attention."""
+        """What attention takes (`attention_bounds.py`): bounds of documents, a mask, or None for plain causal attention."""
         return self.visibility.for_attention()
 
 
@@ -96,7 +96,7 @@ def build_validation_dataset(
 def dataset_config(config: RunConfig, tokenizer: DatasetTokenizer, **blend: Any) -> GPTDatasetConfig:
     """Return megatron's configuration of a run's datasets."""
     arguments = megatron_arguments(config, "GPTDatasetConfig") | {
-        # masks come from visibility.py, once per micro-batch instead of [s, s] per sample
+        # masks come from attention_bounds.py, once per micro-batch instead of [s, s] per sample
         "reset_attention_mask": False,
         "create_attention_mask": False,
         "split": "1,0,0",

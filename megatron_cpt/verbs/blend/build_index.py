@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 from megatron_cpt.config.loading.resolve import add_run_arguments
-from megatron_cpt.data.blend.epochs import load_run
 from megatron_cpt.errors import DataError
+from megatron_cpt.verbs.run_arguments import load_run
 
 logger = logging.getLogger(__name__)
 

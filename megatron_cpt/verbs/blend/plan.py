@@ -9,8 +9,8 @@ import argparse
 import sys
 
 from megatron_cpt.config.loading.resolve import add_run_arguments
-from megatron_cpt.data.blend.epochs import load_run
 from megatron_cpt.errors import DataError
+from megatron_cpt.verbs.run_arguments import load_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,6 +1,6 @@
 """Plan what a stage reads: lists, budgets, mixes, replay and index caches.
 
-Each sub-verb is a module `megatron_cpt.verbs.blend_NAME` with the same two functions as a verb.
+Each sub-verb is a module `megatron_cpt.verbs.blend.NAME` with the same two functions as a verb.
 
 Example: megatron-cpt blend plan --task tasks/demo --params demo-5m --size 8M
 """

@@ -1,6 +1,6 @@
 """Look after documents and token files: validate, repair, audit, trace, merge and more.
 
-Each sub-verb is a module `megatron_cpt.verbs.data_NAME` with the same two functions as a verb.
+Each sub-verb is a module `megatron_cpt.verbs.data.NAME` with the same two functions as a verb.
 
 Example: megatron-cpt data validate --input 'corpora/**/*.jsonl.zst'
 """
