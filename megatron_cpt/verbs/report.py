@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from megatron_cpt.errors import ConfigError
     from megatron_cpt.evaluate.page.build import write_page
-    from megatron_cpt.launch.find_runs import find_runs, report_dir
+    from megatron_cpt.run.find import find_runs, report_dir
 
     paths = find_runs(arguments.runs, arguments.runs_dir)
     output = arguments.output

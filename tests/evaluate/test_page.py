@@ -16,8 +16,8 @@ from megatron_cpt.evaluate.page.build import LivePage, marks, write_page
 from megatron_cpt.evaluate.page.curves import train_curves
 from megatron_cpt.evaluate.page.measured import measured
 from megatron_cpt.evaluate.report.stages import read_stage
-from megatron_cpt.launch.find_runs import find_runs, report_dir
 from megatron_cpt.run.directory import RunDir
+from megatron_cpt.run.find import find_runs, report_dir
 from megatron_cpt.run.ledger import append_record
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")

@@ -29,7 +29,6 @@ from megatron_cpt.run.data_history import keep_superseded
 from megatron_cpt.run.directory import RunDir, run_dir
 from megatron_cpt.run.revision import code_revision
 from megatron_cpt.train.backend.parallel import on_rank_0
-from megatron_cpt.train.environment import environment
 from megatron_cpt.train.model.build import build_training_model
 from megatron_cpt.train.samples.batches import DatasetTokenizer, build_train_dataset
 from megatron_cpt.train.samples.skipped_iterations import passed_ranges, skipped_ranges, tokens_per_corpus
@@ -45,6 +44,7 @@ from megatron_cpt.train.state.resume_check import (
     reads_other_data,
 )
 from megatron_cpt.train.state.start_weights import initial_checkpoint
+from megatron_cpt.train.watch.environment import environment
 
 logger = logging.getLogger(__name__)
 
