@@ -22,7 +22,7 @@ LAYERS = {
     "run": 2,
     **dict.fromkeys(("data", "launch"), 3),
     "checkpoint": 4,
-    **dict.fromkeys(("train", "evaluate"), 5),
+    **dict.fromkeys(("train", "evaluate", "start"), 5),
     **dict.fromkeys(("cli", "verbs", "__main__"), 6),
 }
 ROOMS = {

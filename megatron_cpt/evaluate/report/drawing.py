@@ -90,14 +90,18 @@ def label_lines(axis: Axes, lines: Sequence[Line]) -> None:
         is_last = line.x[-1] > 0.9 * rightmost
         at = len(line.x) - 1 if is_last else len(line.x) // 2
         shift = 8.0
+        leader: dict[str, Any] | None = None
         if is_last:
             position = (line.y[at] - low) / (high - low) * height
             shift = max(highest + 13 - position, 0.0)
             highest = position + shift
+            if shift > 8:  # the label is no longer beside its line
+                leader = {"arrowstyle": "-", "color": line.colour, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 0}
         axis.annotate(
             line.name,
             (line.x[at], line.y[at]),
-            xytext=(6 if is_last else 3, shift),
+            xytext=(14 if leader else 6 if is_last else 3, shift),
+            arrowprops=leader,
             textcoords="offset points",
             color=line.colour,
             va="center" if is_last else "bottom",
