@@ -10,7 +10,7 @@ import os
 import sys
 
 from megatron_cpt import __version__
-from megatron_cpt.errors import CptError
+from megatron_cpt.errors import CptError, storage_error
 from megatron_cpt.log import configure_logging
 from megatron_cpt.verbs.dispatch import load_verb, parse_words
 
@@ -72,3 +72,6 @@ def _run_verb(verb: str, argv: list[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as problem:
+        sys.stderr.write(f"megatron-cpt {verb}: {storage_error(problem)}\n")
+        return 2

@@ -12,9 +12,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_cpt.errors import CptError
+from megatron_cpt.errors import CptError, storage_error
 
 _LEFTOVER_SECONDS = 86400
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an OSError of the block that names no file (a write, an fsync) the name of this one."""
+    try:
+        yield
+    except OSError as problem:
+        if problem.filename is None:
+            problem.filename = os.fspath(path)
+        raise
 
 
 @contextlib.contextmanager
@@ -27,14 +38,15 @@ def whole_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     encoding = None if "b" in mode else "utf-8"
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
     try:
-        os.fchmod(descriptor, 0o666 & ~_umask())
-        with os.fdopen(descriptor, mode, encoding=encoding) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
+        with naming(path):
+            os.fchmod(descriptor, 0o666 & ~_umask())
+            with os.fdopen(descriptor, mode, encoding=encoding) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(name, path)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # the first problem is the one to tell
             os.unlink(name)
         raise
     sync_dir(path.parent)
@@ -53,13 +65,14 @@ def whole_dir(path: Path) -> Iterator[Path]:
     _remove_leftovers(path)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     try:
-        os.chmod(temporary, 0o777 & ~_umask())
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as opened:
-                    os.fsync(opened.fileno())
-        os.rename(temporary, path)
+        with naming(path):
+            os.chmod(temporary, 0o777 & ~_umask())
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    with file.open("rb") as opened, naming(file):
+                        os.fsync(opened.fileno())
+            os.rename(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -80,20 +93,36 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path, error: type[CptError] = CptError) -> Any:
     """Return the JSON value in `path`.
 
-    Raises: `error` naming the file when it is missing or not JSON.
+    Raises: `error` naming the file when it is missing, cannot be read or is not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with naming(path):
+            return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise error(f"{path}: no such file.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as problem:
+    except OSError as problem:
+        raise error(str(storage_error(problem))) from None
+    except RecursionError:
+        raise error(f"{path}: not valid JSON (lists or dictionaries thousands deep).") from None
+    except ValueError as problem:  # also of text that is not UTF-8, and of numbers with thousands of digits
         raise error(f"{path}: not valid JSON ({problem}).") from None
+
+
+def read_json_object(path: Path, error: type[CptError] = CptError) -> dict[str, Any]:
+    """Return the JSON object (a dictionary) in `path`.
+
+    Raises: `error` naming the file when it is missing, cannot be read, or holds anything else.
+    """
+    value = read_json(path, error)
+    if not isinstance(value, dict):
+        raise error(f"{path}: holds {type(value).__name__ if value is not None else 'null'}. A JSON object is needed.")
+    return value
 
 
 def file_hash(path: Path, chunk_bytes: int = 1 << 22) -> str:
     """Return the BLAKE2b-128 hash of a file's bytes as 32 hexadecimal digits."""
     digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
+    with path.open("rb") as file, naming(path):
         while chunk := file.read(chunk_bytes):
             digest.update(chunk)
     return digest.hexdigest()
@@ -108,7 +137,8 @@ def sync_dir(path: Path) -> None:
     """Flush a folder's entries to disk, so that a rename in it survives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

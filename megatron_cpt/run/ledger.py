@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from megatron_cpt.files import naming
+
 logger = logging.getLogger(__name__)
 
 ACTIVE_STATES = ("submitted", "running")
@@ -32,8 +34,9 @@ def append_record(jobs_dir: Path, job: str, **fields: Any) -> None:
         line = "\n" + line
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
-        os.write(descriptor, line.encode())
-        os.fsync(descriptor)
+        with naming(path):
+            os.write(descriptor, line.encode())
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

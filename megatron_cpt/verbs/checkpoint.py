@@ -76,11 +76,13 @@ def _list(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     from megatron_cpt.checkpoint.torch_dist.mcore import verify_checkpoint
+    from megatron_cpt.checkpoint.torch_dist.megatron_arguments import check_safe  # torch
 
     damaged = 0
     for directory in _directories(arguments.path, complete=False):
         try:
             verify_checkpoint(directory, "size" if arguments.size else "full")
+            check_safe(directory)
         except CheckpointError as problem:
             damaged += 1
             sys.stdout.write(f"DAMAGED {problem}\n")

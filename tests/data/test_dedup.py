@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from megatron_cpt import cli
 from megatron_cpt.data.cleaning import dedup as dedup_module
-from megatron_cpt.data.cleaning import task as cleaning_task
 from megatron_cpt.data.cleaning.clusters import _union, bands_and_rows
 from megatron_cpt.data.cleaning.dedup import DedupOptions, deduplicate
 from megatron_cpt.data.cleaning.shingles import shingle_hashes, words_at, words_of
@@ -309,7 +308,6 @@ def test_two_processes_do_not_work_in_one_folder(corpora, monkeypatch):
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
-    cleaning_task.release(corpora / ".out.work")
     try:
         holder.stdout.readline()
         with pytest.raises(DataError, match="another process is at this work"):

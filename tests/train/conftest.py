@@ -2,13 +2,16 @@
 
 import random
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megatron_cpt.data.tokenize.driver import tokenize
+from tests.train.tiny import run_steps, tiny_config
 
 WORDS = {
     "D0": "the a model learns text from books and letters slowly with care in long plain sentences".split(),
@@ -44,6 +47,24 @@ def experiment_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (root / f"{name}.jsonl").write_bytes(lines)
             tokenize([root / f"{name}.jsonl"], root / "tokenizer", output_prefix=root / "tokens" / name)
     return root
+
+
+@pytest.fixture(scope="session")
+def trained(ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[str, Any]]:
+    """Per kind of model: a checkpoint of one CPU rank after two steps in fp32, and (loss, norm) of its next three."""
+    made: dict[str, tuple[str, Any]] = {}
+
+    def get(kind: str) -> tuple[str, Any]:
+        if kind not in made:
+            root = tmp_path_factory.mktemp(kind)
+            (losses,) = ranks.run(run_steps, 1, tiny_config(kind), 0, 2, None, str(root))
+            assert losses[1][0] < losses[0][0] + 1
+            checkpoint = str(root / "iter_0000002")
+            (steps,) = ranks.run(run_steps, 1, tiny_config(kind), 2, 5, checkpoint, None)
+            made[kind] = checkpoint, steps
+        return made[kind]
+
+    return get
 
 
 @pytest.fixture

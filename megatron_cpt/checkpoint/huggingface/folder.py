@@ -2,7 +2,7 @@
 
 A safetensors file is eight bytes (length of the header, little endian), a JSON header (name -> dtype, shape, offsets) and
 the values. Reading with `preadv` into a tensor of our own keeps the memory bounded by what is asked for, which a mapped
-file does not. `pytorch_model*.bin` folders are read with `torch.load(weights_only=True, mmap=True)`.
+file does not. `pytorch_model*.bin` folders are read by `safe.load_safely`, mapped.
 """
 
 import hashlib
@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 from megatron_cpt.checkpoint.torch_dist.dcp_writer import HashingWriter
+from megatron_cpt.checkpoint.torch_dist.pickles import load_safely
 from megatron_cpt.errors import CheckpointError
-from megatron_cpt.files import read_json, write_json
+from megatron_cpt.files import naming, read_json, write_json
 
 DTYPES = {
     "F64": torch.float64,
@@ -66,7 +67,7 @@ class HFFolder:
             if file.suffix == ".safetensors":
                 self._entries.update(_read_header(file))
             else:
-                self._pickled.update(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+                self._pickled.update(_read_pickled(file))
         self._check_index()
 
     def names(self) -> list[str]:
@@ -105,7 +106,7 @@ class HFFolder:
         if math.prod(shape) == 0:
             return torch.empty(shape, dtype=dtype)
         values = torch.empty(length, dtype=torch.uint8)
-        with file.open("rb", buffering=0) as raw:
+        with file.open("rb", buffering=0) as raw, naming(file):
             _read_fully(raw.fileno(), memoryview(values.numpy()), offset, file)
         return values.view(dtype).view(shape)
 
@@ -223,7 +224,7 @@ def _weight_files(path: Path) -> list[Path]:
 
 def _read_header(file: Path) -> dict[str, tuple[Path, int, int, torch.dtype, tuple[int, ...]]]:
     size = file.stat().st_size
-    with file.open("rb") as raw:
+    with file.open("rb") as raw, naming(file):
         length = int.from_bytes(raw.read(8), "little")
         if size < 8 or length > size - 8:
             raise CheckpointError(f"{file}: {size} bytes, its header alone needs {length + 8}. It is truncated.")
@@ -251,6 +252,15 @@ def _read_header(file: Path) -> dict[str, tuple[Path, int, int, torch.dtype, tup
     return entries
 
 
+def _read_pickled(file: Path) -> dict[str, torch.Tensor]:
+    content = load_safely(file, os.fspath(file), mmap=True, only_tensors=True)
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items()
+    ):
+        raise CheckpointError(f"{file}: holds no dictionary of tensors by name. Weights are needed. Fetch it again.")
+    return content
+
+
 def _read_fully(descriptor: int, view: memoryview, offset: int, file: Path) -> None:
     done = 0
     while done < len(view):
@@ -264,7 +274,7 @@ def sampled_hash(file: Path) -> str:
     """Return a hash of 17 pieces of 64 KiB over a file's length, which tells files apart without reading them whole."""
     size = file.stat().st_size
     digest = hashlib.blake2b(digest_size=16)
-    with file.open("rb") as raw:
+    with file.open("rb") as raw, naming(file):
         for number in range(_SAMPLES + 1):
             raw.seek(size * number // _SAMPLES - (_SAMPLE_BYTES if number == _SAMPLES and size > _SAMPLE_BYTES else 0))
             digest.update(raw.read(_SAMPLE_BYTES))
@@ -285,7 +295,7 @@ def _write_shard(path: Path, groups: Sequence[OutputGroup], progress: Callable[[
             offset += length
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as raw:
+    with path.open("wb") as raw, naming(path):
         file = HashingWriter(raw)
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)

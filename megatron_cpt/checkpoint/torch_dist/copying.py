@@ -4,11 +4,11 @@ import hashlib
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from megatron_cpt.checkpoint.torch_dist import mcore
 from megatron_cpt.errors import CheckpointError
-from megatron_cpt.files import file_hash, sync_dir
+from megatron_cpt.files import file_hash, naming, sync_dir
 from megatron_cpt.log import Progress, format_bytes
 
 logger = logging.getLogger(__name__)
@@ -63,8 +63,8 @@ def _copy_file(source: Path, target: Path, entry: dict[str, Any], progress: Prog
 
 def _copy_bytes(source: Path, target: Path, progress: Progress | None = None) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    with source.open("rb") as reader, target.open("wb") as writer:
-        while chunk := reader.read(_CHUNK_BYTES):
+    with source.open("rb") as reader, target.open("wb") as writer, naming(target):
+        while chunk := _read(reader, source):
             digest.update(chunk)
             writer.write(chunk)
             if progress is not None:
@@ -72,6 +72,11 @@ def _copy_bytes(source: Path, target: Path, progress: Progress | None = None) ->
         writer.flush()
         os.fsync(writer.fileno())
     return digest.hexdigest()
+
+
+def _read(reader: IO[bytes], source: Path) -> bytes:
+    with naming(source):
+        return reader.read(_CHUNK_BYTES)
 
 
 def _advance_tracker(root: Path, copied: Path) -> None:

@@ -1,7 +1,7 @@
 """torch.distributed.checkpoint files read tensor by tensor: no process group, no model, bounded memory.
 
 A `torch_dist` folder is `.metadata` (a pickled index: which slice of which tensor lies where) and `__R_I.distcp` files
-(each slice one `torch.save`). The index is unpickled through an allow-list and slices with `weights_only`, so that
+(each slice one `torch.save`). The index is read as data (index_pickle.py) and slices with `weights_only`, so that
 nothing in a checkpoint can run code. torch writes a CRC-32 with each slice but does not look at it when it loads; it is
 checked here, so that a flipped bit is an error whoever made the checkpoint.
 
@@ -11,8 +11,6 @@ Source: torch 2.13, `torch/distributed/checkpoint/{metadata,filesystem}.py`.
 import io
 import math
 import os
-import pathlib
-import pickle
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,8 +24,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_cpt.checkpoint.torch_dist.pickles import Placeholder, load_safely
-from megatron_cpt.errors import CheckpointError
+from megatron_cpt.checkpoint.torch_dist.index_pickle import NameRefused, read_index
+from megatron_cpt.checkpoint.torch_dist.pickles import first_line, load_safely
+from megatron_cpt.errors import CheckpointError, DamagedError
+from megatron_cpt.files import naming
 
 METADATA = ".metadata"
 _CHUNK_BYTES = 1 << 22
@@ -76,14 +76,14 @@ class DcpReader:
             overlap = _overlap(start, shape, chunk)
             if overlap is None:
                 continue
-            stored = self._load(MetadataIndex(key, chunk.offsets))
+            stored = self._slice(key, chunk)
             here = stored[
                 tuple(slice(low - off, high - off) for (low, high), off in zip(overlap, chunk.offsets, strict=True))
             ]
             if here.numel() == wanted:
                 return here.reshape(shape) if here.shape == stored.shape else here.clone()
             if result is None:
-                result = torch.empty(shape, dtype=self.dtype(key))
+                result = self._empty(key, shape)
             result[tuple(slice(low - off, high - off) for (low, high), off in zip(overlap, start, strict=True))] = here
             covered += here.numel()
         if result is None or covered != wanted:
@@ -103,40 +103,66 @@ class DcpReader:
         except KeyError:
             raise CheckpointError(f"{self.directory}: no tensor {key}. It holds {len(self._tensors)} others.") from None
 
-    def _load(self, index: MetadataIndex, *, only_tensors: bool = True) -> Any:
-        info = self.metadata.storage_data[index]
-        path = self.directory / Path(info.relative_path).name
+    def _slice(self, key: str, chunk: ChunkStorageMetadata) -> torch.Tensor:
+        stored = self._load(MetadataIndex(key, chunk.offsets))
+        if not isinstance(stored, torch.Tensor) or stored.shape != chunk.sizes or stored.dtype != self.dtype(key):
+            raise CheckpointError(
+                f"{self.directory}: {key} at {list(chunk.offsets)} is not the {list(chunk.sizes)} {self.dtype(key)} that "
+                "the index says. The checkpoint is damaged. Use another one."
+            )
+        return stored
+
+    def _empty(self, key: str, shape: tuple[int, ...]) -> torch.Tensor:
         try:
-            with path.open("rb", buffering=0) as file:
+            return torch.empty(shape, dtype=self.dtype(key))
+        except (RuntimeError, MemoryError):
+            raise CheckpointError(
+                f"{self.directory}: {key} is {list(shape)} {self.dtype(key)} by the index, more than the memory. "
+                "Use a machine with more memory; if no model is as large, the checkpoint is damaged."
+            ) from None
+
+    def _load(self, index: MetadataIndex, *, only_tensors: bool = True) -> Any:
+        info = self.metadata.storage_data.get(index)
+        if info is None:
+            raise CheckpointError(
+                f"{self.directory}: the index does not say where {index.fqn} at {list(index.offset or ())} lies. "
+                "The checkpoint is damaged. Use another one."
+            )
+        path = self.directory / info.relative_path
+        try:
+            with path.open("rb", buffering=0) as file, naming(path):
                 view = cast("IO[bytes]", _FileView(file, info.offset, info.length))
                 where = f"{path}: {index.fqn} at byte {info.offset}"
                 _check_crc(view, where)
                 view.seek(0)
                 return load_safely(view, where, only_tensors=only_tensors)
         except FileNotFoundError:
-            raise CheckpointError(f"{path}: no such file. {index.fqn} is in it. Use another checkpoint.") from None
+            raise DamagedError(f"{path}: no such file. {index.fqn} is in it. Use another checkpoint.") from None
 
 
 def read_metadata(directory: Path) -> Metadata:
-    """Return the index of a `torch_dist` folder, unpickled through an allow-list.
+    """Return the index of a `torch_dist` folder, built from checked values (see index_pickle.py).
 
     Raises: CheckpointError when it is missing, damaged, or names a class that has no business in an index.
     """
     path = directory / METADATA
     try:
-        with path.open("rb") as file:
-            index = _IndexUnpickler(file).load()
+        with naming(path):
+            content = path.read_bytes()
+        return read_index(content)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file. A torch_dist checkpoint folder is needed.") from None
-    except CheckpointError:
+    except NameRefused as name:
+        raise CheckpointError(
+            f"{path}: names {name}, which has no business in an index and could run code. It is not loaded. "
+            "Do not use a checkpoint from this source."
+        ) from None
+    except OSError:
         raise
     except Exception as problem:  # a damaged pickle can raise nearly anything
-        raise CheckpointError(
-            f"{path}: cannot be read ({problem}). The checkpoint is damaged. Use another one."
+        raise DamagedError(
+            f"{path}: cannot be read ({first_line(problem)}). The checkpoint is damaged. Use another one."
         ) from None
-    if not isinstance(index, Metadata) or index.storage_data is None:
-        raise CheckpointError(f"{path}: is no index of a torch_dist checkpoint. Use another checkpoint.")
-    return index
 
 
 def _check_crc(view: IO[bytes], where: str) -> None:
@@ -154,7 +180,7 @@ def _check_crc(view: IO[bytes], where: str) -> None:
             except zipfile.BadZipFile:
                 if number == 0 and info.file_size < 64:
                     return  # the smallest record too: written without (torch.serialization.set_crc32_options)
-                raise CheckpointError(
+                raise DamagedError(
                     f"{where}: its CRC-32 does not fit its content. The file is damaged. Use another checkpoint."
                 ) from None
 
@@ -185,35 +211,6 @@ class _FileView(io.RawIOBase):
         count = os.preadv(self._descriptor, [view], self._offset + self._position) if len(view) else 0
         self._position += count
         return count
-
-
-_ALLOWED = {
-    *(("torch.distributed.checkpoint.metadata", name) for name in (
-        "ChunkStorageMetadata", "TensorProperties", "TensorStorageMetadata", "BytesStorageMetadata", "Metadata",
-        "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
-    )),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("collections", "OrderedDict"),
-    ("builtins", "set"),
-}  # fmt: skip
-_BOOKKEEPING = ("megatron.core.dist_checkpointing", "torch.distributed.checkpoint.planner")
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if module in ("pathlib", "pathlib._local") and name == "PosixPath":
-            return pathlib.PosixPath
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if (module, name) in _ALLOWED:
-            return super().find_class(module, name)
-        if module.startswith(_BOOKKEEPING):
-            return Placeholder
-        raise CheckpointError(
-            f"the index names {module}.{name}, which has no business in it. Do not use a checkpoint from this source."
-        )
 
 
 def _overlap(start: Sequence[int], shape: Sequence[int], chunk: ChunkStorageMetadata) -> list[tuple[int, int]] | None:

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_cpt.checkpoint.torch_dist.dcp import METADATA
 from megatron_cpt.errors import CheckpointError
-from megatron_cpt.files import sync_dir
+from megatron_cpt.files import naming, sync_dir
 
 PART_BYTES = 1 << 30
 
@@ -71,7 +71,7 @@ def write_dcp(
     def write_part(number: int) -> tuple[str, str, dict[MetadataIndex, _StorageInfo]]:
         name = f"__0_{number}.distcp"
         placed = {}
-        with (directory / name).open("wb") as raw:
+        with (directory / name).open("wb") as raw, naming(directory / name):
             file = cast("IO[bytes]", hashing := HashingWriter(raw))
             for part in parts[number]:
                 offset = file.tell()
@@ -94,7 +94,7 @@ def write_dcp(
             storage.update(placed)
     index = Metadata(_state_dict_metadata(slices, objects or {}), storage_data=storage)
     index.storage_meta, index.version = StorageMeta(), CURRENT_DCP_VERSION
-    with (directory / METADATA).open("wb") as raw:
+    with (directory / METADATA).open("wb") as raw, naming(directory / METADATA):
         file = HashingWriter(raw)
         pickle.dump(index, file)
         raw.flush()

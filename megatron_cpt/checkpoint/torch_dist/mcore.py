@@ -13,12 +13,12 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_cpt.config.settings.schema import ModelConfig
-from megatron_cpt.errors import CheckpointError
+from megatron_cpt.errors import CheckpointError, DamagedError, storage_error
 from megatron_cpt.files import file_hash, read_json, text_hash, write_json, write_text
 from megatron_cpt.log import format_bytes
 
@@ -57,6 +57,8 @@ def read_tracker(root: Path) -> Iteration | None:
         return None
     except UnicodeDecodeError:
         text = "(not text)"
+    except OSError as problem:
+        raise CheckpointError(str(storage_error(problem))) from None
     if text == "release":
         return "release"
     if not re.fullmatch(r"\d+", text):
@@ -98,18 +100,18 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     Raises: CheckpointError when there is none, when it is damaged or of a format that this version does not know.
     """
     path = directory / MANIFEST
-    if not path.exists():
+    if not _is_there(path):
         found = "no such folder" if not directory.is_dir() else "no manifest.json, the save did not finish"
         raise CheckpointError(f"{directory}: {found}. A complete checkpoint is needed.")
-    manifest = read_json(path, CheckpointError)
-    if not isinstance(manifest, dict) or "files" not in manifest:
-        raise CheckpointError(f"{path}: is not a manifest. The checkpoint is damaged. Use another one.")
+    manifest = read_json(path, DamagedError)
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise DamagedError(f"{path}: is not a manifest. The checkpoint is damaged. Use another one.")
     checksum = manifest.pop("checksum", None)
     if checksum != _checksum(manifest):
-        raise CheckpointError(f"{path}: its checksum does not fit its content. The file is damaged. Use another one.")
-    if manifest["format"] != MANIFEST_FORMAT:
+        raise DamagedError(f"{path}: its checksum does not fit its content. The file is damaged. Use another one.")
+    if manifest.get("format") != MANIFEST_FORMAT:
         raise CheckpointError(
-            f"{path}: format {manifest['format']}. This version reads format {MANIFEST_FORMAT}. Update megatron-cpt."
+            f"{path}: format {manifest.get('format')}. This version reads format {MANIFEST_FORMAT}. Update megatron-cpt."
         )
     return manifest
 
@@ -127,21 +129,30 @@ def manifest_model(manifest: Mapping[str, Any], where: Path) -> ModelConfig:
 def verify_checkpoint(directory: Path, mode: VerifyMode = "full") -> dict[str, Any]:
     """Return the manifest after checking that every file is there with its size and, in mode full, its hash.
 
-    Raises: CheckpointError naming the checkpoint and everything that is wrong with it.
+    Raises: CheckpointError naming the checkpoint and everything that is wrong with it: what cannot be read is damage.
     """
     manifest = read_manifest(directory)
-    damage = []
-    for name, expected in manifest["files"].items():
-        path = directory / name
-        if not path.is_file():
-            damage.append(f"{name} is missing")
-        elif (size := path.stat().st_size) != expected["bytes"]:
-            damage.append(f"{name} has {size} bytes instead of {expected['bytes']}")
-        elif mode == "full" and file_hash(path) != expected["hash"]:
-            damage.append(f"{name} has another hash than when it was written")
+    damage = [
+        f"{name} {found}"
+        for name, expected in manifest["files"].items()
+        if (found := _damage(directory / name, expected, mode))
+    ]
     if damage:
-        raise CheckpointError(f"{directory}: {'; '.join(damage)}. The checkpoint is damaged. Use another one.")
+        raise DamagedError(f"{directory}: {'; '.join(damage)}. The checkpoint is damaged. Use another one.")
     return manifest
+
+
+def _damage(path: Path, expected: Mapping[str, Any], mode: VerifyMode) -> str | None:
+    try:
+        if not path.is_file():
+            return "is missing" if not os.path.lexists(path) else "is no file"
+        if (size := path.stat().st_size) != expected["bytes"]:
+            return f"has {size} bytes instead of {expected['bytes']}"
+        if mode == "full" and file_hash(path) != expected["hash"]:
+            return "has another hash than when it was written"
+    except OSError as problem:
+        return f"cannot be read ({problem.strerror})"
+    return None
 
 
 def list_checkpoints(root: Path) -> list[Iteration]:
@@ -164,15 +175,16 @@ def iterations_on_disk(root: Path) -> list[Iteration]:
     if not root.is_dir():
         return []
     with os.scandir(root) as entries:
-        found = [iteration_of(Path(entry.path)) for entry in entries if entry.is_dir()]
+        found = [iteration_of(Path(entry.path)) for entry in entries if not entry.is_file(follow_symlinks=False)]
     return sorted((iteration for iteration in found if iteration is not None), key=_order)
 
 
-def newest_good_checkpoint(root: Path, mode: VerifyMode = "full") -> Path | None:
+def newest_good_checkpoint(root: Path, mode: VerifyMode = "full", unreadable: Collection[Path] = ()) -> Path | None:
     """Return the newest checkpoint of `root` that verifies, None when `root` has never had one.
 
     Starts at the iteration that the tracker names (a person rolls a run back by editing it) and walks back over
-    damaged ones, warning about each. A folder without manifest is an unfinished save and is passed over.
+    damaged ones, warning about each. A folder without manifest is an unfinished save and is passed over, as are those
+    that a rank found to be `unreadable`.
 
     Raises: CheckpointError when there were checkpoints and all of them are damaged.
     """
@@ -183,7 +195,10 @@ def newest_good_checkpoint(root: Path, mode: VerifyMode = "full") -> Path | None
         if tracked is not None and _order(iteration) > _order(tracked):
             logger.warning("%s: newer than the tracker's %s, not used. Edit %s to use it.", directory, tracked, TRACKER)
             continue
-        if not (directory / MANIFEST).exists() and iteration != tracked:
+        if directory in unreadable:
+            damaged.append(f"{directory}: cannot be read.")
+            continue
+        if not _is_there(directory / MANIFEST) and iteration != tracked:
             logger.warning("%s: unfinished save (no manifest.json), passed over.", directory)
             continue
         try:
@@ -210,7 +225,7 @@ def find_checkpoint(path: Path, mode: VerifyMode = "size") -> Path:
 
     Raises: CheckpointError when there is none.
     """
-    if (path / MANIFEST).exists() or iteration_of(path) is not None:
+    if _is_there(path / MANIFEST) or iteration_of(path) is not None:
         verify_checkpoint(path, mode)
         return path
     found = newest_good_checkpoint(path, mode) if path.is_dir() else None
@@ -244,6 +259,14 @@ def check_holds_no_run(root: Path) -> None:
 def checkpoint_bytes(directory: Path) -> int:
     """Return the bytes of all files in a checkpoint folder, complete or not."""
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+def _is_there(path: Path) -> bool:
+    """Return whether there is something; what cannot be looked at counts, so that it is damage and not an unfinished save."""
+    try:
+        return path.exists()
+    except OSError:
+        return True
 
 
 def _checksum(manifest: Mapping[str, Any]) -> str:

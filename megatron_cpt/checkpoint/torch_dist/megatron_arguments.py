@@ -126,8 +126,8 @@ def write_common(directory: Path, common: Mapping[str, Any]) -> None:
         torch.save(dict(common), file)
 
 
-def read_common(directory: Path) -> dict[str, Any]:
-    """Return the common state of a `torch_dist` folder, empty where it has none.
+def read_common(directory: Path, reader: DcpReader | None = None) -> dict[str, Any]:
+    """Return the common state of a `torch_dist` folder, empty where it has none; `reader`: an open one of the folder.
 
     Raises: CheckpointError when it names a class that could run code.
     """
@@ -135,9 +135,18 @@ def read_common(directory: Path) -> dict[str, Any]:
     if path.exists():
         common = load_safely(path, os.fspath(path))
     else:
-        reader = DcpReader(directory)
-        common = reader.read_object(COMMON_STATE)[0] if COMMON_STATE in reader.object_keys() else {}
+        reader = reader or DcpReader(directory)
+        stored = reader.read_object(COMMON_STATE) if COMMON_STATE in reader.object_keys() else [{}]
+        common = stored[0] if isinstance(stored, list) and stored else {}
     return common if isinstance(common, dict) else {}
+
+
+def check_safe(directory: Path) -> None:
+    """Raise CheckpointError when a pickle of a `torch_dist` folder holds more than weights, an index and arguments."""
+    reader = DcpReader(directory)
+    read_common(directory, reader)
+    for key in reader.object_keys():
+        reader.read_object(key)
 
 
 def find_step(value: Any) -> int | None:

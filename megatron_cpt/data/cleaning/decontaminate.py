@@ -1,8 +1,9 @@
 """Remove training documents that share a passage of n words with an evaluation set.
 
-Words are compared in lower case and Unicode's compatibility form, without punctuation (data/cleaning/shingles.py). The n-grams of words (13 by default, as in GPT-3's appendix C) of every evaluation text are hashed; a document with
-`min_matches` of them or more goes. An evaluation text shorter than n words is looked for as a whole if it has at least
-`min_words`, else it cannot be told from chance and is only counted.
+Words are compared in lower case and Unicode's compatibility form, without punctuation (data/cleaning/shingles.py). The n-grams of
+words (13 by default, as in GPT-3's appendix C) of every evaluation text are hashed; a document with `min_matches` of them or
+more goes. An evaluation text shorter than n words is looked for as a whole if it has at least `min_words`, else it cannot be
+told from chance and is only counted. In a script without spaces whose letters are words (Thai, Khmer) three count as one.
 """
 
 import hashlib
@@ -14,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_cpt.data.cleaning.shingles import shingle_hashes, words_at, words_of
-from megatron_cpt.data.cleaning.task import begin_task, finish_task, work_folder
+from megatron_cpt.data.cleaning.shingles import passage_words, shingle_hashes, words_at, words_of
+from megatron_cpt.data.cleaning.task import CleaningTask
 from megatron_cpt.data.reading.documents import Source
 from megatron_cpt.data.reading.file_pool import map_files
 from megatron_cpt.data.reading.record_files import (
@@ -71,11 +72,12 @@ def read_passages(
         for source in sources:
             for record in read_records(source, reading):
                 text = text_of(reading.value(record))
-                length = min(len(words_of(text)), options.ngram)
-                if length < min(options.min_words, options.ngram):
+                words = words_of(text)
+                length = min(len(words), passage_words(words, options.ngram))
+                if length < passage_words(words, min(options.min_words, options.ngram)):
                     too_short[name] += 1
                     continue
-                hashes = shingle_hashes(text, options.ngram)
+                hashes = shingle_hashes(text, length)
                 found.setdefault(length, []).append(hashes)
                 owners.setdefault(length, []).append(np.full(len(hashes), number, dtype=np.int32))
     if not found:
@@ -118,7 +120,6 @@ def decontaminate(
 
     Raises: DataError for bad lines, clashing outputs, or output and work folders of other inputs or options.
     """
-    work = work_folder(output)
     sources = [source for group in corpora.values() for source in group]
     owners = [name for name, group in corpora.items() for _ in group]
     targets = [
@@ -127,33 +128,36 @@ def decontaminate(
         for path in output_paths(group, output / name, options.is_compressed, sources)
     ]
     settings = {"reading": asdict(reading), **asdict(options), "passages": _passages_hash(passages)}
-    if done := begin_task("decontamination", output, work, corpora, settings, targets):
-        return done
-    counts = map_files(
-        _clean_source,
-        [
-            (source, target, work / f"counts_{number:06d}.json")
-            for number, (source, target) in enumerate(zip(sources, targets, strict=True))
-        ],
-        [source.size for source in sources],
-        workers,
-        "decontaminating",
-        shared=(passages, reading, options),
-    )
-    report: dict[str, Any] = {"options": asdict(options), "too_short": passages.too_short, "corpora": {}}
-    for name in corpora:
-        mine = [row for row, owner in zip(counts, owners, strict=True) if owner == name]
-        total = sum((Tally.of_record(row["tally"]) for row in mine), Tally())
-        removed = sum(row["removed"] for row in mine)
-        report["corpora"][name] = {
-            **total.record(),
-            "removed": removed,
-            "removed_share": round(removed / max(total.documents, 1), 6),
+    with CleaningTask("decontamination", output, corpora, settings) as task:
+        if done := task.begin(targets):
+            return done
+        counts = map_files(
+            _clean_source,
+            [
+                (source, target, task.work / f"counts_{number:06d}.json")
+                for number, (source, target) in enumerate(zip(sources, targets, strict=True))
+            ],
+            [source.size for source in sources],
+            workers,
+            "decontaminating",
+            shared=(passages, reading, options),
+        )
+        report: dict[str, Any] = {"options": asdict(options), "too_short": passages.too_short, "corpora": {}}
+        for name in corpora:
+            mine = [row for row, owner in zip(counts, owners, strict=True) if owner == name]
+            total = sum((Tally.of_record(row["tally"]) for row in mine), Tally())
+            removed = sum(row["removed"] for row in mine)
+            report["corpora"][name] = {
+                **total.record(),
+                "removed": removed,
+                "removed_share": round(removed / max(total.documents, 1), 6),
+            }
+        removed_by = {
+            name: sum(row["removed_by"][number] for row in counts) for number, name in enumerate(passages.names)
         }
-    removed_by = {name: sum(row["removed_by"][number] for row in counts) for number, name in enumerate(passages.names)}
-    examples = [example for row in counts for example in row["examples"]][:_EXAMPLES]
-    report |= {"removed_by_evaluation": removed_by, "examples": examples}
-    return finish_task("decontamination", output, work, corpora, settings, report)
+        examples = [example for row in counts for example in row["examples"]][:_EXAMPLES]
+        report |= {"removed_by_evaluation": removed_by, "examples": examples}
+        return task.finish(report)
 
 
 def _clean_source(

@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_cpt.data.cleaning.clusters import bands_and_rows, find_clusters
 from megatron_cpt.data.cleaning.signatures import MinHashOptions, document_text, read_signatures, write_signatures
-from megatron_cpt.data.cleaning.task import begin_task, finish_task, work_folder
+from megatron_cpt.data.cleaning.task import CleaningTask
 from megatron_cpt.data.reading.documents import Source
 from megatron_cpt.data.reading.file_pool import map_files
 from megatron_cpt.data.reading.record_files import (
@@ -63,7 +63,6 @@ def deduplicate(
 
     Raises: DataError for bad lines, clashing outputs, or output and work folders of other inputs or options.
     """
-    work = work or work_folder(output)
     sources = [source for group in corpora.values() for source in group]
     owners = [name for name, group in corpora.items() for _ in group]
     targets = [
@@ -72,35 +71,42 @@ def deduplicate(
         for path in output_paths(group, output / name, options.is_compressed, sources)
     ]
     settings = {"reading": asdict(reading), **_settings(reading, options), "memory_bytes": memory_bytes}
-    if done := begin_task("dedup", output, work, corpora, settings, targets):
-        return done
-    signatures = write_signatures(sources, reading, options.minhash, work, workers)
-    names = list(corpora)
-    corpus_of = np.array([names.index(owner) for owner in owners])
-    groups = corpus_of.tolist() if options.scope == "corpus" else [0] * len(owners)
-    roots, exact = find_clusters(signatures, groups, options.minhash, work, memory_bytes, workers)
-    keep = _survivors(roots, signatures, options)
-    starts = np.cumsum([0, *(len(read_signatures(path, options.minhash)) for path in signatures)])
-    tallies = map_files(
-        _write_kept,
-        [
-            (source, target, keep[starts[number] : starts[number + 1]], reading, work / f"tally_{number:06d}.json")
-            for number, (source, target) in enumerate(zip(sources, targets, strict=True))
-        ],
-        [source.size for source in sources],
-        workers,
-        "writing",
-    )
-    counts = np.diff(starts)
-    report = {
-        "options": _settings(reading, options),
-        **_report(roots, exact, keep, np.repeat(corpus_of, counts), names),
-        "examples": _examples(roots, exact, keep, starts, sources, reading, options.minhash),
-    }
-    for name, row in report["corpora"].items():
-        total = sum((tally for tally, owner in zip(tallies, owners, strict=True) if owner == name), Tally())
-        row |= {key: value for key, value in total.record().items() if key != "documents"}
-    return finish_task("dedup", output, work, corpora, settings, report)
+    with CleaningTask("dedup", output, corpora, settings, work) as task:
+        if done := task.begin(targets):
+            return done
+        signatures = write_signatures(sources, reading, options.minhash, task.work, workers)
+        names = list(corpora)
+        corpus_of = np.array([names.index(owner) for owner in owners])
+        groups = corpus_of.tolist() if options.scope == "corpus" else [0] * len(owners)
+        roots, exact = find_clusters(signatures, groups, options.minhash, task.work, memory_bytes, workers)
+        keep = _survivors(roots, signatures, options)
+        starts = np.cumsum([0, *(len(read_signatures(path, options.minhash)) for path in signatures)])
+        tallies = map_files(
+            _write_kept,
+            [
+                (
+                    source,
+                    target,
+                    keep[starts[number] : starts[number + 1]],
+                    reading,
+                    task.work / f"tally_{number:06d}.json",
+                )
+                for number, (source, target) in enumerate(zip(sources, targets, strict=True))
+            ],
+            [source.size for source in sources],
+            workers,
+            "writing",
+        )
+        counts = np.diff(starts)
+        report = {
+            "options": _settings(reading, options),
+            **_report(roots, exact, keep, np.repeat(corpus_of, counts), names),
+            "examples": _examples(roots, exact, keep, starts, sources, reading, options.minhash),
+        }
+        for name, row in report["corpora"].items():
+            total = sum((tally for tally, owner in zip(tallies, owners, strict=True) if owner == name), Tally())
+            row |= {key: value for key, value in total.record().items() if key != "documents"}
+        return task.finish(report)
 
 
 def report_table(report: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from megatron_cpt.data.cleaning.task import begin_task, finish_task, work_folder
+from megatron_cpt.data.cleaning.task import CleaningTask
 from megatron_cpt.data.reading.byproducts import remove_partials, write_record
 from megatron_cpt.data.reading.documents import Source
 from megatron_cpt.data.reading.file_pool import map_files
@@ -56,6 +56,12 @@ class SampleOptions:
     """Another seed draws others."""
     is_compressed: bool = False
     """Write .zst."""
+
+
+def condition_field(text: str) -> str:
+    """Return the field that a condition of `parse_condition` is about; empty where it is no condition."""
+    match = _CONDITION.fullmatch(text)
+    return match["field"].strip() if match else ""
 
 
 def parse_condition(text: str) -> Callable[[dict[str, Any]], bool]:
@@ -109,27 +115,25 @@ def sample(sources: Sequence[Source], output: Path, reading: Reading, options: S
     names = _bucket_names(options)
     targets = {name: output_paths(sources, output / name, options.is_compressed) for name in names}
     settings = {"reading": asdict(reading), **asdict(options)}
-    work, corpora = work_folder(output), {"": sources}
-    if done := begin_task(
-        "sample", output, work, corpora, settings, [path for group in targets.values() for path in group]
-    ):
-        return done
-    bounds = None if options.number is None else _bounds(sources, reading, options, names)
-    counts = {name: {"found": 0, "drawn": 0} for name in names}
-    tally, passed = Tally(), Counter[str]()
-    progress = Progress("sampling", sum(source.size for source in sources) / 1e6, "MB")
-    for number, source in enumerate(sources):
-        with contextlib.ExitStack() as files:
-            writers = {name: files.enter_context(record_writer(targets[name][number])) for name in names}
-            reject = files.enter_context(reject_writer(output_path(source, output, options.is_compressed)))
-            for name, record, draw in _drawable(source, reading, options, tally, reject, passed):
-                counts[name]["found"] += 1
-                if bounds is None or bounds[name].takes(draw):
-                    writers[name](record.raw)
-                    counts[name]["drawn"] += 1
-        progress.add(source.size / 1e6)
-    report = {**tally.record(), "fit": passed["fit"], "in_no_bucket": passed["in_no_bucket"], "buckets": counts}
-    return finish_task("sample", output, work, corpora, settings, report)
+    with CleaningTask("sample", output, {"": sources}, settings) as task:
+        if done := task.begin([path for group in targets.values() for path in group]):
+            return done
+        bounds = None if options.number is None else _bounds(sources, reading, options, names)
+        counts = {name: {"found": 0, "drawn": 0} for name in names}
+        tally, passed = Tally(), Counter[str]()
+        progress = Progress("sampling", sum(source.size for source in sources) / 1e6, "MB")
+        for number, source in enumerate(sources):
+            with contextlib.ExitStack() as files:
+                writers = {name: files.enter_context(record_writer(targets[name][number])) for name in names}
+                reject = files.enter_context(reject_writer(output_path(source, output, options.is_compressed)))
+                for name, record, draw in _drawable(source, reading, options, tally, reject, passed):
+                    counts[name]["found"] += 1
+                    if bounds is None or bounds[name].takes(draw):
+                        writers[name](record.raw)
+                        counts[name]["drawn"] += 1
+            progress.add(source.size / 1e6)
+        report = {**tally.record(), "fit": passed["fit"], "in_no_bucket": passed["in_no_bucket"], "buckets": counts}
+        return task.finish(report)
 
 
 def split_validation(

@@ -25,7 +25,7 @@ from megatron_cpt.data.tokenize.shard_plan import ShardPlan
 from megatron_cpt.data.tokenize.workers import PieceResult, TaskResult
 from megatron_cpt.data.tokenizer.interface import same_tokenizer
 from megatron_cpt.errors import DataError
-from megatron_cpt.files import read_json, whole_file, write_json
+from megatron_cpt.files import naming, read_json, whole_file, write_json
 
 FORMAT = 1
 _LEFTOVER = re.compile(r"\.(.+)\.(?:idx|json|provenance\.npy|rejects\.jsonl)\.[^.]+\.partial")
@@ -84,8 +84,9 @@ class ShardWriter:
         self._check_sources()
         manifests = []
         for key, prefix in enumerate(self.prefixes):
-            os.ftruncate(self._files[key], self.offsets[key])
-            os.fsync(self._files[key])
+            with naming(bin_path(prefix)):
+                os.ftruncate(self._files[key], self.offsets[key])
+                os.fsync(self._files[key])
             with contextlib.suppress(FileNotFoundError):
                 manifest_path(prefix).unlink()
             _partial_path(prefix).replace(bin_path(prefix))
@@ -135,9 +136,7 @@ class ShardWriter:
 
     def _check_sources(self) -> None:
         for source in self.plan.sources:
-            status = source.path.stat()
-            if (status.st_size, status.st_mtime_ns) != (source.size, source.mtime_ns):
-                raise DataError(f"{source.path}: changed while it was read. Run the command again when it is at rest.")
+            source.check_unchanged()
 
     def _manifest(self, key: int, documents: int) -> dict[str, Any]:
         sources = [

@@ -237,7 +237,7 @@ def _encode_task(job: Job, engine: Engine, task: int, pieces: list[Piece]) -> tu
     for key in range(len(job.layout.keys)):
         texts = [text for piece in parsed for text in piece.texts[key]]
         ids, found = engine.encode(texts)
-        if difference := engine.check_sample(texts, ids, found, task):
+        if difference := engine.sample_difference(texts, ids, found, task):
             raise EngineRefusal(f"{job.engine} gives other ids: {difference}")
         text_bytes.append(_sums(np.fromiter(map(_utf8_size, texts), np.int64, len(texts)), counts))
         texts.clear()

@@ -65,7 +65,7 @@ class Engine:
                 lengths.append(some_lengths)
         return (ids[0] if len(ids) == 1 else np.concatenate(ids)), np.concatenate(lengths)
 
-    def check_sample(self, texts: Sequence[str], ids: np.ndarray, lengths: np.ndarray, seed: int) -> str | None:
+    def sample_difference(self, texts: Sequence[str], ids: np.ndarray, lengths: np.ndarray, seed: int) -> str | None:
         """Compare one text of an encoded batch with the reference; return what differs, or None.
 
         Of a long text its first 4,096 characters are compared, and the whole where those differ.
@@ -84,8 +84,8 @@ class Engine:
         expected, _ = self._reference([text])
         return None if np.array_equal(expected, found) else _difference(text, expected, found)
 
-    def check_adversarial(self, texts: list[str], expected: Encoded) -> str | None:
-        """Compare the ids of the adversarial set with the reference's; return what differs, or None."""
+    def difference(self, texts: list[str], expected: Encoded) -> str | None:
+        """Return what differs between the ids of texts and those expected, or None."""
         expected_ids, expected_lengths = expected
         ids, lengths = self._encode(texts)
         if np.array_equal(ids, expected_ids) and np.array_equal(lengths, expected_lengths):
@@ -171,7 +171,7 @@ def load_checked_engine(tokenizer: Tokenizer, name: str) -> Engine:
         expected = _reference_encoder(tokenizer)(texts)
         engine = loading.result()
         # in the thread too: an engine's caches belong to a thread, and those of this one would be copied by every fork
-        difference = loader.submit(engine.check_adversarial, texts, expected).result()
+        difference = loader.submit(engine.difference, texts, expected).result()
     if difference:
         raise EngineRefusal(f"{name} gives other ids: {difference}")
     return engine

@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from megatron.core.num_microbatches_calculator import (
 
 from megatron_cpt.config.settings.derived import megatron_virtual_size, model_parallel_size
 from megatron_cpt.config.settings.schema import RunConfig
-from megatron_cpt.errors import ConfigError, CptError
+from megatron_cpt.errors import ConfigError, CptError, storage_error
 from megatron_cpt.train.backend import cpu
 
 
@@ -70,6 +71,7 @@ def finish_parallel() -> None:
 def on_rank_0(function: Callable[[], Any]) -> Any:
     """Return on every rank what `function` returns on rank 0, or raise on every rank the CptError it raises there.
 
+    What the operating system refuses becomes a CptError.
     So a mistake that only rank 0 can see ends all ranks with the same exit code, instead of one with the mistake's and
     the others with a lost connection.
     """
@@ -79,11 +81,38 @@ def on_rank_0(function: Callable[[], Any]) -> Any:
             answer[0] = function()
         except CptError as error:
             answer[1] = error
+        except OSError as problem:
+            answer[1] = storage_error(problem)
     if torch.distributed.get_world_size() > 1:
         torch.distributed.broadcast_object_list(answer, src=0)
     if answer[1] is not None:
         raise answer[1]
     return answer[0]
+
+
+def on_every_rank(function: Callable[[], Any]) -> Any:
+    """Return what `function` returns on this rank; when it fails on any, raise on every rank the CptError of the first.
+
+    The error names the rank and its host: a disk or a mount may fail on one node only. Collective.
+    """
+    result, problem = None, None
+    try:
+        result = function()
+    except CptError as error:
+        problem = error
+    except OSError as error:
+        problem = storage_error(error)
+    ranks = torch.distributed.get_world_size()
+    if ranks == 1:
+        if problem is not None:
+            raise problem
+        return result
+    answers: list[Any] = [None] * ranks
+    torch.distributed.all_gather_object(answers, (socket.gethostname(), problem))
+    failed = [(rank, host, found) for rank, (host, found) in enumerate(answers) if found is not None]
+    for rank, host, found in failed:
+        raise type(found)(f"rank {rank} on {host}: {found} {len(failed)} of {ranks} ranks say so.")
+    return result
 
 
 def _initialize_distributed(timeout_seconds: int) -> None:

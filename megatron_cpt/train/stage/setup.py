@@ -5,7 +5,9 @@ builds everything and loads it.
 """
 
 import dataclasses
+import gc
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,13 @@ from megatron_cpt.config.settings.batch_sizes import BatchSizes, batch_sizes
 from megatron_cpt.config.settings.derived import train_iters, train_samples, train_tokens
 from megatron_cpt.config.settings.iteration_ranges import Ranges
 from megatron_cpt.config.settings.schema import RunConfig
-from megatron_cpt.data.blend.continued_order import ContinuedOrder, write_order
 from megatron_cpt.data.blend.plan import plan_blend
-from megatron_cpt.data.blend.start_position import stage_order
+from megatron_cpt.data.blend.stage_order import StageOrder, write_order
+from megatron_cpt.data.blend.start_position import continued_order
+from megatron_cpt.data.blend.table import BlendPlan
 from megatron_cpt.data.lists.data_list import DataEntry, read_data_list, write_data_list
 from megatron_cpt.data.tokenizer.interface import Tokenizer, load_tokenizer
-from megatron_cpt.errors import ConfigError, DataError
+from megatron_cpt.errors import ConfigError, DamagedError, DataError
 from megatron_cpt.files import write_json
 from megatron_cpt.run.data_history import keep_superseded
 from megatron_cpt.run.directory import RunDir, run_dir
@@ -114,15 +117,35 @@ class Stage:
 def prepare(loaded: LoadedConfig, *, from_start: bool = False) -> Stage | None:
     """Return the stage with everything loaded, None when the run is finished.
 
-    With `from_start` the run's own checkpoints are left aside, and nothing that says what the run is gets written.
+    With `from_start` the run's own checkpoints are left aside, and nothing that says what the run is gets written. A
+    checkpoint of the run that verifies on rank 0 and that a rank then cannot load is passed over as a damaged one is.
 
     Raises: CptError for what a user can mend, on every rank.
     """
+    unreadable: set[Path] = set()
+    while True:
+        try:
+            return _prepare(loaded, unreadable, from_start=from_start)
+        except _Unloadable as failed:
+            logger.warning("WALKING BACK: %s", failed)
+            unreadable.add(failed.directory)
+        gc.collect()  # the model that was half loaded
+
+
+class _Unloadable(Exception):
+    """A checkpoint of the run that cannot be read on some rank."""
+
+    def __init__(self, directory: Path, problem: DamagedError):
+        super().__init__(str(problem))
+        self.directory = directory
+
+
+def _prepare(loaded: LoadedConfig, unreadable: Collection[Path], *, from_start: bool) -> Stage | None:
     config, run = loaded.config, run_dir(loaded.config)
     iterations = train_iters(config.training)
-    own = on_rank_0(lambda: newest_good_checkpoint(run.checkpoints, config.checkpoint.verify_on_load))
+    own = on_rank_0(lambda: newest_good_checkpoint(run.checkpoints, config.checkpoint.verify_on_load, unreadable))
     resume = None if from_start else own
-    manifest = read_manifest(resume) if resume else None
+    manifest = on_rank_0(lambda: read_manifest(resume)) if resume else None
     iteration = int(manifest["iteration"]) if manifest else 0
     if iteration >= iterations:
         return None
@@ -130,39 +153,39 @@ def prepare(loaded: LoadedConfig, *, from_start: bool = False) -> Stage | None:
 
     if resume and manifest:
         check_position(manifest, config, resume)
-    order = on_rank_0(lambda: _order(config, run, manifest))
     may_change_list = own is None or may_change_data_list(config)
     is_changed = manifest is not None and reads_other_data(manifest["config"], config)
-    if from_start:
-        entries = on_rank_0(lambda: plan_blend(config, begun=run.data_list_path, order=order).entries)
-    else:
-        entries = on_rank_0(
-            lambda: _prepare_run_dir(
-                loaded, run, order, iteration, is_changed=is_changed, may_change_list=may_change_list
-            )
-        )
+
+    def planned() -> StageOrder:
+        plan = plan_blend(config, begun=run.data_list_path, order=_continued_order(config, run, manifest))
+        if not from_start:
+            _prepare_run_dir(loaded, run, plan, iteration, is_changed=is_changed, may_change_list=may_change_list)
+        return plan.order
+
+    order: StageOrder = on_rank_0(planned)
     data_dir = Path(config.paths.data_dir)
     tokenizer = load_tokenizer(data_dir / config.data.tokenizer) if config.data.tokenizer else None
     if tokenizer is None:
         raise DataError("data.tokenizer: not set. Its end-of-document id is needed. Name the tokenizer's folder.")
     dataset_tokenizer = DatasetTokenizer(tokenizer.eod_id, tokenizer.vocab_size, tokenizer.identity)
-    dataset = build_train_dataset(config, entries, dataset_tokenizer, run.cache, order)
+    dataset = build_train_dataset(config, order, dataset_tokenizer, run.cache)
     validation_sets = build_validation_sets(config, dataset_tokenizer, run.cache)
 
     model, optimizer = build_training_model(config)
     origin = _load_start(config, run, resume, model, optimizer)
+    origin_manifest = on_rank_0(lambda: read_manifest(origin)) if origin else {}
     return Stage(
         config=config,
         run=run,
         sizes=batch_sizes(config.training),
         iterations=iterations,
-        entries=entries,
+        entries=order.stage_entries,
         dataset=dataset,
         tokenizer=tokenizer,
         validation_sets=validation_sets,
         model=model,
         optimizer=optimizer,
-        hf=read_manifest(origin).get("hf") if origin else None,
+        hf=origin_manifest.get("hf"),
         skipped=on_rank_0(lambda: skipped_ranges(config, run, manifest)),
         resume=resume,
         iteration=iteration,
@@ -178,7 +201,7 @@ def go_back(stage: Stage) -> None:
     directory = on_rank_0(lambda: newest_good_checkpoint(run.checkpoints, config.checkpoint.verify_on_load))
     load_checkpoint(directory, stage.model, stage.optimizer)
     set_hyperparameters(stage.optimizer, config)
-    manifest = read_manifest(directory)
+    manifest = on_rank_0(lambda: read_manifest(directory))
     stage.resume, stage.iteration = directory, int(manifest["iteration"])
     stage.counted = dict(manifest["tokens_per_corpus"])
     stage.recent_losses = manifest.get("recent_losses", [])
@@ -198,14 +221,17 @@ def _load_start(
     """Load the run's own checkpoint, else what the stage starts from; return it, None for random weights."""
     source = None
     if resume is not None:
-        check_model_fits(resume, config.model)
-        load_checkpoint(resume, model, optimizer)
+        on_rank_0(lambda: check_model_fits(resume, config.model))
+        try:
+            load_checkpoint(resume, model, optimizer)
+        except DamagedError as problem:
+            raise _Unloadable(resume, problem) from None
     else:
         source = on_rank_0(lambda: initial_checkpoint(config, run))
         if source is None:
             logger.warning("init.from_path is not set: training starts from random weights")
             return None
-        check_model_fits(source, config.model)
+        on_rank_0(lambda: check_model_fits(source, config.model))
         is_full = config.init.load == "full"
         load_checkpoint(source, model, optimizer if is_full else None)
         logger.info("loaded %s (%s)", source, "weights and optimizer" if is_full else "weights")
@@ -215,13 +241,13 @@ def _load_start(
     return resume or source
 
 
-def _order(config: RunConfig, run: RunDir, manifest: dict[str, Any] | None) -> ContinuedOrder | None:
+def _continued_order(config: RunConfig, run: RunDir, manifest: dict[str, Any] | None) -> StageOrder | None:
     """Return the order that the stage continues, None for one of its own.
 
     A run whose length alone was changed goes on in the order that it began with: one planned for the new length would repeat
     some of what was read and leave out some.
     """
-    order = stage_order(config)
+    order = continued_order(config)
     if manifest is None:
         return order
     if reads_other_data(manifest["config"], config):
@@ -233,10 +259,11 @@ def _order(config: RunConfig, run: RunDir, manifest: dict[str, Any] | None) -> C
     num_samples = int(manifest["train_tokens"]) // config.training.seq_length
     if order is not None or num_samples == train_samples(config.training):
         return order
-    return ContinuedOrder(
+    return StageOrder(
         source=f"{run.path}, planned for {num_samples} samples",
-        position=0,
         num_samples=num_samples,
+        count=train_samples(config.training),
+        seq_length=config.training.seq_length,
         seed=config.training.seed,
         shuffle_in_corpus=config.data.shuffle_in_corpus,
         entries=tuple(read_data_list(run.data_list_path)),
@@ -246,26 +273,25 @@ def _order(config: RunConfig, run: RunDir, manifest: dict[str, Any] | None) -> C
 def _prepare_run_dir(
     loaded: LoadedConfig,
     run: RunDir,
-    order: ContinuedOrder | None,
+    plan: BlendPlan,
     iteration: int,
     *,
     is_changed: bool,
     may_change_list: bool,
-) -> list[DataEntry]:
-    """Write the run directory's configuration, revision, order and data list; return the list's entries.
+) -> None:
+    """Write the run directory's configuration, revision, order and data list.
 
     What the run read in its first `iteration` iterations (None: it does not go on) is kept where another list, or the same
     in another order (`is_changed`), follows.
 
     Raises: DataError when the data of a run that has begun would change.
     """
-    plan = plan_blend(loaded.config, begun=run.data_list_path, order=order)
     run.path.mkdir(parents=True, exist_ok=True)
     is_other = run.data_list_path.exists() and list(read_data_list(run.data_list_path)) != list(plan.entries)
     if may_change_list or not is_other:
         keep_superseded(run, iteration, is_changed=is_changed or is_other)
-    if order is not None:  # before the list, which follows from it
-        write_order(run.data_order_path, order)
+    if plan.order.is_continued:  # before the list, which follows from it
+        write_order(run.data_order_path, plan.order)
     elif may_change_list:
         run.data_order_path.unlink(missing_ok=True)
     if run.data_list_path.exists() and not may_change_list:
@@ -279,4 +305,3 @@ def _prepare_run_dir(
     write_resolved(loaded, run.config_path)
     run.revision_path.write_text(code_revision() + "\n", encoding="utf-8")
     write_json(run.environment_path, environment())
-    return list(plan.entries)

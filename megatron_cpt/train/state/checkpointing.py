@@ -28,7 +28,6 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_cpt.checkpoint.torch_dist.dcp import read_metadata
 from megatron_cpt.checkpoint.torch_dist.mcore import (
     MANIFEST,
     check_free_space,
@@ -40,16 +39,19 @@ from megatron_cpt.checkpoint.torch_dist.mcore import (
 from megatron_cpt.checkpoint.torch_dist.megatron_arguments import (
     CHECKPOINT_VERSION,
     CONTENT,
+    check_safe,
     find_step,
     megatron_args,
     read_common,
     write_common,
 )
+from megatron_cpt.checkpoint.torch_dist.pickles import first_line
 from megatron_cpt.config.settings.schema import ModelConfig
-from megatron_cpt.errors import CheckpointError
+from megatron_cpt.errors import CheckpointError, storage_error
 from megatron_cpt.files import file_hash, read_json, write_json
-from megatron_cpt.train.backend.parallel import on_rank_0
+from megatron_cpt.train.backend.parallel import on_every_rank, on_rank_0
 from megatron_cpt.train.model.build import unwrap
+from megatron_cpt.train.state.approved import load_approved
 from megatron_cpt.train.state.optimizer_state import loadable_state, main_prefix, rename_main_parameters
 
 logger = logging.getLogger(__name__)
@@ -103,24 +105,25 @@ def save_checkpoint(
             async_strategy="mcore",
         )
     except CheckpointException as problem:
+        cause = next(iter(problem.failures.values()))[0]
+        said = str(storage_error(cause)) if isinstance(cause, OSError) else first_line(cause)
         raise CheckpointError(
-            f"{directory}: could not be written ({' '.join(str(problem).split())[-400:]}). Look at the disk; "
-            "the checkpoint before it is whole, and the same command continues from there."
+            f"{directory}: could not be written ({said}). Look at the disk; the checkpoint before it is whole, and the "
+            "same command continues from there."
         ) from problem
+
+    def finish(hashes: dict[str, str]) -> None:
+        write_common(directory, read_common(directory))  # Megatron-Core up to 0.16 looks for it in a file of its own
+        write_manifest(directory, manifest, hashes=hashes)
+        write_tracker(root, iteration)
+        if after is not None:
+            after(directory)
 
     def complete() -> None:
         hashes = _gathered_hashes(directory, rank)
         if read_back:
             _read_back(directory, hashes)
-        if rank == 0:
-            write_common(
-                directory, read_common(directory)
-            )  # Megatron-Core up to 0.16 looks for it in a file of its own
-            write_manifest(directory, manifest, hashes=hashes)
-            write_tracker(root, iteration)
-            if after is not None:
-                after(directory)
-        torch.distributed.barrier()
+        on_rank_0(lambda: finish(hashes))
 
     if queue is None:
         _hash_files(directory, rank)
@@ -207,8 +210,8 @@ def _hash_files(directory: Path, rank: int) -> None:
 
 def _gathered_hashes(directory: Path, rank: int) -> dict[str, str]:
     path = _hashes_path(directory, rank)
-    hashes = read_json(path, CheckpointError)
-    path.unlink()
+    hashes = on_every_rank(lambda: read_json(path, CheckpointError))
+    path.unlink(missing_ok=True)
     gathered: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(gathered, hashes)
     return {name: value for part in gathered for name, value in part.items()}
@@ -248,7 +251,7 @@ def load_checkpoint(directory: Path, model: list[Any], optimizer: MegatronOptimi
 
     Raises: CheckpointError when the checkpoint lacks optimizer state that is asked for, or does not fit the model.
     """
-    if optimizer is not None and read_manifest(directory)["content"] != "full":
+    if optimizer is not None and on_rank_0(lambda: read_manifest(directory))["content"] != "full":
         raise CheckpointError(
             f"{directory}: holds weights only. init.load=full needs optimizer state. Use init.load=weights."
         )
@@ -258,25 +261,11 @@ def load_checkpoint(directory: Path, model: list[Any], optimizer: MegatronOptimi
         # not under "optimizer": megatron would merge it with the saving layout's groups, of which only the step counts
         state[_TO_LOAD] = optimizer.sharded_state_dict(_flat(state), is_loading=True, metadata=_metadata())
         rename_main_parameters(state[_TO_LOAD], on_rank_0(lambda: main_prefix(directory)))
-    try:
-        loaded = dist_checkpointing.load(state, os.fspath(directory))
-    except (KeyError, ValueError, dist_checkpointing.core.CheckpointingException) as problem:
-        raise CheckpointError(
-            f"{directory}: does not fit the model ({str(problem)[:500]}). The params file must be the one it was made with."
-        ) from problem
+    loaded = load_approved(state, directory)
     for index, chunk in enumerate(model):
         unwrap(chunk).load_state_dict(loaded["model" if len(model) == 1 else f"model{index}"], strict=False)
     if optimizer is not None:
         optimizer.load_state_dict(loadable_state(loaded[_TO_LOAD], optimizer, find_step(loaded.get("optimizer"))))
-
-
-def check_safe(directory: Path) -> None:
-    """Raise CheckpointError when a pickle that megatron-core and torch will load without an allow-list could run code.
-
-    That is the index `.metadata` and the common state; tensors are read with `weights_only` by them too.
-    """
-    read_metadata(directory)
-    read_common(directory)
 
 
 def _metadata() -> dict[str, Any]:

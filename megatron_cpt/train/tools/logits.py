@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.utils import apply_prefix_mapping
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
@@ -28,6 +27,7 @@ from megatron_cpt.errors import CheckpointError
 from megatron_cpt.train.backend.parallel import finish_parallel, initialize_parallel
 from megatron_cpt.train.model.build import CptGPTModel, set_rotary_frequencies, transformer_config
 from megatron_cpt.train.model.layer_spec import build_layer_spec
+from megatron_cpt.train.state.approved import load_approved
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def _run_megatron_layer(checkpoint: Path, model: ModelConfig, layer: int, hidden
     state = chunk.sharded_state_dict(metadata={"non_homogeneous_layers": True})
     state = {name: value for name, value in state.items() if not name.endswith("_extra_state")}
     apply_prefix_mapping(state, {"decoder.layers.0.": f"decoder.layers.{layer}."})
-    chunk.load_state_dict(dist_checkpointing.load(state, str(checkpoint)), strict=False)
+    chunk.load_state_dict(load_approved(state, checkpoint), strict=False)
     chunk.eval()
     chunk.set_input_tensor(hidden)
     length, batch = hidden.shape[:2]

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import resource
 import sys
 import time
@@ -13,11 +14,14 @@ import torch
 
 from megatron_cpt.config.settings.derived import kv_channels, num_query_groups, padded_vocab_size
 from megatron_cpt.config.settings.schema import ModelConfig, RunConfig
+from megatron_cpt.files import naming
 from megatron_cpt.log import format_bytes, format_count, format_seconds
 from megatron_cpt.run.directory import RunDir
 from megatron_cpt.train.watch.wandb_run import start_wandb
 
 logger = logging.getLogger(__name__)
+
+_BLOCK_BYTES = 1 << 16
 
 # Dense bf16 peak in FLOP/s by a part of the device name, the first that fits. Source: NVIDIA data sheets, without sparsity.
 PEAK_FLOPS = {
@@ -40,7 +44,7 @@ class MetricsWriter:
 
     def __init__(self, run: RunDir, *, is_writer: bool, config: RunConfig, iteration: int = 0):
         self.is_writer = is_writer
-        self._tensorboard = run.tensorboard
+        self._path, self._tensorboard = run.metrics_path, run.tensorboard
         self._file = None
         self._events: Any = None
         self._wandb: Any = None
@@ -59,8 +63,9 @@ class MetricsWriter:
         if self._file is None:
             return
         record = {name: None if _is_not_finite(value) else value for name, value in values.items()}
-        self._file.write(json.dumps({"kind": kind, **record, "time": round(time.time(), 3)}) + "\n")
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(json.dumps({"kind": kind, **record, "time": round(time.time(), 3)}) + "\n")
+            self._file.flush()
         if kind == "rollback" and self._events is not None:
             self._events.close()
             self._start_events(values["iteration"])
@@ -105,10 +110,18 @@ def _end_last_line(path: Path) -> None:
     """Drop a record that a killed process left half written, so that the next one starts on a line of its own."""
     if not path.exists():
         return
-    content = path.read_bytes()
-    if content and not content.endswith(b"\n"):
-        with path.open("r+b") as file:
-            file.truncate(content.rfind(b"\n") + 1)
+    with path.open("r+b") as file:
+        size = place = file.seek(0, os.SEEK_END)
+        while place:  # from the end: a run of a million steps has 300 MB of records
+            start = max(place - _BLOCK_BYTES, 0)
+            file.seek(start)
+            newline = file.read(place - start).rfind(b"\n")
+            if newline >= 0:
+                place = start + newline + 1
+                break
+            place = start
+        if place < size:
+            file.truncate(place)
 
 
 def train_line(record: dict[str, Any], train_iters: int) -> str:
