@@ -113,6 +113,9 @@ class ModelConfig:
     """MLA: part of a query/key head with rotary position."""
     v_head_dim: int = 128
     """MLA: dimension of a value head."""
+    latent_layernorm_epsilon: float | None = None
+    """MLA: epsilon of the norms on the latent vectors (1e-6 in transformers, whatever the others have); None:
+    layernorm_epsilon."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -355,6 +358,11 @@ class InitConfig:
     load: Literal["weights", "full"] = "weights"
     """weights: a fresh optimizer (Megatron's --finetune); full: optimizer moments too. Iterations and samples start
     at 0 in both."""
+    ignore_config: tuple[str, ...] = ()
+    """Keys of a Hugging Face folder's config.json that do not change what the model computes (`convert hf-to-mcore
+    --ignore-config`). Remembered in the checkpoints, so that an export needs no option."""
+    skip_tensors: tuple[str, ...] = ()
+    """Globs of a Hugging Face folder's tensors that are left out (`convert hf-to-mcore --skip-tensors`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
