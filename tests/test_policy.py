@@ -22,7 +22,7 @@ LAYERS = {
     "run": 2,
     **dict.fromkeys(("data", "launch"), 3),
     "checkpoint": 4,
-    **dict.fromkeys(("train", "evaluate"), 5),
+    **dict.fromkeys(("train", "evaluate", "start"), 5),
     **dict.fromkeys(("cli", "verbs", "__main__"), 6),
 }
 ROOMS = {
@@ -32,7 +32,7 @@ ROOMS = {
     "checkpoint": "mapping < torch_dist < huggingface < convert < foreign < soup",
     "launch": "node < scheduler < planning < submission",
     "train": "backend < model < samples < state < watch < stage < tools",
-    "evaluate": "models < report < advice",
+    "evaluate": "models < report < page < advice",
 }
 """The order of the rooms inside each package; a comma puts rooms on one floor, where neither imports the other."""
 HEAVY = {"torch", "megatron", "transformers", "tokenizers", "numpy", "pyarrow", "matplotlib", "mergekit"}

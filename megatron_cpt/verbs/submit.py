@@ -219,6 +219,10 @@ def _evaluate(submission: "Submission", arguments: argparse.Namespace) -> int:
 
 def run_arguments(arguments: argparse.Namespace) -> list[str]:
     """Return the command-line arguments that make another verb load the same configuration."""
+    from megatron_cpt.config.loading.naming import is_run_directory
+
+    if is_run_directory(arguments.task):
+        return ["--task", str(arguments.task), *arguments.overrides]
     options = ["--task", str(arguments.task), "--params", arguments.params, "--size", arguments.size]
     options += ["--variant", arguments.variant]
     if arguments.site:

@@ -279,6 +279,9 @@ class CorpusConfig:
     """Prefixes of held-out `.bin/.idx` pairs, folders or globs of them, relative to paths.data_dir."""
     validation_documents: tuple[str, ...] = ()
     """Held-out documents as text, for bits per byte, relative to paths.data_dir."""
+    held_out: float | None = None
+    """Part of the documents to hold out, such as 1/100, chosen by their hashes: a stage of the pipeline splits them, and names
+    tokens, validation and validation_documents itself. None: validation is what the task names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,7 +351,8 @@ class InitConfig:
     """Where a stage's weights come from. A run's own checkpoints always come first."""
 
     from_path: str | None = None
-    """A Hugging Face folder, a Megatron checkpoint folder (`.../checkpoints` or `.../iter_0001000`, Megatron-LM's own too, `torch`
+    """Relative to paths.data_dir, as all paths of a task file (on the command line to the current folder):
+    a Hugging Face folder, a Megatron checkpoint folder (`.../checkpoints` or `.../iter_0001000`, Megatron-LM's own too, `torch`
     or `torch_dist`), a DeepSpeed universal checkpoint, or `variant:NAME[@ITERATION]`, the run of another variant of this task;
     None: random weights. What was made elsewhere is converted into `<run>/init` once."""
     load: Literal["weights", "full"] = "weights"

@@ -31,6 +31,7 @@ from megatron_cpt.data.lists.data_list import DataEntry, read_data_list, write_d
 from megatron_cpt.data.shards.discovery import content_problems
 from megatron_cpt.data.tokenizer.interface import Tokenizer, load_tokenizer
 from megatron_cpt.errors import ConfigError, DamagedError, DataError
+from megatron_cpt.files import write_json
 from megatron_cpt.run.data_history import keep_superseded
 from megatron_cpt.run.directory import RunDir, run_dir
 from megatron_cpt.run.revision import code_revision
@@ -50,6 +51,7 @@ from megatron_cpt.train.state.resume_check import (
     reads_other_data,
 )
 from megatron_cpt.train.state.start_weights import initial_checkpoint
+from megatron_cpt.train.watch.environment import environment
 
 logger = logging.getLogger(__name__)
 
@@ -325,3 +327,4 @@ def _prepare_run_dir(
         write_data_list(run.data_list_path, plan.entries)
     write_resolved(loaded, run.config_path)
     run.revision_path.write_text(code_revision() + "\n", encoding="utf-8")
+    write_json(run.environment_path, environment())
