@@ -42,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     to_mcore.add_argument(
         "--ignore-config", action="append", default=[], metavar="KEY", help="config.json keys that change nothing"
     )
+    to_mcore.add_argument(
+        "--drop-mtp", action="store_true", help="leave out the layers that predict further tokens (DeepSeek-V3)"
+    )
     to_mcore.add_argument("--extend-vocab", type=int, metavar="ROWS", help="grow the vocabulary to this size")
     to_mcore.add_argument(
         "--extend-method",
@@ -51,12 +54,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     to_mcore.add_argument("--new-tokenizer", type=Path, metavar="DIR", help="tokenizer with the new tokens")
     _add_options(to_mcore)
+    _add_nonfinite(to_mcore)
     to_hf = directions.add_parser("mcore-to-hf", help="a Megatron checkpoint to a Hugging Face folder")
     to_hf.add_argument("checkpoint", type=Path, help="iter_NNNNNNN, release, or the folder above (newest good one)")
     to_hf.add_argument("output", type=Path, help="Hugging Face folder to make")
     to_hf.add_argument("--tokenizer", type=Path, help="tokenizer folder, tokenizer.json or SentencePiece model to copy")
     to_hf.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file (5GB)")
     _add_options(to_hf)
+    _add_nonfinite(to_hf)
     foreign = directions.add_parser(
         "foreign-to-mcore", help="a checkpoint of Megatron-LM or DeepSpeed, optimizer too, to <output>/release"
     )
@@ -117,6 +122,8 @@ def run(arguments: argparse.Namespace) -> int | None:
                 make_vocab_size_divisible_by=arguments.make_vocab_size_divisible_by,
                 skip_tensors=arguments.skip_tensors,
                 ignore_config=arguments.ignore_config,
+                drop_mtp=arguments.drop_mtp,
+                allow_nonfinite=arguments.allow_nonfinite,
                 extension=_extension(arguments),
                 **options,
             )
@@ -128,6 +135,7 @@ def run(arguments: argparse.Namespace) -> int | None:
                 arguments.output,
                 tokenizer=arguments.tokenizer,
                 max_shard_bytes=parse_bytes(arguments.max_shard_size),
+                allow_nonfinite=arguments.allow_nonfinite,
                 **options,
             )
         ]
@@ -168,6 +176,10 @@ def _init(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _add_nonfinite(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--allow-nonfinite", action="store_true", help="let NaN and infinity in weights pass")
+
+
 def _verify(arguments: argparse.Namespace) -> int:
     from megatron_cpt.checkpoint.convert.verify import compare_weights
     from megatron_cpt.checkpoint.torch_dist.mcore import find_checkpoint
@@ -187,11 +199,19 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _extension(arguments: argparse.Namespace) -> VocabExtension | None:
-    from megatron_cpt.checkpoint.huggingface.vocabulary import VocabExtension, subtokens_of_new_tokens
+    from megatron_cpt.checkpoint.huggingface.vocabulary import (
+        VocabExtension,
+        check_new_tokenizer,
+        subtokens_of_new_tokens,
+    )
     from megatron_cpt.files import read_json
 
     if arguments.extend_vocab is None:
+        if arguments.new_tokenizer is not None:
+            raise ConfigError("--new-tokenizer: says which ids are new. Give --extend-vocab ROWS with it.")
         return None
+    if arguments.new_tokenizer is not None:
+        check_new_tokenizer(arguments.new_tokenizer, arguments.extend_vocab)
     subtokens: dict[int, list[int]] = {}
     if arguments.extend_method == "subtokens":
         if arguments.new_tokenizer is None:

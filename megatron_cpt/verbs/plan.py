@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan; return 1 when the run does not fit."""
+    from megatron_cpt.data.blend.plan import check_tokenizer_rows  # numpy and the tokenizer's library
     from megatron_cpt.errors import LaunchError
     from megatron_cpt.launch.planning.plan import GIB, plan_run, plan_text
     from megatron_cpt.launch.planning.search import hardware_of, search_text
@@ -32,6 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     from megatron_cpt.verbs.run_arguments import load_run
 
     config = load_run(arguments).config
+    check_tokenizer_rows(config)
     site = read_site(arguments.site)
     gib = arguments.gpu_memory or site.gpu_memory_gib
     gpu_memory = None if gib is None else int(gib * GIB)

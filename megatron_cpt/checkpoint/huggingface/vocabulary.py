@@ -16,6 +16,9 @@ from typing import Any, Literal
 import torch
 
 from megatron_cpt.checkpoint.huggingface.folder import HFFolder
+from megatron_cpt.config.checks.vocabulary import rows_problem
+from megatron_cpt.data.tokenizer.folder import save_remedy
+from megatron_cpt.data.tokenizer.interface import HuggingFaceTokenizer, load_tokenizer
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.files import text_hash
 
@@ -93,12 +96,7 @@ def subtokens_of_new_tokens(old_tokenizer: Path, new_tokenizer: Path, old_vocab_
 
     Raises: CheckpointError when an old token has another id in the new tokenizer.
     """
-    from tokenizers import Tokenizer  # a compiled library, needed here only
-
-    old, new = (
-        Tokenizer.from_file(str(path / "tokenizer.json" if path.is_dir() else path))
-        for path in (old_tokenizer, new_tokenizer)
-    )
+    old, new = (_backend(path) for path in (old_tokenizer, new_tokenizer))
     vocabulary = new.get_vocab(with_added_tokens=True)
     for token, number in old.get_vocab(with_added_tokens=True).items():
         if number < old_vocab_size and vocabulary.get(token, number) != number:
@@ -111,3 +109,23 @@ def subtokens_of_new_tokens(old_tokenizer: Path, new_tokenizer: Path, old_vocab_
         for number in sorted(vocabulary.values())
         if number >= old_vocab_size
     }
+
+
+def check_new_tokenizer(new_tokenizer: Path, num_rows: int) -> None:
+    """Refuse a tokenizer that has ids beyond the rows that a vocabulary will have.
+
+    Raises: CheckpointError.
+    """
+    num_ids = load_tokenizer(new_tokenizer, needs_eod=False).vocab_size
+    remedy = f"Give --extend-vocab {num_ids}."
+    if problem := rows_problem(str(new_tokenizer), num_ids, num_rows, remedy=remedy):
+        raise CheckpointError(problem)
+
+
+def _backend(path: Path) -> Any:
+    tokenizer = load_tokenizer(path, needs_eod=False)
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        raise CheckpointError(
+            f"{path}: is a SentencePiece model. New tokens are spelled with a tokenizer.json. {save_remedy(path)}"
+        )
+    return tokenizer.backend

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_cpt.config.settings.derived import stage_corpora
+from megatron_cpt.config.settings.held_out import DOCUMENTS, VALIDATION, split_dir, training_documents
 from megatron_cpt.config.settings.schema import RunConfig
 from megatron_cpt.data.reading.documents import Source, list_sources
 from megatron_cpt.errors import DataError
@@ -24,7 +25,8 @@ def document_problems(config: RunConfig) -> list[str]:
     """Return what is wrong with the documents that the configuration names, a line each."""
     problems = []
     for name, corpus in config.data.corpora.items():
-        for key in ("documents", "validation_documents"):
+        # what is held out is made by a stage
+        for key in ("documents", *(() if corpus.held_out else ("validation_documents",))):
             for pattern in getattr(corpus, key):
                 try:
                     list_sources(document_inputs(config, [pattern]))
@@ -43,16 +45,32 @@ def untokenized(config: RunConfig) -> dict[str, list[str]]:
     for name in stage_corpora(config.data):
         corpus = config.data.corpora[name]
         try:
-            sources = list_sources(document_inputs(config, corpus.documents)) if corpus.documents else []
+            documents = training_documents(name, corpus)
+            sources = list_sources(document_inputs(config, documents)) if documents else []
         except (DataError, OSError):
             continue
         made_of = _made_of(config, corpus.tokens)
         if made_of is None:
             continue
-        missing = _missing(sources, made_of)
+        missing = _unsplit(config, name) or _missing(sources, made_of)
         if missing:
             found[name] = missing
     return found
+
+
+def _unsplit(config: RunConfig, name: str) -> list[str]:
+    """Return documents of a corpus with `held_out` that came, or changed, after its documents were split."""
+    corpus = config.data.corpora[name]
+    record = Path(config.paths.data_dir) / split_dir(name) / f"{VALIDATION}.json"
+    if corpus.held_out is None or not record.is_file():
+        return []
+    made_of = (read_json(record, DataError).get("made_of") or {}).get(DOCUMENTS)
+    try:
+        sources = list_sources(document_inputs(config, corpus.documents))
+    except (DataError, OSError):
+        return []
+    known = Counter((Path(entry["path"]).name, entry["size"]) for entry in made_of["sources"]) if made_of else None
+    return [] if known is None else _missing(sources, known)
 
 
 def check_tokenized(config: RunConfig) -> None:

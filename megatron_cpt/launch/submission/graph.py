@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cpt.config.settings.derived import stage_corpora, train_iters
+from megatron_cpt.config.settings.held_out import DOCUMENTS, VALIDATION, split_dir, training_documents
 from megatron_cpt.config.settings.schema import CorpusConfig, RunConfig
 from megatron_cpt.data.shards.corpus_documents import document_inputs
 from megatron_cpt.errors import ConfigError, LaunchError
@@ -162,17 +163,37 @@ def _tokenize_stages(config: RunConfig, num_array_tasks: int) -> list[Work]:
     read = stage_corpora(config.data)
     for name, corpus in config.data.corpora.items():
         parts: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = []
+        split: tuple[str, ...] = ()
+        if corpus.held_out is not None and name in read:
+            stages.append(_split_stage(config, name, corpus))
+            split = (stages[-1].name,)
         if name in read:
-            parts.append((f"tokenize-{name}", corpus.documents, corpus.tokens))
+            parts.append((f"tokenize-{name}", training_documents(name, corpus), corpus.tokens))
         parts.append((f"tokenize-{name}-validation", corpus.validation_documents, corpus.validation))
         for label, documents, tokens in parts:
             if documents and tokens:
                 # a validation set is small: one job
                 tasks = 1 if label.endswith("-validation") else num_array_tasks
-                stages += _tokenize_corpus(config, label, documents, tokens[0], tasks)
+                made = _tokenize_corpus(config, label, documents, tokens[0], tasks)
+                stages += [dataclasses.replace(stage, needs=stage.needs or split) for stage in made]
             elif documents and not tokens and not label.endswith("validation"):
                 raise ConfigError(_no_tokens(name, corpus))
     return stages
+
+
+def _split_stage(config: RunConfig, name: str, corpus: CorpusConfig) -> Work:
+    """Return the job that takes a corpus's held-out documents apart."""
+    output = Path(config.paths.data_dir) / split_dir(name)
+    documents = document_inputs(config, corpus.documents)
+    inputs = [f"{DOCUMENTS}={path}" for path in documents]
+    words = ("data", "split", *inputs, "--name", VALIDATION, "--fraction", repr(corpus.held_out), "--compress")
+    return Work(
+        name=f"split-{name}",
+        stage="tokenize",
+        words=(*words, "--output", str(output)),
+        reads=tuple(documents),
+        writes=(str(output),),
+    )
 
 
 def _no_tokens(name: str, corpus: CorpusConfig) -> str:

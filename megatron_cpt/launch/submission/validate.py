@@ -51,11 +51,12 @@ def training_problems(loaded: LoadedConfig, run: RunDir, *, data_will_exist: boo
     """
     mistakes = []
     config = loaded.config
-    if not data_will_exist:
-        try:
-            check_data(config)
-        except CptError as problem:
-            mistakes.append(str(problem))
+    from megatron_cpt.data.blend.plan import check_tokenizer_rows  # only here: numpy and the tokenizer's library
+
+    try:
+        check_tokenizer_rows(config) if data_will_exist else check_data(config)
+    except CptError as problem:
+        mistakes.append(str(problem))
     if last_checkpoint(run) == 0:
         mistakes += _init_mistakes(config)
     plan = plan_run(config)
