@@ -29,6 +29,10 @@ data:
 sizes: {{S: {{training: {{train_iters: 100, precision: fp32}}, checkpoint: {{save_interval: 40}}}}}}
 variants: {{main: {{init: {{from_path: {0}/base}}}}}}
 """
+TOKENIZER = """{"version": "1.0", "truncation": null, "padding": null, "added_tokens": [{"id": 1, "content": "</s>",
+"single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true}], "normalizer": null,
+"pre_tokenizer": null, "post_processor": null, "decoder": null,
+"model": {"type": "WordLevel", "vocab": {"a": 0, "</s>": 1}, "unk_token": "a"}}"""
 
 
 @pytest.fixture
@@ -47,6 +51,8 @@ def task(tmp_path: Path) -> Path:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}")
+    (tmp_path / "data/tokenizer/tokenizer.json").write_text(TOKENIZER)
+    (tmp_path / "data/tokenizer/tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     return folder
 
 
