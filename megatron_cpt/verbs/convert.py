@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_cpt.config.loading.resolve import add_run_arguments, load_from_arguments
-from megatron_cpt.errors import ConfigError
 from megatron_cpt.verbs.model_arguments import params_model, parse_bytes
 
 if TYPE_CHECKING:
@@ -45,7 +44,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     to_mcore.add_argument(
         "--drop-mtp", action="store_true", help="leave out the layers that predict further tokens (DeepSeek-V3)"
     )
-    to_mcore.add_argument("--extend-vocab", type=int, metavar="ROWS", help="grow the vocabulary to this size")
+    to_mcore.add_argument(
+        "--extend-vocab",
+        type=_rows,
+        metavar="ROWS",
+        help="grow the vocabulary to this size; auto: a row for each id of --new-tokenizer",
+    )
+    to_mcore.add_argument(
+        "--extend-multiple",
+        type=int,
+        default=1,
+        metavar="N",
+        help="round the rows of --extend-vocab up to a multiple (1)",
+    )
     to_mcore.add_argument(
         "--extend-method",
         choices=("mean", "noise", "subtokens"),
@@ -199,23 +210,22 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _extension(arguments: argparse.Namespace) -> VocabExtension | None:
-    from megatron_cpt.checkpoint.huggingface.vocabulary import (
-        VocabExtension,
-        check_new_tokenizer,
-        subtokens_of_new_tokens,
-    )
-    from megatron_cpt.files import read_json
+    from megatron_cpt.checkpoint.huggingface.vocabulary import extension_for
 
     if arguments.extend_vocab is None:
-        if arguments.new_tokenizer is not None:
-            raise ConfigError("--new-tokenizer: says which ids are new. Give --extend-vocab ROWS with it.")
         return None
-    if arguments.new_tokenizer is not None:
-        check_new_tokenizer(arguments.new_tokenizer, arguments.extend_vocab)
-    subtokens: dict[int, list[int]] = {}
-    if arguments.extend_method == "subtokens":
-        if arguments.new_tokenizer is None:
-            raise ConfigError("--extend-method subtokens: spells new tokens with old ones. Give --new-tokenizer.")
-        old_size = read_json(arguments.hf_dir / "config.json")["vocab_size"]
-        subtokens = subtokens_of_new_tokens(arguments.hf_dir, arguments.new_tokenizer, old_size)
-    return VocabExtension(vocab_size=arguments.extend_vocab, method=arguments.extend_method, subtokens=subtokens)
+    return extension_for(
+        arguments.hf_dir,
+        arguments.new_tokenizer,
+        rows=None if arguments.extend_vocab == "auto" else arguments.extend_vocab,
+        multiple=arguments.extend_multiple,
+        method=arguments.extend_method,
+    )
+
+
+def _rows(text: str) -> int | str:
+    if text == "auto":
+        return text
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of rows nor auto")
+    return int(text)

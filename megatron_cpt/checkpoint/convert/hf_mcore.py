@@ -22,6 +22,7 @@ from megatron_cpt.checkpoint.convert.release import is_made, release_manifest
 from megatron_cpt.checkpoint.convert.verify import verify_against_hf
 from megatron_cpt.checkpoint.huggingface.companion_files import (
     add_companions,
+    check_tokenizer_fits,
     keep_companions,
     tokenizer_hash,
     usable_companions,
@@ -200,6 +201,7 @@ def mcore_to_hf(
             eod_id=token_ids["eos_token_id"],
             is_trained=manifest.get("iteration", "release") != "release",
         )
+        check_tokenizer_fits(directory, model, output)
         write_configs(directory, config, copied)
         for name, value in (extra_files or {}).items():
             write_json(directory / name, value)
