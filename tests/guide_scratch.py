@@ -46,7 +46,7 @@ sizes:
 variants:
   base:
     data: {mix: {D0: 1.0}}
-    init: {from_path: models/base}
+    init: {from_path: ../models/base}
     schedule: {lr_decay_style: WSD, lr_warmup: 2, lr_cooldown: 8}
   main:
     data: {mix: {D0: 0.1, D1: 0.9}}

@@ -41,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     to_mcore.add_argument(
         "--ignore-config", action="append", default=[], metavar="KEY", help="config.json keys that change nothing"
     )
+    to_mcore.add_argument(
+        "--drop-mtp", action="store_true", help="leave out the layers that predict further tokens (DeepSeek-V3)"
+    )
     to_mcore.add_argument("--extend-vocab", type=int, metavar="ROWS", help="grow the vocabulary to this size")
     to_mcore.add_argument(
         "--extend-method",
@@ -50,12 +53,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     to_mcore.add_argument("--new-tokenizer", type=Path, metavar="DIR", help="tokenizer with the new tokens")
     _add_options(to_mcore)
+    _add_nonfinite(to_mcore)
     to_hf = directions.add_parser("mcore-to-hf", help="a Megatron checkpoint to a Hugging Face folder")
     to_hf.add_argument("checkpoint", type=Path, help="iter_NNNNNNN, release, or the folder above (newest good one)")
     to_hf.add_argument("output", type=Path, help="Hugging Face folder to make")
     to_hf.add_argument("--tokenizer", type=Path, help="tokenizer folder, tokenizer.json or SentencePiece model to copy")
     to_hf.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file (5GB)")
     _add_options(to_hf)
+    _add_nonfinite(to_hf)
     foreign = directions.add_parser(
         "foreign-to-mcore", help="a checkpoint of Megatron-LM or DeepSpeed, optimizer too, to <output>/release"
     )
@@ -110,6 +115,8 @@ def run(arguments: argparse.Namespace) -> int | None:
                 make_vocab_size_divisible_by=arguments.make_vocab_size_divisible_by,
                 skip_tensors=arguments.skip_tensors,
                 ignore_config=arguments.ignore_config,
+                drop_mtp=arguments.drop_mtp,
+                allow_nonfinite=arguments.allow_nonfinite,
                 extension=_extension(arguments),
                 **options,
             )
@@ -121,6 +128,7 @@ def run(arguments: argparse.Namespace) -> int | None:
                 arguments.output,
                 tokenizer=arguments.tokenizer,
                 max_shard_bytes=parse_bytes(arguments.max_shard_size),
+                allow_nonfinite=arguments.allow_nonfinite,
                 **options,
             )
         ]
@@ -144,6 +152,10 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="type of the output's weights (as they are)")
     parser.add_argument("--verify", action="store_true", help="read the output back and compare it bit by bit")
     parser.add_argument("--num-workers", type=int, default=2, metavar="N", help="threads (2)")
+
+
+def _add_nonfinite(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--allow-nonfinite", action="store_true", help="let NaN and infinity in weights pass")
 
 
 def _verify(arguments: argparse.Namespace) -> int:

@@ -73,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             part.add_argument("--tokens", type=int, default=64, metavar="N", help="length of a continuation (64)")
             part.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): most likely")
             part.add_argument("--seed", type=int, default=1234, metavar="N", help="of sampling (1234)")
+            part.add_argument("--output", type=Path, metavar="FILE", help="write the texts as JSON, for `report`")
     sweep = subparsers.add_parser("sweep", help=HELP["sweep"])
     sweep.set_defaults(function=_sweep)
     sweep.add_argument("folder", type=Path, metavar="SWEEP", help="folder with sweep.json, VARIANT+sweep")
@@ -124,6 +125,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     from megatron_cpt.data.chat.template import load_template
     from megatron_cpt.evaluate.models.generation import continuations, side_by_side
     from megatron_cpt.evaluate.models.language_model import loaded_model
+    from megatron_cpt.files import write_json
 
     texts: dict[str, list[str]] = {}
     path_of_template = Path(arguments.chat) if arguments.chat else None
@@ -140,6 +142,8 @@ def _generate(arguments: argparse.Namespace) -> None:
                 seed=arguments.seed,
                 template=template,
             )
+    if arguments.output:
+        write_json(arguments.output, {"format": 1, "prompts": arguments.prompt, "texts": texts})
     sys.stdout.write(side_by_side(arguments.prompt, texts))
 
 

@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add one sub-command per stage."""
     # yaml is not needed to list the verbs
     from megatron_cpt.config.loading.resolve import add_run_arguments
+    from megatron_cpt.launch.submission.aurora_variables import add_variable_arguments
     from megatron_cpt.verbs.lr_find import add_range_arguments
 
     stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
@@ -40,11 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument(
         "--max-failures", type=int, default=2, metavar="K", help="links without progress that break it (2)"
     )
-    train.add_argument(
-        "--from-environment", action="store_true", help="settings from Aurora's variables (TRAIN_TOKENS, LR, LOAD ...)"
-    )
-    train.add_argument("--universal-checkpoint", action="store_true", help="load optimizer state too (init.load=full)")
-    train.add_argument("--finetune", action="store_true", help="load weights only (init.load=weights)")
+    add_variable_arguments(train)
     pipeline = stages.add_parser("pipeline", help="all stages from documents to report, what is missing of them")
     pipeline.add_argument("--chain", type=int, default=1, metavar="N", help="jobs of the training stage (1)")
     pipeline.add_argument("--max-failures", type=int, default=2, metavar="K", help="links without progress (2)")
@@ -222,6 +219,10 @@ def _evaluate(submission: "Submission", arguments: argparse.Namespace) -> int:
 
 def run_arguments(arguments: argparse.Namespace) -> list[str]:
     """Return the command-line arguments that make another verb load the same configuration."""
+    from megatron_cpt.config.loading.naming import is_run_directory
+
+    if is_run_directory(arguments.task):
+        return ["--task", str(arguments.task), *arguments.overrides]
     options = ["--task", str(arguments.task), "--params", arguments.params, "--size", arguments.size]
     options += ["--variant", arguments.variant]
     if arguments.site:

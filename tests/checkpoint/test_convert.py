@@ -57,6 +57,8 @@ def test_round_trip_is_bit_exact(architecture, hf_models, tmp_path):
     exported = mcore_to_hf(release, tmp_path / "hf", verify=True)
     assert_same_tensors(source, exported)
     before, after = (json.loads((path / "config.json").read_text()) for path in (source, exported))
+    if "num_nextn_predict_layers" in before:
+        before["num_nextn_predict_layers"] = 0  # the folder has none of their tensors
     assert before.items() <= after.items()
     hashes = [json.loads((path / "conversion.json").read_text())["tensors"] for path in (release, exported)]
     assert hashes[0] == hashes[1] and set(hashes[0]) == set(HFFolder(source).names())
@@ -208,9 +210,9 @@ def test_a_damaged_checkpoint_is_not_exported(hf_models, tmp_path):
 
 
 def test_a_wrong_conversion_is_found_by_verify(hf_models, tmp_path, monkeypatch):
-    from megatron_cpt.checkpoint.mapping import rules as mapping
+    from megatron_cpt.checkpoint.mapping import kinds
 
-    monkeypatch.setattr(mapping, "merge_gate_up", lambda gate, up: torch.cat((up, gate)))
+    monkeypatch.setattr(kinds, "merge_gate_up", lambda gate, up: torch.cat((up, gate)))
     with pytest.raises(CheckpointError, match="gate_proj.weight: differs"):
         hf_to_mcore(hf_models("llama"), tmp_path / "mcore", verify=True)
     assert not (tmp_path / "mcore" / "release").exists()

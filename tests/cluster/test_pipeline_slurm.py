@@ -12,7 +12,7 @@ from megatron_cpt.run.directory import RunDir
 from megatron_cpt.run.ledger import read_jobs
 from tests.cluster.conftest import ROOT, Cluster
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.cluster, pytest.mark.full, pytest.mark.timeout(900)]
 
 SITE = {
     "launch": {"scheduler": "slurm", "nodes": 2, "gpus_per_node": 1, "walltime": 600},

@@ -14,7 +14,7 @@ from tests.cluster.conftest import ROOT
 from tests.guide_scratch import build_scratch
 from tests.test_guides import blocks, command_lines
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.cluster, pytest.mark.full, pytest.mark.timeout(300)]
 
 
 @pytest.fixture

@@ -160,7 +160,7 @@ def submit_here(task: Path, *words: str) -> list[str]:
     return output.getvalue().split("\n")[:-1]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_sweep_is_an_array_with_a_report_and_a_rerun_submits_what_is_missing(task, pbs, monkeypatch):
     stand_in_for_training(task.parents[1], monkeypatch)
     shown = run_sweep_with_a_failing_point(task, "pbs")

@@ -12,7 +12,6 @@ and unused room is filled with the end-of-document id, mask 0, its first token `
 """
 
 import contextlib
-import fcntl
 import glob
 import os
 from collections.abc import Iterable, Iterator
@@ -33,7 +32,7 @@ from megatron_cpt.data.shards.indexed import (
     write_index,
 )
 from megatron_cpt.errors import DataError
-from megatron_cpt.files import whole_file, write_json
+from megatron_cpt.files import take_lock, whole_file, write_json
 
 LEARNED = 1
 """Bit of a token that counts in the loss when it is the label."""
@@ -167,20 +166,14 @@ class MaskedShardWriter:
 
 @contextlib.contextmanager
 def _lock(prefix: Path) -> Iterator[None]:
-    """Hold `.<name>.lock`, which is removed afterwards. File systems without locks are taken on trust."""
+    """Hold `.<name>.lock`, which is removed afterwards."""
     path = prefix.with_name(f".{prefix.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not take_lock(descriptor, path):
             os.close(descriptor)
-            raise DataError(
-                f"{prefix}: another process is writing this shard. Let it finish, or stop it first."
-            ) from None
-        except OSError:
-            break
+            raise DataError(f"{prefix}: another process is writing this shard. Let it finish, or stop it first.")
         if path.exists() and path.stat().st_ino == os.fstat(descriptor).st_ino:
             break
         os.close(descriptor)  # removed by its owner between opening and locking

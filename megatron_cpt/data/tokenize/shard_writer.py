@@ -5,7 +5,6 @@ manifest does not exist. The partial file is locked, so that two processes canno
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -33,7 +32,7 @@ from megatron_cpt.data.tokenize.shard_plan import ShardPlan
 from megatron_cpt.data.tokenize.workers import PieceResult, TaskResult
 from megatron_cpt.data.tokenizer.interface import describe, same_tokenizer
 from megatron_cpt.errors import DataError
-from megatron_cpt.files import naming, read_json, whole_file, write_json
+from megatron_cpt.files import naming, read_json, take_lock, whole_file, write_json
 
 FORMAT = 1
 _LEFTOVER = re.compile(r"\.(.+)\.(?:idx|json|provenance\.npy|rejects\.jsonl)\.[^.]+\.partial")
@@ -340,16 +339,11 @@ def _open_partial(path: Path) -> int:
     """Create a partial file and lock it; one that a killed process left behind is removed."""
     if path.exists():
         descriptor = os.open(path, os.O_RDWR)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(
-                f"{path}: another process is writing this shard. Let it finish, or stop it first."
-            ) from None
-        finally:
-            os.close(descriptor)
+        is_free = take_lock(descriptor, path)
+        os.close(descriptor)
+        if not is_free:
+            raise DataError(f"{path}: another process is writing this shard. Let it finish, or stop it first.")
         path.unlink()
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-    with contextlib.suppress(OSError):
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    take_lock(descriptor, path)
     return descriptor

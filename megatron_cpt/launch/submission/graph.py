@@ -3,11 +3,13 @@
 A stage is missing when its results are not on disk; `pipeline.py` submits or runs what is missing.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_cpt.config.settings.derived import stage_corpora, train_iters
+from megatron_cpt.config.settings.held_out import DOCUMENTS, VALIDATION, split_dir, training_documents
 from megatron_cpt.config.settings.schema import CorpusConfig, RunConfig
 from megatron_cpt.errors import ConfigError, LaunchError
 from megatron_cpt.launch.submission.submit import Submission
@@ -121,17 +123,36 @@ def _tokenize_stages(config: RunConfig, num_array_tasks: int, run: RunDir) -> li
     read = stage_corpora(config.data)
     for name, corpus in config.data.corpora.items():
         parts: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = []
+        split: tuple[str, ...] = ()
+        if corpus.held_out is not None and name in read:
+            stages.append(_split_stage(config, name, corpus))
+            split = (stages[-1].name,)
         if name in read:
-            parts.append((f"tokenize-{name}", corpus.documents, corpus.tokens))
+            parts.append((f"tokenize-{name}", training_documents(name, corpus), corpus.tokens))
         parts.append((f"tokenize-{name}-validation", corpus.validation_documents, corpus.validation))
         for label, documents, tokens in parts:
             if documents and tokens:
                 # a validation set is small: one job
                 tasks = 1 if label.endswith("-validation") else num_array_tasks
-                stages += _tokenize_corpus(config, label, documents, tokens[0], tasks, run)
+                made = _tokenize_corpus(config, label, documents, tokens[0], tasks, run)
+                stages += [dataclasses.replace(stage, needs=stage.needs or split) for stage in made]
             elif documents and not tokens and not label.endswith("validation"):
                 raise ConfigError(_no_tokens(name, corpus))
     return stages
+
+
+def _split_stage(config: RunConfig, name: str, corpus: CorpusConfig) -> Stage:
+    """Return the job that takes a corpus's held-out documents apart."""
+    data_dir = Path(config.paths.data_dir)
+    output = data_dir / split_dir(name)
+    inputs = [f"{DOCUMENTS}={data_dir / pattern}" for pattern in corpus.documents]
+    words = ("data", "split", *inputs, "--name", VALIDATION, "--fraction", repr(corpus.held_out), "--compress")
+    return Stage(
+        name=f"split-{name}",
+        stage="tokenize",
+        arguments=(*words, "--output", str(output)),
+        is_done=(output / f"{VALIDATION}.json").is_file(),
+    )
 
 
 def _no_tokens(name: str, corpus: CorpusConfig) -> str:
@@ -222,8 +243,6 @@ def _evaluation_stage(config: RunConfig, run: RunDir, models: Sequence[tuple[str
 def _base_model(config: RunConfig, source: str) -> str:
     if not source.startswith("variant:"):
         return source
-    import dataclasses
-
     name, _, iteration = source.removeprefix("variant:").partition("@")
     checkpoints = run_dir(dataclasses.replace(config, variant=name)).checkpoints
     return str(checkpoints / f"iter_{int(iteration):07d}" if iteration else checkpoints)

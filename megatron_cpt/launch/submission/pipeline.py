@@ -143,7 +143,8 @@ def _check_documents(config: RunConfig) -> None:
     if config.data.tokenizer is None or not (data_dir / config.data.tokenizer).exists():
         mistakes.append(f"data.tokenizer: {config.data.tokenizer} is not in {data_dir}. A tokenizer is needed.")
     for name, corpus in config.data.corpora.items():
-        for pattern in (*corpus.documents, *corpus.validation_documents):
+        # what is held out is made by a stage
+        for pattern in (*corpus.documents, *(() if corpus.held_out else corpus.validation_documents)):
             if not any(True for _ in data_dir.glob(pattern)) and not Path(pattern).exists():
                 mistakes.append(f"data.corpora.{name}: {pattern} matches nothing in {data_dir}. Correct the name.")
     if mistakes:

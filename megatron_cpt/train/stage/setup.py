@@ -14,6 +14,8 @@ from typing import Any
 
 from megatron.core.optimizer import MegatronOptimizer
 
+from megatron_cpt.checkpoint.huggingface.options import ImportOptions
+from megatron_cpt.checkpoint.torch_dist.kept_files import share_companions
 from megatron_cpt.checkpoint.torch_dist.mcore import newest_good_checkpoint, read_manifest
 from megatron_cpt.config.loading.resolve import LoadedConfig, write_resolved
 from megatron_cpt.config.settings.batch_sizes import BatchSizes, batch_sizes
@@ -29,6 +31,7 @@ from megatron_cpt.data.lists.data_list import DataEntry, read_data_list, write_d
 from megatron_cpt.data.shards.discovery import content_problems
 from megatron_cpt.data.tokenizer.interface import Tokenizer, load_tokenizer
 from megatron_cpt.errors import ConfigError, DamagedError, DataError
+from megatron_cpt.files import write_json
 from megatron_cpt.run.data_history import keep_superseded
 from megatron_cpt.run.directory import RunDir, run_dir
 from megatron_cpt.run.revision import code_revision
@@ -48,6 +51,7 @@ from megatron_cpt.train.state.resume_check import (
     reads_other_data,
 )
 from megatron_cpt.train.state.start_weights import initial_checkpoint
+from megatron_cpt.train.watch.environment import environment
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +73,8 @@ class Stage:
     optimizer: MegatronOptimizer
     hf: dict[str, Any] | None
     """What an export to Hugging Face needs to know of the model that the stage began with."""
+    imported: dict[str, Any]
+    """Options with which this model was converted, as its manifest holds them; an export needs them again."""
     skipped: Ranges
     """Iterations that pass without a step."""
     resume: Path | None
@@ -111,6 +117,7 @@ class Stage:
             "content": "full",
             "tokenizer": self.tokenizer.identity,
             "hf": self.hf,
+            **self.imported,
         }
 
 
@@ -175,6 +182,8 @@ def _prepare(loaded: LoadedConfig, unreadable: Collection[Path], *, from_start: 
     model, optimizer = build_training_model(config)
     origin = _load_start(config, run, resume, model, optimizer)
     origin_manifest = on_rank_0(lambda: read_manifest(origin)) if origin else {}
+    if origin is not None:
+        on_rank_0(lambda: share_companions(origin, run.checkpoints))
     return Stage(
         config=config,
         run=run,
@@ -187,6 +196,7 @@ def _prepare(loaded: LoadedConfig, unreadable: Collection[Path], *, from_start: 
         model=model,
         optimizer=optimizer,
         hf=origin_manifest.get("hf"),
+        imported=ImportOptions.of(origin_manifest).record(),
         skipped=on_rank_0(lambda: skipped_ranges(config, run, manifest)),
         resume=resume,
         iteration=iteration,
@@ -317,3 +327,4 @@ def _prepare_run_dir(
         write_data_list(run.data_list_path, plan.entries)
     write_resolved(loaded, run.config_path)
     run.revision_path.write_text(code_revision() + "\n", encoding="utf-8")
+    write_json(run.environment_path, environment())
