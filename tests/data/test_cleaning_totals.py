@@ -132,7 +132,6 @@ def test_repair_mends_two_objects_keeps_the_rest_and_leaves_nothing_to_find(corp
         documents, empty, blank, rejects = expected[look.path.rsplit("/", 1)[1]]
         mended = rejects[records.TWO_OBJECTS]
         halves = look.notes[records.SURROGATE]
-        assert halves == look.path.endswith("json.jsonl")  # one line has a lone surrogate
         assert look.documents == documents + 2 * mended + halves
         assert look.problems == rejects - Counter({records.TWO_OBJECTS: mended, records.INVALID_UTF8: halves})
         assert (look.notes[records.EMPTY_TEXT], look.notes[records.BLANK_LINE]) == (empty, blank)
@@ -140,6 +139,7 @@ def test_repair_mends_two_objects_keeps_the_rest_and_leaves_nothing_to_find(corp
             json.loads(line) for path in (tmp_path / "r").glob("*.rejects") for line in path.read_text().splitlines()
         ]
         assert look.problems.total() == sum(entry["path"] == str(look.path) for entry in rejected)
+    assert sum(look.notes[records.SURROGATE] for look in found)  # lines with half of a character are mended
     work = [Rewriting(sources=(source,), output=None, keys=("text",)) for source in list_sources([tmp_path / "r"])]
     again = rewrite_all(work, 1, "validate")
     assert sum(look.documents for look in again) == sum(look.documents for look in found)

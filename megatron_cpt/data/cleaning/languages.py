@@ -9,7 +9,7 @@ Source: Lui and Baldwin, langid.py (ACL 2012 demonstrations); github.com/adbar/p
 import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +151,7 @@ def _label_source(
         return read_json(counts_path, DataError)
     tally, kept = Tally(), 0
     documents, sizes = Counter[str](), Counter[str]()
-    with record_writer(target) as write, reject_writer(target) as reject:
+    with record_writer(target, source) as write, reject_writer(target) as reject:
         for record in read_records(source, reading, tally, reject):
             text = text_of(reading.value(record))
             language, score = language_of(text, options.min_score)
@@ -159,7 +159,7 @@ def _label_source(
             sizes[language] += len(text.encode("utf-8", "surrogatepass"))
             if not options.keep or language in options.keep:
                 kept += 1
-                write(_labelled(record, language, score, source, options.column))
+                write(replace(record, raw=_labelled(record, language, score, source, options.column)))
     counts = {"tally": tally.record(), "kept": kept, "documents": dict(documents), "bytes": dict(sizes)}
     write_json(counts_path, counts)
     return counts

@@ -50,8 +50,10 @@ class CleaningTask:
         if self._lock is not None:
             os.close(self._lock)
 
-    def begin(self, targets: Sequence[Path]) -> dict[str, Any] | None:
+    def begin(self, targets: Sequence[Path], is_part: bool = False) -> dict[str, Any] | None:
         """Make output and work folder this task's own, or go on in them; return the report of a task that is done already.
+
+        `is_part`: others work on parts of it at the same time.
 
         Raises: DataError when they hold other work, or a target exists.
         """
@@ -65,7 +67,7 @@ class CleaningTask:
             raise DataError(
                 f"{self.work}: holds unfinished work on other inputs or with other options. Remove it, or choose another output."
             )
-        self._take_lock()
+        self._take_lock(fcntl.LOCK_SH if is_part else fcntl.LOCK_EX)
         if not path.exists():
             write_json(path, {"task": self._hash, **self._record})
         remove_partials([self._report, *targets, *map(rejects_beside, targets)])
@@ -90,11 +92,11 @@ class CleaningTask:
         shutil.rmtree(self.work, ignore_errors=True)
         return found
 
-    def _take_lock(self) -> None:
+    def _take_lock(self, kind: int) -> None:
         self.work.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self.work / "lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(self._lock, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             raise DataError(f"{self.work}: another process is at this work. Let it finish, or stop it first.") from None
         except OSError as problem:  # a file system without locks
