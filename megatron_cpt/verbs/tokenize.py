@@ -20,7 +20,10 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_input_arguments(parser)
     parser.add_argument(
-        "--tokenizer", type=Path, required=True, help="Hugging Face folder, tokenizer.json or SentencePiece .model"
+        "--tokenizer",
+        type=Path,
+        required=True,
+        help="Hugging Face folder (read as transformers reads it), tokenizer.json or SentencePiece .model",
     )
     output = parser.add_mutually_exclusive_group(required=True)
     output.add_argument("--output-prefix", type=Path, help="one shard: prefix without _<key>_document")
@@ -35,6 +38,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="end each document with the end-of-document token (default: on)",
     )
     parser.add_argument("--eod-token", help="end-of-document token, where the tokenizer's eos_token is not the one")
+    parser.add_argument(
+        "--special-tokens",
+        choices=("text", "token", "reject"),
+        help="a control token that a text spells is text (default), is the token, which ends documents, or makes the document a "
+        "bad line",
+    )
+    parser.add_argument(
+        "--bos",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="begin each document with the token that begins texts: auto does what the tokenizer's post-processor does",
+    )
     parser.add_argument(
         "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: all cores)"
     )
@@ -105,6 +120,8 @@ def run(arguments: argparse.Namespace) -> int | None:
         max_document_bytes=arguments.max_document_bytes,
         provenance=arguments.provenance,
         engine=arguments.engine,
+        special_tokens=arguments.special_tokens,
+        bos=arguments.bos,
     )
     sys.stdout.write(str(report))
     return 0

@@ -62,7 +62,7 @@ def python(code, *arguments, **options):
 def write_model(path, config):
     """Write a Llama of constant bf16 weights as shards, one layer in memory at a time."""
     from megatron_cpt.checkpoint.huggingface.read_config import model_config_from_hf
-    from megatron_cpt.checkpoint.mapping.rules import family_of, units
+    from megatron_cpt.checkpoint.mapping.units import family_of, units
 
     path.mkdir()
     (path / "config.json").write_text(json.dumps(config))

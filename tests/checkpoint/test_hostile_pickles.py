@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron_cpt.checkpoint.mapping.rules import Unit
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_cpt import cli
@@ -19,7 +20,6 @@ from megatron_cpt.checkpoint.foreign.deepspeed import DeepSpeedUniversalWeights,
 from megatron_cpt.checkpoint.foreign.opening import open_foreign
 from megatron_cpt.checkpoint.foreign.torch_format import TorchFormat
 from megatron_cpt.checkpoint.huggingface.folder import HFFolder
-from megatron_cpt.checkpoint.mapping.rules import Unit
 from megatron_cpt.checkpoint.torch_dist.dcp import DcpReader, read_metadata
 from megatron_cpt.checkpoint.torch_dist.dcp_writer import Slice, write_dcp
 from megatron_cpt.checkpoint.torch_dist.mcore import read_manifest, write_manifest

@@ -312,7 +312,7 @@ def test_two_processes_do_not_work_in_one_folder(corpora, monkeypatch):
         [
             sys.executable,
             "-c",
-            f"import fcntl; f = open({str(lock)!r}, 'r+'); fcntl.lockf(f, 2); print(1, flush=True); input()",
+            f"import fcntl; f = open({str(lock)!r}, 'r+'); fcntl.flock(f, 2); print(1, flush=True); input()",
         ],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -4,7 +4,6 @@ While a task is under way its settings and inputs stand in `<work>/task.json`; `
 the task's hash. So the same command again goes on or finds its work done, and another command never writes over it.
 """
 
-import fcntl
 import json
 import logging
 import os
@@ -16,7 +15,7 @@ from typing import Any
 from megatron_cpt.data.reading.byproducts import rejects_beside, remove_partials, write_record
 from megatron_cpt.data.reading.documents import Source
 from megatron_cpt.errors import DataError
-from megatron_cpt.files import read_json, text_hash, write_json
+from megatron_cpt.files import read_json, take_lock, text_hash, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +66,7 @@ class CleaningTask:
             raise DataError(
                 f"{self.work}: holds unfinished work on other inputs or with other options. Remove it, or choose another output."
             )
-        self._take_lock(fcntl.LOCK_SH if is_part else fcntl.LOCK_EX)
+        self._take_lock(is_part)
         if not path.exists():
             write_json(path, {"task": self._hash, **self._record})
         remove_partials([self._report, *targets, *map(rejects_beside, targets)])
@@ -92,12 +91,8 @@ class CleaningTask:
         shutil.rmtree(self.work, ignore_errors=True)
         return found
 
-    def _take_lock(self, kind: int) -> None:
+    def _take_lock(self, is_shared: bool) -> None:
         self.work.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self.work / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.lockf(self._lock, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"{self.work}: another process is at this work. Let it finish, or stop it first.") from None
-        except OSError as problem:  # a file system without locks
-            logger.warning("%s: cannot be locked (%s); do not start the command twice", self.work, problem.strerror)
+        if not take_lock(self._lock, self.work, is_shared):
+            raise DataError(f"{self.work}: another process is at this work. Let it finish, or stop it first.")
