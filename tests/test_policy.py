@@ -142,6 +142,17 @@ def test_imports_run_one_way_through_the_rooms_of_a_package():
     assert not breaches, "\n".join(breaches)
 
 
+def test_the_page_of_the_architecture_names_every_room_in_its_order():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    for package, order in ROOMS.items():
+        row = next(line for line in text.splitlines() if line.startswith(f"| `{package}` |"))
+        named = re.findall(r"`(\w+)`", row.split("|")[2])
+        floors = [set(re.findall(r"\w+", rooms)) for rooms in order.split(" < ")]
+        assert set(named) == set().union(*floors), f"{package}: {named}"
+        place = {room: floor for floor, rooms in enumerate(floors) for room in rooms}
+        assert sorted(named, key=lambda room: place[room]) == named, f"{package}: {named} is not the order {order}"
+
+
 def test_there_is_no_import_cycle():
     graph = {module: set(imported_modules(path)) - {"megatron_cpt"} for module, path in library().items()}
     while leaves := {module for module, targets in graph.items() if not targets & graph.keys()}:
