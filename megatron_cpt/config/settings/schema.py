@@ -437,6 +437,10 @@ class LaunchConfig:
     """PBS: nodes that a training job asks for besides. Those that preflight finds bad give their place to them."""
     gpus_per_node: int = 1
     """Ranks per node: GPUs, or processes on CPU."""
+    device: Literal["cuda", "xpu", "cpu"] | None = None
+    """Device that every rank must find, or it refuses to train: on a cluster a broken driver or a wheel for CPU is to be an
+    error and not a run on CPU. `xpu` (Intel GPUs) is refused as long as training does not drive them. None: a CUDA device
+    where there is one, else the CPU."""
     walltime: int = 86400
     """Longest run of one job in seconds (`24:00:00` in YAML)."""
     exit_before_walltime: int = 0
