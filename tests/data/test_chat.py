@@ -374,15 +374,13 @@ def test_an_audit_finds_a_conversation_that_its_source_does_not_give(prepare, ve
         code, said = verb(*audit)
         assert code == 1 and "gives other ids or another mask than piece" in said
     path.write_bytes(source)
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    code, said = verb(*audit)
+    assert code == 1 and "is gone or changed since" in said
     ids = np.memmap(bin_path(prefix), dtype=np.uint16, mode="r+")
     ids[5] += 1
     ids.flush()
     code, said = verb(*audit)
     assert code == 1 and "its checksum differs" in said
-    path.touch()
-    code, said = verb(*audit)
-    assert code == 1 and "is gone or changed since" in said
 
 
 def test_packs_of_a_tokenized_corpus_are_audited_and_traced(verb, tmp_path, bpe_dir):
