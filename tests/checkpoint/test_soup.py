@@ -25,6 +25,7 @@ from megatron_cpt.checkpoint.soup.mergekit import (
 )
 from megatron_cpt.checkpoint.torch_dist.mcore import read_tracker, verify_checkpoint, write_tracker
 from megatron_cpt.errors import CheckpointError
+from tests.checkpoint.conftest import build_hf_model
 from tests.tolerances import assert_bf16_rounding, assert_fp32_rounding
 
 
@@ -240,6 +241,18 @@ def test_checkpoints_of_other_models_do_not_average(checkpoints, hf_models, tmp_
     with pytest.raises(CheckpointError, match="add_qkv_bias: False != True"):
         average_checkpoints([checkpoints[0], other], tmp_path / "soup")
     assert not (tmp_path / "soup").exists()
+
+
+def test_the_same_soup_is_kept_and_another_one_under_its_name_is_refused(hf_models, tmp_path):
+    models = [hf_models("llama"), tmp_path / "other"]
+    build_hf_model("llama", seed=1).save_pretrained(models[1])
+    output = average_hf(models, tmp_path / "soup")
+    made = (output / "model.safetensors").stat().st_mtime_ns
+    assert average_hf(models, output) == output
+    assert (output / "model.safetensors").stat().st_mtime_ns == made
+    for changed in ({"weights": [1, 2]}, {"dtype": "bf16"}):
+        with pytest.raises(CheckpointError, match="made of other models or in another way"):
+            average_hf(models, output, **changed)
 
 
 def mergekit_yaml(path, **settings):

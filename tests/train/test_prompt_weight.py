@@ -103,7 +103,7 @@ def test_loss_and_gradient_are_the_weighted_means(ranks, chats):
         config = weighted(tiny_config(), weight)
         ((expected, norm),) = ranks.run(by_hand, 1, config, *chats)
         (steps,) = ranks.run(weighted_steps, 1, config, chats[0], None, chats[1], 0, 1)
-        assert_fp32_rounding(steps[0], (expected, norm))
+        assert_fp32_rounding(steps[0], (expected, norm), roundings=2 * STEP_ROUNDINGS)  # two programs, a step each
         found[weight] = steps[0]
     assert len({round(loss, 5) for loss, _ in found.values()}) == 3
 

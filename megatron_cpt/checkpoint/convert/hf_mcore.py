@@ -18,9 +18,11 @@ from typing import Any
 
 import torch
 
+from megatron_cpt.checkpoint.convert.release import is_made, release_manifest
 from megatron_cpt.checkpoint.convert.verify import verify_against_hf
 from megatron_cpt.checkpoint.huggingface.companion_files import (
     add_companions,
+    check_tokenizer_fits,
     keep_companions,
     tokenizer_hash,
     usable_companions,
@@ -42,7 +44,6 @@ from megatron_cpt.checkpoint.torch_dist import mcore
 from megatron_cpt.checkpoint.torch_dist.dcp_writer import Slice, write_dcp
 from megatron_cpt.checkpoint.torch_dist.kept_files import KEPT
 from megatron_cpt.checkpoint.torch_dist.megatron_arguments import write_megatron_metadata
-from megatron_cpt.checkpoint.torch_dist.release import is_made, release_manifest
 from megatron_cpt.checkpoint.torch_dist.weights import MegatronWeights, TorchDistWeights
 from megatron_cpt.config.checks.vocabulary import vocabulary_problem
 from megatron_cpt.config.settings.schema import ModelConfig
@@ -200,6 +201,7 @@ def mcore_to_hf(
             eod_id=token_ids["eos_token_id"],
             is_trained=manifest.get("iteration", "release") != "release",
         )
+        check_tokenizer_fits(directory, model, output)
         write_configs(directory, config, copied)
         for name, value in (extra_files or {}).items():
             write_json(directory / name, value)

@@ -15,6 +15,8 @@ from typing import Any
 from megatron_cpt.checkpoint.huggingface.folder import SIDE_FILES
 from megatron_cpt.checkpoint.huggingface.options import CONVERSION
 from megatron_cpt.checkpoint.torch_dist.kept_files import kept_companions
+from megatron_cpt.config.checks.vocabulary import vocabulary_problem
+from megatron_cpt.config.settings.schema import ModelConfig
 from megatron_cpt.data.tokenizer.interface import load_tokenizer, same_tokenizer
 from megatron_cpt.errors import CheckpointError, DataError
 from megatron_cpt.files import file_hash, text_hash, write_json
@@ -111,6 +113,17 @@ def add_companions(
             directory.name.removeprefix(".").split(".")[0],
         )
     return copied
+
+
+def check_tokenizer_fits(directory: Path, model: ModelConfig, where: Path) -> None:
+    """Raise CheckpointError when the tokenizer of an export has ids that the model has no rows for."""
+    try:
+        tokenizer = load_tokenizer(directory, needs_eod=False)
+    except DataError:
+        return  # of a kind that is copied and not read here
+    problem = vocabulary_problem(f"{where}: the tokenizer", tokenizer.vocab_size, model)
+    if problem:
+        raise CheckpointError(problem)
 
 
 def copy_tokenizer(tokenizer: Path | None, directory: Path, eod_id: int | None) -> list[str]:

@@ -7,6 +7,7 @@ from megatron_cpt.config.checks.problem import Problem
 from megatron_cpt.config.checks.samples import sample_problems
 from megatron_cpt.config.settings import derived
 from megatron_cpt.config.settings.fields import nearest, sections, setting_keys
+from megatron_cpt.config.settings.held_out import held_out_documents, held_out_tokens
 from megatron_cpt.config.settings.iteration_ranges import parse_range
 from megatron_cpt.config.settings.schema import WHOLE_STAGE, DataConfig, RunConfig
 from megatron_cpt.config.settings.values import ALL_SETTINGS, parse_rule
@@ -23,6 +24,7 @@ def stage_problems(config: RunConfig) -> Iterator[Problem]:
     yield from _learning_rate_problems(config)
     yield from _weight_decay_problems(config)
     yield from _data_problems(config)
+    yield from _held_out_problems(config.data)
     yield from sample_problems(config)
     yield from _skip_problems(config)
     yield from _run_problems(config)
@@ -167,6 +169,22 @@ def _weight_decay_problems(config: RunConfig) -> Iterator[Problem]:
             f"optimizer.weight_decay_incr_style is {style} without weight_decay_start or weight_decay_end. "
             "Set one of them, or use constant.",
         )
+
+
+def _held_out_problems(data: DataConfig) -> Iterator[Problem]:
+    for name, corpus in data.corpora.items():
+        if corpus.held_out is None:
+            continue
+        key = f"data.corpora.{name}.held_out"
+        if not corpus.documents:
+            yield Problem(
+                ("data.corpora",), f"{key} is {corpus.held_out:g} without documents. State documents, or remove it."
+            )
+        if (corpus.validation, corpus.validation_documents) != ((held_out_tokens(name),), (held_out_documents(name),)):
+            yield Problem(
+                ("data.corpora",),
+                f"{key} is {corpus.held_out:g} beside validation or validation_documents. It names both itself. Remove it, or them.",
+            )
 
 
 def _data_problems(config: RunConfig) -> Iterator[Problem]:

@@ -422,6 +422,7 @@ _RUN = (
     Row("launch.nodes", honoured_by="launch/submission/submit.py"),
     Row("launch.spare_nodes", honoured_by="launch/submission/submit.py, launch/node/hosts.py"),
     Row("launch.gpus_per_node", honoured_by="launch/submission/submit.py"),
+    Row("launch.device", honoured_by="train/backend/parallel.py, launch/submission/submit.py"),
     Row("launch.walltime", honoured_by="launch/scheduler/render.py"),
     Row(
         "launch.exit_before_walltime",

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import heapq
 import json
+import logging
 import math
 import re
 from collections import Counter
@@ -36,6 +37,8 @@ from megatron_cpt.data.reading.record_files import (
 from megatron_cpt.errors import DataError
 from megatron_cpt.files import read_json
 from megatron_cpt.log import Progress
+
+logger = logging.getLogger(__name__)
 
 _CONDITION = re.compile(r"(?P<field>[^=!<>^~]+)(?P<sign>=|!=|>=|<=|>|<|\^=|!\^=|~=|!~=)(?P<value>.*)")
 
@@ -148,8 +151,8 @@ def split_validation(
 ) -> dict[str, dict[str, Any]]:
     """Write each corpus's documents below `output/<corpus>/train/` and `output/<corpus>/<name>/`; return the counts.
 
-    `output/<name>.json` records name, fraction and counts; the next call on more data must state the same fraction, and
-    writes the files again.
+    `output/<name>.json` records name, fraction, counts and what they were made of; the next call on the same data keeps the
+    files, one on more data must state the same fraction, and writes the files again.
 
     Raises: DataError when the set of this name was made with another fraction, for bad lines and clashing outputs.
     """
@@ -168,6 +171,19 @@ def split_validation(
                 f"{record_path}: the set {name} was made with the fraction {known.get('fraction')}, not {fraction}. "
                 "Documents would change sides. Use that fraction, or another name."
             )
+    made_of = {
+        corpus: {
+            "sources": [source.identity() for source in group],
+            "reading": vars(reading),
+            "compressed": is_compressed,
+        }
+        for corpus, group in corpora.items()
+    }
+    written = [path for paths in sides.values() for group in paths.values() for path in group]
+    if all((known.get("made_of") or {}).get(corpus) == made_of[corpus] for corpus in corpora):
+        if all(path.exists() for path in written):
+            logger.info("%s: kept, split already of the same documents", output)
+            return {corpus: known["corpora"][corpus] for corpus in corpora}
     for corpus, paths in sides.items():
         taken = next((path for group in paths.values() for path in group if path.exists()), None)
         if taken and corpus not in known.get("corpora", {}):
@@ -192,7 +208,8 @@ def split_validation(
         total = sum((tally for tally, _ in found), Tally())
         held_out = sum(number for _, number in found)
         rows[corpus] = {**total.record(), "train": total.documents - held_out, name: held_out}
-    write_record(record_path, "validation set", {**stated, "corpora": claimed | rows})
+    kept = {corpus: made for corpus, made in (known.get("made_of") or {}).items() if corpus not in made_of}
+    write_record(record_path, "validation set", {**stated, "corpora": claimed | rows, "made_of": kept | made_of})
     return rows
 
 

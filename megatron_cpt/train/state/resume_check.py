@@ -105,11 +105,6 @@ def reads_other_data(stored: dict[str, Any], config: RunConfig) -> bool:
     )
 
 
-def may_change_data_list(config: RunConfig) -> bool:
-    """Return whether a run that has begun may read another data list: it follows from the length and the data."""
-    return any(key.split(".")[0] in (ALL_SETTINGS, "training", "data") for key in config.checkpoint.accept_changes)
-
-
 def _changes_results(key: str) -> bool:
     if key.startswith("data.corpora.") and key.rpartition(".")[2] in FREE_OF_A_CORPUS:
         return False

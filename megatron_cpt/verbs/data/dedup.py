@@ -23,6 +23,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ngram", type=int, default=5, help="words per shingle (default: 5)")
     parser.add_argument("--num-perm", type=int, default=64, help="hash functions of a signature (default: 64)")
     parser.add_argument("--threshold", type=float, default=0.85, help="similarity of duplicates (default: 0.85)")
+    parser.add_argument(
+        "--verify", action="store_true", help="compare candidates by their exact similarity, which reads them again"
+    )
+    parser.add_argument(
+        "--similar-to",
+        choices=["cluster", "kept"],
+        default="cluster",
+        help="what goes is like some document of its cluster, or like one that stays (default: cluster)",
+    )
     parser.add_argument("--seed", type=int, default=42, help="seed of the hash functions (default: 42)")
     parser.add_argument("--compress", action="store_true", help="write .zst")
     parser.add_argument("--skip-bad-lines", action="store_true", help="leave out lines that hold no document")
@@ -49,7 +58,14 @@ def run(arguments: argparse.Namespace) -> None:
         named_corpora(arguments.inputs, keep_bad_files=arguments.skip_bad_lines),
         arguments.output,
         Reading(key=arguments.key, skip_bad_lines=arguments.skip_bad_lines),
-        DedupOptions(minhash=minhash, scope=arguments.scope, keep=arguments.keep, is_compressed=arguments.compress),
+        DedupOptions(
+            minhash=minhash,
+            scope=arguments.scope,
+            keep=arguments.keep,
+            is_verified=arguments.verify,
+            similar_to=arguments.similar_to,
+            is_compressed=arguments.compress,
+        ),
         work=arguments.work,
         workers=arguments.workers,
         memory_bytes=int(arguments.memory_gb * (1 << 30)),
