@@ -28,6 +28,7 @@ from megatron_cpt.checkpoint.huggingface.companion_files import (
     write_configs,
 )
 from megatron_cpt.checkpoint.huggingface.folder import HFFolder, OutputGroup, write_safetensors
+from megatron_cpt.checkpoint.huggingface.model_card import training_record
 from megatron_cpt.checkpoint.huggingface.options import CONVERSION, ImportOptions
 from megatron_cpt.checkpoint.huggingface.read_config import (
     POSITION_FIELDS,
@@ -45,9 +46,7 @@ from megatron_cpt.checkpoint.torch_dist.kept_files import KEPT
 from megatron_cpt.checkpoint.torch_dist.megatron_arguments import write_megatron_metadata
 from megatron_cpt.checkpoint.torch_dist.release import is_made, release_manifest
 from megatron_cpt.checkpoint.torch_dist.weights import MegatronWeights, TorchDistWeights
-from megatron_cpt.config.checks.vocabulary import vocabulary_problem
 from megatron_cpt.config.settings.schema import ModelConfig
-from megatron_cpt.data.tokenizer.interface import load_tokenizer
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.files import file_hash, read_json, take_lock, text_hash, whole_dir, write_json
 from megatron_cpt.log import Progress, format_bytes
@@ -158,12 +157,9 @@ def mcore_to_hf(
         checkpoint = mcore.find_checkpoint(checkpoint)
     manifest = mcore.read_manifest(checkpoint) if manifest is None else manifest
     model = mcore.manifest_model(manifest, checkpoint)
-    if tokenizer is not None and tokenizer.exists():
-        num_ids = load_tokenizer(tokenizer, needs_eod=False).vocab_size
-        if problem := vocabulary_problem(str(tokenizer), num_ids, model, "Export with the tokenizer of the training."):
-            raise CheckpointError(problem)
     weights = weights or TorchDistWeights(checkpoint)
     kept = usable_companions(checkpoint, manifest, has_tokenizer_of_its_own=tokenizer is not None)
+    check_tokenizer_fits(tokenizer or kept, model)
     imported = ImportOptions.of(manifest)
     options = {"dtype": dtype, "max_shard_bytes": max_shard_bytes, "tokenizer": tokenizer_hash(tokenizer or kept)}
     identity = {"kind": "megatron", "files": text_hash(json.dumps(manifest.get("files"), sort_keys=True)), **options}
@@ -201,11 +197,15 @@ def mcore_to_hf(
             eod_id=token_ids["eos_token_id"],
             is_trained=manifest.get("iteration", "release") != "release",
         )
-        check_tokenizer_fits(directory, model, output)
         write_configs(directory, config, copied)
         for name, value in (extra_files or {}).items():
             write_json(directory / name, value)
-        record: dict[str, Any] = {"direction": "mcore_to_hf", "source": identity, **imported.record()}
+        record: dict[str, Any] = {
+            "direction": "mcore_to_hf",
+            "source": identity,
+            **imported.record(),
+            **training_record(manifest),
+        }
         if verify:
             folder = HFFolder(directory)
             record |= {

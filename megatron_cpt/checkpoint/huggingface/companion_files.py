@@ -115,13 +115,16 @@ def add_companions(
     return copied
 
 
-def check_tokenizer_fits(directory: Path, model: ModelConfig, where: Path) -> None:
-    """Raise CheckpointError when the tokenizer of an export has ids that the model has no rows for."""
+def check_tokenizer_fits(tokenizer: Path | None, model: ModelConfig) -> None:
+    """Raise CheckpointError when a tokenizer has ids that the model has no rows for."""
+    if tokenizer is None or not tokenizer.exists() or (tokenizer.is_dir() and not has_tokenizer(tokenizer)):
+        return
     try:
-        tokenizer = load_tokenizer(directory, needs_eod=False)
-    except DataError:
-        return  # of a kind that is copied and not read here
-    problem = vocabulary_problem(f"{where}: the tokenizer", tokenizer.vocab_size, model)
+        num_ids = load_tokenizer(tokenizer, needs_eod=False).vocab_size
+    except DataError as unread:
+        logger.warning("its ids are not held against the model's rows: %s", unread)
+        return
+    problem = vocabulary_problem(str(tokenizer), num_ids, model, "Export with the tokenizer of the training.")
     if problem:
         raise CheckpointError(problem)
 
