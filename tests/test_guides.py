@@ -104,7 +104,6 @@ def scratch(prepared, ranks, tmp_path, monkeypatch) -> Path:
         return 0
 
     monkeypatch.setattr("megatron_cpt.launch.scheduler.local.run_local", run_here)
-    monkeypatch.setattr("megatron_cpt.launch.submission.sweep.run_local", run_here)
     return root
 
 

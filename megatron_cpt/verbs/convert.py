@@ -6,6 +6,7 @@ Examples:
   megatron-cpt convert hf-to-mcore models/Qwen3-0.6B converted/qwen3-0.6b --verify
   megatron-cpt convert mcore-to-hf runs/t/p/50B/main/checkpoints/iter_0001000 out/hf --tokenizer data/tokenizer
   megatron-cpt convert foreign-to-mcore old/iter_0001000 converted/old --params llama-1b --optimizer needed
+  megatron-cpt convert init --task tasks/demo --params demo-5m --size 8M --variant base
   megatron-cpt convert latest --task tasks/demo --params demo-5m --size 8M --variant base
   megatron-cpt convert all --task tasks/demo --params demo-5m --size 8M --every 1000
   megatron-cpt convert verify models/Qwen3-0.6B converted/qwen3-0.6b --logits --text sample.txt
@@ -99,6 +100,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for run_parser in (latest, every):
         add_run_arguments(run_parser)
         _add_options(run_parser)
+    start = directions.add_parser(
+        "init", help="the checkpoint that a run starts from, to <run>/init, as training itself would make it"
+    )
+    add_run_arguments(start)
     check = directions.add_parser("verify", help="compare a Hugging Face folder with a Megatron checkpoint")
     check.add_argument("hf_dir", type=Path, help="Hugging Face folder")
     check.add_argument("checkpoint", type=Path, help="Megatron checkpoint")
@@ -114,6 +119,8 @@ def run(arguments: argparse.Namespace) -> int | None:
     # torch is imported only when something is converted
     if arguments.direction == "verify":
         return _verify(arguments)
+    if arguments.direction == "init":
+        return _init(arguments)
     from megatron_cpt.checkpoint.convert.hf_mcore import hf_to_mcore, mcore_to_hf
     from megatron_cpt.checkpoint.convert.run_export import export_all, export_latest
 
@@ -164,6 +171,21 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="type of the output's weights (as they are)")
     parser.add_argument("--verify", action="store_true", help="read the output back and compare it bit by bit")
     parser.add_argument("--num-workers", type=int, default=2, metavar="N", help="threads (2)")
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    """Make what a run starts from; a run that has a checkpoint of its own does not start again."""
+    from megatron_cpt.run.directory import run_dir
+    from megatron_cpt.run.progress import last_checkpoint
+    from megatron_cpt.train.state.start_weights import initial_checkpoint
+
+    config = load_from_arguments(arguments).config
+    run = run_dir(config)
+    if iteration := last_checkpoint(run):
+        sys.stdout.write(f"{run.checkpoints}: at iteration {iteration}, kept: the run does not start again\n")
+        return 0
+    sys.stdout.write(f"{initial_checkpoint(config, run) or 'init.from_path: not set, random weights'}\n")
+    return 0
 
 
 def _add_nonfinite(parser: argparse.ArgumentParser) -> None:

@@ -25,6 +25,7 @@ from megatron_cpt.checkpoint.soup.mergekit import (
 )
 from megatron_cpt.checkpoint.torch_dist.mcore import read_tracker, verify_checkpoint, write_tracker
 from megatron_cpt.errors import CheckpointError
+from tests.checkpoint.conftest import build_hf_model
 from tests.tolerances import assert_bf16_rounding, assert_fp32_rounding
 
 
@@ -150,7 +151,7 @@ def test_greedy_keeps_what_lowers_the_score(variants, tmp_path):
     assert score(uniform) > score(output)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_mergekits_linear_merge_equals_ours(variants, tmp_path):
     config = mergekit_config(variants, method="linear")
     assert all(entry["model"].startswith("/") for entry in config["models"])
@@ -242,6 +243,18 @@ def test_checkpoints_of_other_models_do_not_average(checkpoints, hf_models, tmp_
     assert not (tmp_path / "soup").exists()
 
 
+def test_the_same_soup_is_kept_and_another_one_under_its_name_is_refused(hf_models, tmp_path):
+    models = [hf_models("llama"), tmp_path / "other"]
+    build_hf_model("llama", seed=1).save_pretrained(models[1])
+    output = average_hf(models, tmp_path / "soup")
+    made = (output / "model.safetensors").stat().st_mtime_ns
+    assert average_hf(models, output) == output
+    assert (output / "model.safetensors").stat().st_mtime_ns == made
+    for changed in ({"weights": [1, 2]}, {"dtype": "bf16"}):
+        with pytest.raises(CheckpointError, match="made of other models or in another way"):
+            average_hf(models, output, **changed)
+
+
 def mergekit_yaml(path, **settings):
     """Write a mergekit configuration; return its path."""
     path.write_text(yaml.safe_dump({"dtype": "float32", "out_dtype": "float32", **settings}))
@@ -254,7 +267,7 @@ def recorded_weights(output):
     return {Path(entry["path"]).name: entry["weight"] for entry in info["inputs"]}
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_mergekits_gradients_and_filters_run_and_are_recorded_as_they_stand(variants, tmp_path, monkeypatch):
     monkeypatch.chdir(variants[0].parent)
     a, b, c = (path.name for path in variants)  # relative paths, as mergekit takes them

@@ -21,6 +21,7 @@ from megatron_cpt.checkpoint.convert.hf_mcore import (
     progress_of,
     remove_partial,
 )
+from megatron_cpt.checkpoint.convert.release import is_made, release_manifest
 from megatron_cpt.checkpoint.convert.verify import tensor_bytes
 from megatron_cpt.checkpoint.foreign.opening import ForeignCheckpoint, model_units, open_foreign
 from megatron_cpt.checkpoint.huggingface.folder import sampled_hash
@@ -31,7 +32,6 @@ from megatron_cpt.checkpoint.torch_dist import mcore
 from megatron_cpt.checkpoint.torch_dist.dcp import DcpReader
 from megatron_cpt.checkpoint.torch_dist.dcp_writer import Slice, write_dcp
 from megatron_cpt.checkpoint.torch_dist.megatron_arguments import write_megatron_metadata
-from megatron_cpt.checkpoint.torch_dist.release import is_made, release_manifest
 from megatron_cpt.checkpoint.torch_dist.weights import MegatronWeights
 from megatron_cpt.config.settings.schema import ModelConfig
 from megatron_cpt.errors import CheckpointError

@@ -124,7 +124,7 @@ def average_hf(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     num_workers: int = 2,
 ) -> Path:
-    """Write the weighted mean of Hugging Face folders to `output`; return it.
+    """Write the weighted mean of Hugging Face folders to `output`; return it. The same mean, made already, is kept.
 
     `base`, when given, is one more model of the average (OpenSeek's rule) and comes first: the output has its tensors,
     configuration and tokenizer, and tensors that do not match stay as it has them, where `allow` permits that at all.
@@ -147,6 +147,10 @@ def average_hf(
 
         return OutputGroup(((name, first.shape(name), target),), build)
 
+    info = merge_info(folders, shares, "linear", comparison, engine="megatron-cpt")
+    info["dtype"] = dtype
+    if is_merged(output, info):
+        return output
     groups = [group(name) for name in model_names(first)]
     check_free_space(output, int(sum(part.num_bytes for part in groups) * 1.01) + (1 << 20))
     remove_partial(output)
@@ -155,7 +159,7 @@ def average_hf(
         keep_companions(first.path, directory)
         dtypes = [first.dtype(name) for name in model_names(first)] if cast is None else [cast]
         write_json(directory / "config.json", portable_config(first.config, NAMES_IN_CONFIG.get(dtypes[0])))
-        write_json(directory / MERGE_INFO, merge_info(folders, shares, "linear", comparison, engine="megatron-cpt"))
+        write_json(directory / MERGE_INFO, info)
     logger.info("%s: %s", output, summary(comparison, len(folders)))
     return output
 
@@ -232,6 +236,31 @@ def merge_info(
         "mismatched": comparison.mismatched,
         "matched": comparison.matched,
     }
+
+
+def is_merged(output: Path, info: dict[str, Any]) -> bool:
+    """Return whether `output` is a whole soup of the models, and made in the way, that `info` describes.
+
+    Folders may have moved: models are compared by their files' hashes.
+
+    Raises: CheckpointError when there is something else.
+    """
+    if not output.exists():
+        return False
+    made = read_json(output / MERGE_INFO, CheckpointError) if (output / MERGE_INFO).exists() else {}
+    HFFolder(output)  # raises where a file is cut short or missing
+    if made and _made_of(made) == _made_of(json.loads(json.dumps(info))):
+        logger.info("%s: kept, merged already of the same models", output)
+        return True
+    raise CheckpointError(
+        f"{output}: exists already and was made of other models or in another way. A result is never overwritten. Remove "
+        "it or choose another folder."
+    )
+
+
+def _made_of(info: dict[str, Any]) -> dict[str, Any]:
+    inputs = [{key: value for key, value in entry.items() if key != "path"} for entry in info["inputs"]]
+    return {key: info.get(key) for key in ("method", "engine", "dtype", "recipe")} | {"inputs": inputs}
 
 
 def recorded_hashes(folder: Path, files: Sequence[Path]) -> dict[str, str]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from megatron_cpt.checkpoint.convert.hf_mcore import claimed, mcore_to_hf, remove_partial
+from megatron_cpt.checkpoint.convert.release import release_manifest
 from megatron_cpt.checkpoint.huggingface.companion_files import keep_companions
 from megatron_cpt.checkpoint.huggingface.options import OPTIONS, ImportOptions
 from megatron_cpt.checkpoint.huggingface.read_config import TRAINING_FIELDS, differing_fields
@@ -21,7 +22,6 @@ from megatron_cpt.checkpoint.torch_dist import mcore
 from megatron_cpt.checkpoint.torch_dist.dcp_writer import Slice, write_dcp
 from megatron_cpt.checkpoint.torch_dist.kept_files import KEPT, kept_companions
 from megatron_cpt.checkpoint.torch_dist.megatron_arguments import write_megatron_metadata
-from megatron_cpt.checkpoint.torch_dist.release import release_manifest
 from megatron_cpt.checkpoint.torch_dist.weights import TorchDistWeights
 from megatron_cpt.config.settings.schema import ModelConfig
 from megatron_cpt.errors import CheckpointError

@@ -23,6 +23,7 @@ from megatron_cpt.checkpoint.soup.mean import (
     MERGE_INFO,
     check_mergeable,
     compare_models,
+    is_merged,
     merge_info,
     normalised_weights,
     summary,
@@ -94,7 +95,9 @@ def run_mergekit(config: dict[str, Any] | Path, output: Path, *, allow: Sequence
     # before the merge: a record that cannot be made costs nothing then
     record = merge_info(
         folders, list(references.values()), str(settings.get("merge_method")), comparison, engine="mergekit"
-    )
+    ) | {"recipe": settings}
+    if is_merged(output, record):
+        return output
     with whole_dir(output) as directory, tempfile.TemporaryDirectory() as scratch:
         recipe = Path(scratch) / "merge.yaml"
         recipe.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")

@@ -391,6 +391,8 @@ _DATA = (
 
 _RUN = (
     Row("init.from_path", flag="--load", honoured_by="train/state/start_weights.py"),
+    Row("init.ignore_config", honoured_by="train/state/start_weights.py"),
+    Row("init.skip_tensors", honoured_by="train/state/start_weights.py"),
     Row(
         "init.load",
         flag="--finetune",
@@ -424,6 +426,7 @@ _RUN = (
     Row("launch.nodes", honoured_by="launch/submission/submit.py"),
     Row("launch.spare_nodes", honoured_by="launch/submission/submit.py, launch/node/hosts.py"),
     Row("launch.gpus_per_node", honoured_by="launch/submission/submit.py"),
+    Row("launch.device", honoured_by="train/backend/parallel.py, launch/submission/submit.py"),
     Row("launch.walltime", honoured_by="launch/scheduler/render.py"),
     Row(
         "launch.exit_before_walltime",

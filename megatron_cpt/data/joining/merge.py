@@ -63,10 +63,11 @@ def find_parts(output_prefix: Path) -> list[Path]:
     return [members[number] for number in range(count)]
 
 
-def merge_shards(prefixes: Sequence[Path], output_prefix: Path) -> dict[str, Any]:
+def merge_shards(prefixes: Sequence[Path], output_prefix: Path, *, replace: bool = False) -> dict[str, Any]:
     """Join shards in the given order under `output_prefix`; return the manifest.
 
-    What was killed goes on with the shard that it was at; what is there already, of the same shards, is kept.
+    What was killed goes on with the shard that it was at; what is there already, of the same shards, is kept. With
+    `replace` an older result of other documents gives way to this one.
 
     Raises: DataError when a shard is damaged, they differ in tokenizer, token type or options, hold the same source, or
     the output is something else.
@@ -86,12 +87,15 @@ def merge_shards(prefixes: Sequence[Path], output_prefix: Path) -> dict[str, Any
     manifest = _joined_manifest(manifests, indexes)
     if manifest_path(output_prefix).exists():
         found = read_shard_manifest(output_prefix)
-        if _without_sample(found) != manifest:
+        if _without_sample(found) == manifest:
+            read_index(output_prefix)
+            return found
+        if not replace:
             raise DataError(
-                f"{output_prefix}: exists already, of other shards or documents. Remove it or choose another output."
+                f"{output_prefix}: exists already, of other shards or documents. Remove it, replace it (--replace) or choose "
+                "another output."
             )
-        read_index(output_prefix)
-        return found
+        remove_shards([output_prefix])
     progress = Progress("merge", sum(index.num_tokens * index.dtype.itemsize for index in indexes) / 1e6, "MB")
     with MergeJournal(output_prefix, prefixes) as journal:
         if all(masks):

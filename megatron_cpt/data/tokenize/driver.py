@@ -147,6 +147,11 @@ def tokenize(
     if output_dir is not None:
         target = shard_tokens / tokens_per_byte(sources, tokenizer, layout) if shard_tokens else None
         plans = plan_tree(output_dir, sources, target, part)
+    if output_prefix is not None and part is not None:
+        whole = plan_one(output_prefix, sources, None)
+        if all(is_finished(plan, keys, tokenizer.identity, options) for plan in whole):
+            logger.info("%s: kept, the parts of these documents are joined already", output_prefix)
+            plans = whole  # what `data merge` joined; its parts are not made again
     pending = [plan for plan in plans if not is_finished(plan, keys, tokenizer.identity, options)]
     job = Job(
         tokenizer_path=tokenizer_path,

@@ -21,11 +21,12 @@ from megatron_cpt.log import format_count
 def write_report(run_paths: Sequence[Path], output_dir: Path, evaluation_path: Path | None = None) -> Path:
     """Write charts and `report.md` into `output_dir`; return the page's path.
 
-    Stages are shown in the order given. `evaluation_path` is a file of `evaluate forgetting`.
+    Stages are shown in the order given; of several, those that have not trained yet are left out. `evaluation_path` is a
+    file of `evaluate forgetting`.
 
     Raises: DataError when a run has no metrics or the evaluation is none.
     """
-    stages = read_stages(run_paths)
+    stages = [stage for stage in read_stages(run_paths, may_be_empty=len(run_paths) > 1) if stage.starts or stage.train]
     if not any(stage.train for stage in stages):
         raise DataError(f"{run_paths[0]}: metrics without a training step. Nothing to report yet. Train first.")
     results = [] if evaluation_path is None else results_from_json(read_json(evaluation_path, DataError))

@@ -17,11 +17,13 @@ with `resumed`, every earlier record of a later iteration counts no more.
 
 import json
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import orjson
 import yaml
 
 from megatron_cpt.data.lists.data_list import read_data_list
@@ -51,6 +53,8 @@ class Stage:
     path: Path
     train: list[dict[str, Any]] = field(default_factory=list)
     validation: list[dict[str, Any]] = field(default_factory=list)
+    spikes: list[dict[str, Any]] = field(default_factory=list)
+    saves: list[dict[str, Any]] = field(default_factory=list)
     not_finite: list[int] = field(default_factory=list)
     """Iterations of logged steps without a finite loss: they changed nothing and are not in `train`."""
     starts: list[dict[str, Any]] = field(default_factory=list)
@@ -72,25 +76,32 @@ class Stage:
         return max((record["consumed_tokens"] for record in self.train), default=0)
 
 
-def read_stages(paths: Sequence[Path]) -> list[Stage]:
+def read_stages(
+    paths: Sequence[Path], fields: Collection[str] | None = None, *, may_be_empty: bool = False
+) -> list[Stage]:
     """Return the stages in run directories; a stage that forks from another one starts where it left that one.
 
-    Raises: DataError when a folder is no run directory or two have the same name.
+    Stages of the same name are told apart by as many of the folders above them as it takes.
+
+    Raises: DataError as `read_stage`.
     """
-    stages = [read_stage(path) for path in paths]
-    by_name = {stage.name: stage for stage in stages}
-    if len(by_name) < len(stages):
-        by_name = {}
+    stages = [read_stage(path, fields, may_be_empty=may_be_empty) for path in paths]
+    num_parts = 1
+    longest = max((len(stage.path.absolute().parts) for stage in stages), default=0)
+    while len({stage.name for stage in stages}) < len(stages) and num_parts < longest:
+        num_parts += 1
         for stage in stages:
-            stage.name = "/".join(stage.path.absolute().parts[-2:])
-            by_name[stage.name] = stage
+            stage.name = "/".join(stage.path.absolute().parts[-num_parts:])
+    by_name = {stage.name: stage for stage in stages}
     for stage in stages:
         stage.offset_tokens = _offset(stage, by_name, set())
     return stages
 
 
-def read_stage(path: Path) -> Stage:
+def read_stage(path: Path, fields: Collection[str] | None = None, *, may_be_empty: bool = False) -> Stage:
     """Return the stage in a run directory, named by its last folder, the variant.
+
+    Of training records only `fields` are kept (None: all). `may_be_empty`: a run that has not trained has no records.
 
     Raises: DataError when there are no metrics or a line of them is not a record.
     """
@@ -101,30 +112,51 @@ def read_stage(path: Path) -> Stage:
         for entry in read_data_list(run.data_list_path):
             corpus = entry.corpus or Path(entry.prefix).name
             stage.blend[corpus] = stage.blend.get(corpus, 0) + (entry.tokens or 0)
+    if may_be_empty and not run.metrics_path.exists():
+        return stage
     for record in read_metrics(run.metrics_path):
+        if fields is not None and record["kind"] == "train":
+            record = {name: value for name, value in record.items() if name in fields}
         _add_record(stage, record)
     return stage
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a metrics file; a last line that a killed process left unfinished is passed over."""
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a metrics file; a last line that a killed process left unfinished is passed over.
+
+    Raises: DataError when there is no file or another line is no record.
+    """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        file = path.open("rb")
     except FileNotFoundError:
         raise DataError(f"{path}: no such file. A run directory with metrics.jsonl is needed.") from None
-    records = []
-    for number, line in enumerate(lines, 1):
-        if not line:
-            continue
-        try:
-            record = json.loads(line)
-            record["kind"]
-        except (json.JSONDecodeError, TypeError, KeyError):
-            if number == len(lines):
+    with file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
                 continue
-            raise DataError(f"{path}:{number}: {line[:60]!r} is no record. Remove that line.") from None
-        records.append(record)
-    return records
+            try:
+                record = _parsed(line)
+                record["kind"]
+            except (ValueError, TypeError, KeyError):
+                if not line.endswith(b"\n"):
+                    return
+                begin = line[:60].decode(errors="replace").rstrip("\n")
+                raise DataError(f"{path}:{number}: {begin!r} is no record. Remove that line.") from None
+            yield record
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return orjson.loads(line)
+    except orjson.JSONDecodeError:  # earlier versions and other programs write NaN
+        return json.loads(line)
+
+
+def short_layouts(before: str, after: str) -> tuple[str, str]:
+    """Return two layouts such as `TP2 PP1 CP1 DP1` without the parts that are 1 in both."""
+    pairs = list(zip(before.split(), after.split(), strict=False))
+    pairs = [pair for pair in pairs if {re.sub(r"[A-Z]+", "", part) for part in pair} != {"1"}]
+    return " ".join(one for one, _ in pairs), " ".join(other for _, other in pairs)
 
 
 def setting(config: dict[str, Any], key: str) -> Any:
@@ -154,6 +186,8 @@ def _add_record(stage: Stage, record: dict[str, Any]) -> None:
     elif kind == "validation":
         if _is_finite(record):
             stage.validation.append(record)
+    elif kind in ("spike", "save"):
+        (stage.spikes if kind == "spike" else stage.saves).append(record)
     elif kind == "end":
         stage.end_reason = record.get("reason")
     elif kind == "rollback":  # a loss spike was undone: the steps since the checkpoint are trained again
@@ -163,6 +197,7 @@ def _add_record(stage: Stage, record: dict[str, Any]) -> None:
             _resume(stage, record)
         elif stage.starts:  # started over from nothing: what was before does not count
             stage.train, stage.validation, stage.interruptions, stage.not_finite = [], [], [], []
+            stage.spikes, stage.saves = [], []
         stage.starts.append(record)
         stage.end_reason = None
 
@@ -185,8 +220,10 @@ def _cut(stage: Stage, record: dict[str, Any], reason: str | None) -> None:
                 layout_after=record.get("layout", before),
             )
         )
-    stage.train = [record for record in stage.train if record["iteration"] <= iteration]
+    while stage.train and stage.train[-1]["iteration"] > iteration:
+        stage.train.pop()
     stage.validation = [record for record in stage.validation if record["iteration"] <= iteration]
+    stage.saves = [record for record in stage.saves if record["iteration"] <= iteration]
     stage.not_finite = [found for found in stage.not_finite if found <= iteration]
 
 

@@ -38,11 +38,16 @@ def check_site(config: RunConfig, site: Site) -> None:
 
 
 def check_training(loaded: LoadedConfig, run: RunDir, *, data_will_exist: bool = False) -> None:
-    """Check what a training job will need: data, the checkpoint it starts from, disk.
+    """Raise LaunchError listing everything that a training job will need and has not (`training_problems`)."""
+    mistakes = training_problems(loaded, run, data_will_exist=data_will_exist)
+    if mistakes:
+        raise LaunchError("\n".join(mistakes))
+
+
+def training_problems(loaded: LoadedConfig, run: RunDir, *, data_will_exist: bool = False) -> list[str]:
+    """Return what a training job will need and has not, a line each: data, the checkpoint it starts from, disk.
 
     `data_will_exist`: an earlier job of the same pipeline makes the token files.
-
-    Raises: LaunchError listing every problem (DataError or CheckpointError texts included).
     """
     mistakes = []
     config = loaded.config
@@ -63,8 +68,7 @@ def check_training(loaded: LoadedConfig, run: RunDir, *, data_will_exist: bool =
             f"{config.paths.runs_dir}: {format_bytes(plan.room_bytes)} free{quota}. {plan.num_checkpoints} checkpoints of "
             f"{format_bytes(plan.checkpoint_bytes)} need {format_bytes(needed)}. Set checkpoint.keep_last."
         )
-    if mistakes:
-        raise LaunchError("\n".join(mistakes))
+    return mistakes
 
 
 def check_data(config: RunConfig) -> None:

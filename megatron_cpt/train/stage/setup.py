@@ -19,7 +19,7 @@ from megatron_cpt.checkpoint.torch_dist.kept_files import share_companions
 from megatron_cpt.checkpoint.torch_dist.mcore import newest_good_checkpoint, read_manifest
 from megatron_cpt.config.loading.resolve import LoadedConfig, write_resolved
 from megatron_cpt.config.settings.batch_sizes import BatchSizes, batch_sizes
-from megatron_cpt.config.settings.derived import train_iters, train_samples, train_tokens
+from megatron_cpt.config.settings.derived import may_change_data_list, train_iters, train_samples, train_tokens
 from megatron_cpt.config.settings.iteration_ranges import Ranges
 from megatron_cpt.config.settings.schema import RunConfig
 from megatron_cpt.data.blend.plan import plan_blend
@@ -28,9 +28,11 @@ from megatron_cpt.data.blend.stage_order import StageOrder, write_order
 from megatron_cpt.data.blend.start_position import continued_order
 from megatron_cpt.data.blend.table import BlendPlan
 from megatron_cpt.data.lists.data_list import DataEntry, read_data_list, write_data_list
+from megatron_cpt.data.shards.corpus_documents import check_tokenized
 from megatron_cpt.data.shards.discovery import content_problems
 from megatron_cpt.data.tokenizer.interface import Tokenizer, load_tokenizer
 from megatron_cpt.errors import ConfigError, DamagedError, DataError
+from megatron_cpt.files import write_json
 from megatron_cpt.run.data_history import keep_superseded
 from megatron_cpt.run.directory import RunDir, run_dir
 from megatron_cpt.run.revision import code_revision
@@ -46,10 +48,10 @@ from megatron_cpt.train.state.resume_check import (
     check_model_fits,
     check_position,
     check_unchanged,
-    may_change_data_list,
     reads_other_data,
 )
 from megatron_cpt.train.state.start_weights import initial_checkpoint
+from megatron_cpt.train.watch.environment import environment
 
 logger = logging.getLogger(__name__)
 
@@ -157,13 +159,15 @@ def _prepare(loaded: LoadedConfig, unreadable: Collection[Path], *, from_start: 
     differences = check_unchanged(manifest["config"] if manifest else None, config, resume or run.path)
 
     if resume and manifest:
-        check_position(manifest, config, resume)
+        check_position(manifest, config.training, resume)
     may_change_list = own is None or may_change_data_list(config)
     is_changed = manifest is not None and reads_other_data(manifest["config"], config)
 
     def planned() -> StageOrder:
         plan = plan_blend(config, begun=run.data_list_path, order=_continued_order(config, run, manifest))
         if not from_start:
+            if own is None:
+                check_tokenized(config)
             _prepare_run_dir(loaded, run, plan, iteration, is_changed=is_changed, may_change_list=may_change_list)
         _check_contents(config, plan.entries)
         return plan.order
@@ -195,7 +199,7 @@ def _prepare(loaded: LoadedConfig, unreadable: Collection[Path], *, from_start: 
         optimizer=optimizer,
         hf=origin_manifest.get("hf"),
         imported=ImportOptions.of(origin_manifest).record(),
-        skipped=on_rank_0(lambda: skipped_ranges(config, run, manifest)),
+        skipped=on_rank_0(lambda: skipped_ranges(config.data, run, manifest)),
         resume=resume,
         iteration=iteration,
         counted=dict(manifest["tokens_per_corpus"]) if manifest else {},
@@ -226,7 +230,7 @@ def go_back(stage: Stage) -> None:
     stage.resume, stage.iteration = directory, int(manifest["iteration"])
     stage.counted = dict(manifest["tokens_per_corpus"])
     stage.recent_losses = manifest.get("recent_losses", [])
-    stage.skipped = on_rank_0(lambda: skipped_ranges(config, run, manifest))
+    stage.skipped = on_rank_0(lambda: skipped_ranges(config.data, run, manifest))
 
 
 def set_hyperparameters(optimizer: MegatronOptimizer, config: RunConfig) -> None:
@@ -325,3 +329,4 @@ def _prepare_run_dir(
         write_data_list(run.data_list_path, plan.entries)
     write_resolved(loaded, run.config_path)
     run.revision_path.write_text(code_revision() + "\n", encoding="utf-8")
+    write_json(run.environment_path, environment())
