@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from megatron_cpt import cli
 from megatron_cpt.checkpoint.huggingface.folder import HFFolder
@@ -201,3 +202,31 @@ def test_a_card_that_is_there_stays(model, tmp_path):
     folder = shutil.copytree(model, tmp_path / "mine")
     (folder / "README.md").write_text("mine")
     assert "README.md" not in dict(plan_push(folder, 10**9).written)
+
+
+def test_weights_in_few_bits_are_sent_as_they_are_stored(model, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "few-bits")
+    settings = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": settings}
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    tensors[name + "_scale_inv"] = torch.rand(2, 3)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    server = Server()
+    push(plan_push(folder, 20_000), "team/model", 20_000, api=server)
+    received = tmp_path / "received"
+    received.mkdir()
+    for sent, content in server.files.items():
+        (received / sent).write_bytes(content)
+    there = HFFolder(received, as_stored=True)
+    assert set(there.names()) == set(tensors) and there.dtype(name) == torch.float8_e4m3fn
+    assert torch.equal(there.read(name).view(torch.uint8), tensors[name].view(torch.uint8))
+
+
+def test_a_folder_in_a_format_that_does_not_convert_is_still_sent(model, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "awq")
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "awq"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert plan_push(folder, 10**9).num_bytes > 0

@@ -99,7 +99,7 @@ def plan_push(
     )
     if kind == "dataset":
         return PushPlan(folder=folder, files=_sized(files, folder))
-    model = HFFolder(folder)
+    model = HFFolder(folder, as_stored=True)
     weights = [file for file in model.files if file.suffix == ".safetensors"]
     written = without_local_paths(folder, [file.relative_to(folder).as_posix() for file in files])
     if not (folder / CARD).exists():
@@ -196,7 +196,7 @@ def download(
     if not files:
         raise CheckpointError(f"{repo}: no file matches. Check --include and --exclude.")
     if kind == "model" and not include and not exclude and any(output.glob("*.safetensors")):
-        HFFolder(output)
+        HFFolder(output, as_stored=True)
     return len(files), sum(path.stat().st_size for path in files)
 
 
@@ -225,7 +225,7 @@ def _new_shards(plan: PushPlan, max_shard_bytes: int) -> Iterator[list[Path]]:
         return
     with tempfile.TemporaryDirectory(prefix=f".{plan.folder.name}.", suffix=".partial", dir=plan.folder.parent) as name:
         progress = Progress("hub push: cutting", sum(size for _, size in plan.new_shards) / 1e6, "MB")
-        model = HFFolder(plan.folder)
+        model = HFFolder(plan.folder, as_stored=True)
         size = _for_values(model, max_shard_bytes)
         write_safetensors(
             Path(name), _groups(model), max_shard_bytes=size, progress=lambda done: progress.add(done / 1e6)

@@ -48,6 +48,8 @@ class VocabExtension:
     initialised like those that are added. None: every old row was trained."""
     seed: int = 0
     """Of the noise."""
+    tokenizer: Path | None = None
+    """The tokenizer with the new tokens, which takes the place of the base's beside the checkpoint; None: the base's."""
 
     def trained_rows(self, rows: int) -> int:
         """Return how many of `rows` old rows belong to old tokens."""
@@ -157,7 +159,9 @@ def extension_for(
         subtokens = subtokens_of_new_tokens(folder, new_tokenizer, old_rows if old_ids is None else old_ids)
     elif new_tokenizer is not None and old_ids is not None:
         _check_old_ids(_opened(folder), _opened(new_tokenizer), old_ids, (folder, new_tokenizer))
-    return VocabExtension(vocab_size=wanted, method=method, subtokens=subtokens, num_old_ids=old_ids)
+    return VocabExtension(
+        vocab_size=wanted, method=method, subtokens=subtokens, num_old_ids=old_ids, tokenizer=new_tokenizer
+    )
 
 
 def check_new_tokenizer(new_tokenizer: Path, num_rows: int) -> None:
