@@ -101,6 +101,7 @@ def test_ids_inside_rows_that_were_never_trained_are_initialised_too(hf_models, 
     extension = extension_for(source, new, rows=None, multiple=8)
     assert (extension.vocab_size, extension.num_old_ids) == (136, 120)
     output = extended(source, tmp_path, extension)
+    assert (output / "tokenizer.json").read_bytes() == (new / "tokenizer.json").read_bytes()
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         old, rows = HFFolder(source).read(name), HFFolder(output).read(name)
         assert torch.equal(rows[:120], old[:120])

@@ -151,7 +151,7 @@ def _common_state(iteration: int, manifest: dict[str, Any]) -> dict[str, Any]:
         "num_steps": samples,
         "lr_decay_style": (config.get("schedule") or {}).get("lr_decay_style"),
         "lr_decay_steps": samples,
-        "min_lr": (config.get("schedule") or {}).get("min_lr"),
+        "min_lr": (config.get("optimizer") or {}).get("min_lr"),
         "start_wd": (config.get("optimizer") or {}).get("weight_decay"),
         "end_wd": (config.get("optimizer") or {}).get("weight_decay"),
         "wd_incr_style": "constant",
