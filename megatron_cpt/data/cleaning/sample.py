@@ -172,7 +172,11 @@ def split_validation(
                 "Documents would change sides. Use that fraction, or another name."
             )
     made_of = {
-        corpus: {"sources": [source.identity() for source in group], "reading": vars(reading), "compressed": is_compressed}
+        corpus: {
+            "sources": [source.identity() for source in group],
+            "reading": vars(reading),
+            "compressed": is_compressed,
+        }
         for corpus, group in corpora.items()
     }
     written = [path for paths in sides.values() for group in paths.values() for path in group]

@@ -11,6 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_cpt.verbs.vocabulary import add_bad_line_argument, add_workers_argument, skips_bad_lines
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("inputs", nargs="+", metavar="[NAME=]PATH", help="training documents, by corpus")
@@ -22,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min-words", type=int, default=8, help="shortest evaluation text looked for (default: 8)")
     parser.add_argument("--min-matches", type=int, default=1, help="passages from which a document goes (default: 1)")
     parser.add_argument("--compress", action="store_true", help="write .zst")
-    parser.add_argument("--skip-bad-lines", action="store_true", help="leave out lines that hold no document")
-    parser.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
+    add_bad_line_argument(parser)
+    add_workers_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -38,9 +40,9 @@ def run(arguments: argparse.Namespace) -> None:
         is_compressed=arguments.compress,
     )
     passages = read_passages(named_corpora(arguments.against), Reading(key=arguments.against_key), options)
-    reading = Reading(key=arguments.key, skip_bad_lines=arguments.skip_bad_lines)
+    reading = Reading(key=arguments.key, skip_bad_lines=skips_bad_lines(arguments))
     report = decontaminate(
-        named_corpora(arguments.inputs, keep_bad_files=arguments.skip_bad_lines),
+        named_corpora(arguments.inputs, keep_bad_files=skips_bad_lines(arguments)),
         passages,
         arguments.output,
         reading,

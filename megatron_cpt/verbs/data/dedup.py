@@ -11,6 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_cpt.verbs.vocabulary import add_bad_line_argument, add_workers_argument, skips_bad_lines
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("inputs", nargs="+", metavar="[NAME=]PATH", help="documents, by corpus")
@@ -34,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=42, help="seed of the hash functions (default: 42)")
     parser.add_argument("--compress", action="store_true", help="write .zst")
-    parser.add_argument("--skip-bad-lines", action="store_true", help="leave out lines that hold no document")
-    parser.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
+    add_bad_line_argument(parser)
+    add_workers_argument(parser)
     parser.add_argument("--memory-gb", type=float, default=1.0, help="memory for sorting (default: 1)")
     parser.add_argument("--work", type=Path, help="folder for what is spilled (default: beside the output)")
 
@@ -55,9 +57,9 @@ def run(arguments: argparse.Namespace) -> None:
         is_prompt=arguments.prompts,
     )
     report = deduplicate(
-        named_corpora(arguments.inputs, keep_bad_files=arguments.skip_bad_lines),
+        named_corpora(arguments.inputs, keep_bad_files=skips_bad_lines(arguments)),
         arguments.output,
-        Reading(key=arguments.key, skip_bad_lines=arguments.skip_bad_lines),
+        Reading(key=arguments.key, skip_bad_lines=skips_bad_lines(arguments)),
         DedupOptions(
             minhash=minhash,
             scope=arguments.scope,

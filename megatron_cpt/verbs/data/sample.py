@@ -14,6 +14,7 @@ from pathlib import Path
 
 from megatron_cpt.config.settings.values import parse_count
 from megatron_cpt.errors import DataError
+from megatron_cpt.verbs.vocabulary import add_bad_line_argument, skips_bad_lines
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=42, help="another seed draws others (default: 42)")
     parser.add_argument("--key", default="text", help="field with the text or the chat messages (default: text)")
     parser.add_argument("--compress", action="store_true", help="write .zst")
-    parser.add_argument("--skip-bad-lines", action="store_true", help="leave out lines that hold no document")
+    add_bad_line_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -39,9 +40,9 @@ def run(arguments: argparse.Namespace) -> None:
     except ValueError as problem:
         raise DataError(f"--number: {problem}.") from None
     report = sample(
-        list_sources(arguments.inputs, keep_bad_files=arguments.skip_bad_lines),
+        list_sources(arguments.inputs, keep_bad_files=skips_bad_lines(arguments)),
         arguments.output,
-        Reading(key=arguments.key, skip_bad_lines=arguments.skip_bad_lines),
+        Reading(key=arguments.key, skip_bad_lines=skips_bad_lines(arguments)),
         SampleOptions(
             number=number,
             conditions=tuple(arguments.where),
