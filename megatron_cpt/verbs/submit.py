@@ -158,11 +158,11 @@ def _lr_find(submission: "Submission", arguments: argparse.Namespace) -> "Submit
     """Start the range test: what it needs is checked as for training."""
     from megatron_cpt.config.checks.lr_find import check_range_test
     from megatron_cpt.launch.submission.tool_job import submit_tool_job
-    from megatron_cpt.launch.submission.validate import check_training
+    from megatron_cpt.launch.submission.validate import training_problems
 
     config = submission.loaded.config
     check_range_test(config.training, arguments.lr_min, arguments.lr_max, arguments.iterations)
-    check_training(submission.loaded, submission.run)
+    problems = training_problems(submission.loaded, submission.run)
     options = [
         "--lr-min",
         repr(arguments.lr_min),
@@ -172,7 +172,7 @@ def _lr_find(submission: "Submission", arguments: argparse.Namespace) -> "Submit
         str(arguments.iterations),
     ]
     command = shlex.join(["lr-find", *options, *submission.run_arguments])
-    return submit_tool_job(submission, "lr-find", command, "train", on_ranks=True)
+    return submit_tool_job(submission, "lr-find", command, "train", on_ranks=True, problems=problems)
 
 
 def _job(submission: "Submission", arguments: argparse.Namespace) -> "Submitted":

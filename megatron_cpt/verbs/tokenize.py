@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shard-tokens", type=parse_count_argument, help="group files into shards of about this many tokens (500M)"
     )
     parser.add_argument(
-        "--shard", type=_part, metavar="I/N", help="do the i-th of n parts of the work, i from 0 to n-1"
+        "--shard", type=parse_part_argument, metavar="I/N", help="do the i-th of n parts of the work, i from 0 to n-1"
     )
     parser.add_argument(
         "--on-bad-line",
@@ -135,7 +135,8 @@ def parse_count_argument(text: str) -> int:
         raise argparse.ArgumentTypeError(str(problem)) from None
 
 
-def _part(text: str) -> tuple[int, int]:
+def parse_part_argument(text: str) -> tuple[int, int]:
+    """Return (i, n) from `i/n`, for argparse."""
     number, slash, count = text.partition("/")
     if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
         raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 0 to N-1")

@@ -113,7 +113,7 @@ def test_a_batch_with_an_id_beyond_the_rows_is_refused_by_sample():
 
     config = SimpleNamespace(model=dataclasses.replace(model(500)))
     ids = torch.zeros(2, 8, dtype=torch.int64)
-    _check_ids(ids + 499, [6, 7], config)
+    _check_ids(ids + 499, [6, 7], config.model)
     for wrong, message in (
         (500, "sample 7 has ids up to 500; the model has 500 rows"),
         (-1, "sample 7: holds the id -1"),
@@ -121,7 +121,7 @@ def test_a_batch_with_an_id_beyond_the_rows_is_refused_by_sample():
         changed = ids.clone()
         changed[1, 3] = wrong
         with pytest.raises(DataError, match=message):
-            _check_ids(changed, [6, 7], config)
+            _check_ids(changed, [6, 7], config.model)
 
 
 def test_an_extension_has_rows_for_every_id_of_its_tokenizer(bpe_dir):

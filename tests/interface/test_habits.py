@@ -15,6 +15,7 @@ OUTPUT = ["--output", "out"]
 BAD_LINE_VERBS = {
     "data dedup": ["in", *OUTPUT],
     "data sample": ["in", *OUTPUT],
+    "data languages": ["in", *OUTPUT],
     "data split": ["in", "--fraction", "1/10", *OUTPUT],
     "data decontaminate": ["in", "--against", "x", *OUTPUT],
 }

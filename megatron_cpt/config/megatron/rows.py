@@ -391,6 +391,8 @@ _DATA = (
 
 _RUN = (
     Row("init.from_path", flag="--load", honoured_by="train/state/start_weights.py"),
+    Row("init.ignore_config", honoured_by="train/state/start_weights.py"),
+    Row("init.skip_tensors", honoured_by="train/state/start_weights.py"),
     Row(
         "init.load",
         flag="--finetune",

@@ -215,7 +215,7 @@ def build_training_model(config: RunConfig) -> tuple[list[DistributedDataParalle
 def _say_what_attends(config: RunConfig) -> None:
     if not config.data.reset_attention_mask and config.model.window_size is None:
         return
-    if uses_transformer_engines_attention(config):
+    if uses_transformer_engines_attention(config.data):
         logger.info("windows end in Transformer Engine's attention")
     elif reason := reason_for_mask(config):
         logger.info("documents or windows end by a mask of sequence x sequence: %s", reason)

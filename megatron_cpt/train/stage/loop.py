@@ -71,7 +71,7 @@ def _train_stage(loaded: LoadedConfig, ends: contextlib.ExitStack) -> str:
     if config.training.deterministic:
         torch.use_deterministic_algorithms(True)
     interrupts = Interrupts(config.launch, run.path)
-    on_rank_0(lambda: check_wandb(config))
+    on_rank_0(lambda: check_wandb(config.logging))
     stage = prepare(loaded)
     if stage is None:
         if rank == 0:
