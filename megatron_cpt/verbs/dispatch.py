@@ -46,7 +46,36 @@ def load_verb(name: str, program: str) -> tuple[ModuleType, argparse.ArgumentPar
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress, warnings and errors only")
     module.add_arguments(parser)
+    _describe_sub_commands(parser, program, module.__doc__ or "")
     return module, parser
+
+
+def examples(text: str, command: str) -> list[str]:
+    """Return the examples of a command in a verb's docstring, each with its continued lines."""
+    found: list[str] = []
+    lines = iter(text.splitlines())
+    for line in lines:
+        start = re.search(rf"{re.escape(command)}(?= |$).*", line)
+        if start is None:
+            continue
+        example = start[0]
+        while example.endswith("\\"):
+            example += "\n" + next(lines)
+        found.append(example)
+    return found
+
+
+def _describe_sub_commands(parser: argparse.ArgumentParser, program: str, text: str) -> None:
+    """Give each sub-command's help its summary and its examples from the verb's docstring."""
+    for action in parser._actions:
+        if not isinstance(action, argparse._SubParsersAction):
+            continue
+        summaries = {choice.dest: choice.help or "" for choice in action._choices_actions}
+        for name, part in action.choices.items():
+            shown = "\n".join(f"  {example}" for example in examples(text, f"{program} {name}"))
+            summary = summaries.get(name, "").replace("%%", "%")
+            part.description = f"{summary}\n\nExample:\n{shown}" if shown else summary
+            part.formatter_class = argparse.RawDescriptionHelpFormatter
 
 
 def parse_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:

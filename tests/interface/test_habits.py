@@ -3,12 +3,13 @@
 import argparse
 import json
 import logging
+import shlex
 from pathlib import Path
 
 import pytest
 
-from megatron_cpt.cli import main
-from megatron_cpt.verbs.dispatch import load_verb, parse_words
+from megatron_cpt.cli import VERBS, main
+from megatron_cpt.verbs.dispatch import examples, load_verb, parse_words
 from megatron_cpt.verbs.vocabulary import keys_of, skips_bad_lines
 
 OUTPUT = ["--output", "out"]
@@ -83,3 +84,54 @@ def test_quiet_leaves_out_what_is_no_warning(tmp_path, monkeypatch, capsys, word
     assert not ended.value.code
     assert logging.getLogger().level == logging.WARNING
     assert capsys.readouterr().err == ""
+
+
+def sub_commands() -> list[tuple[str, str]]:
+    """Return every sub-command of every verb that parses its own (`submit train`)."""
+    found = []
+    for verb in VERBS:
+        for action in load_verb(verb, f"megatron-cpt {verb}")[1]._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                found += [(verb, name) for name in action.choices]
+    return found
+
+
+def commands_of(program: str, text: str) -> list[list[str]]:
+    return [shlex.split(example.replace("\\\n", " "), comments=True) for example in examples(text, program)]
+
+
+@pytest.mark.parametrize(("verb", "name"), sub_commands(), ids=" ".join)
+def test_every_sub_command_explains_itself_with_an_example(verb, name):
+    parser = load_verb(verb, f"megatron-cpt {verb}")[1]
+    (choices,) = (action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    text = choices[name].format_help()
+    assert f"megatron-cpt {verb} {name} " in text, text
+    assert len(choices[name].description.splitlines()[0]) > 8
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_example_of_a_verb_is_understood_by_its_parser(verb):
+    module, parser = load_verb(verb, f"megatron-cpt {verb}")
+    found = commands_of(f"megatron-cpt {verb}", module.__doc__ or "")
+    for words in found:
+        arguments = parse_words(parser, words[2:])
+        if hasattr(arguments, "sub_verb"):
+            sub = load_verb(f"{verb} {arguments.sub_verb}", "")[1]
+            parse_words(sub, arguments.rest)
+
+
+def sub_verbs() -> list[tuple[str, str]]:
+    found = []
+    for verb in VERBS:
+        module = load_verb(verb, verb)[0]
+        found += [(verb, name) for name in getattr(module, "SUB_VERBS", ())]
+    return found
+
+
+@pytest.mark.parametrize(("verb", "name"), sub_verbs(), ids=" ".join)
+def test_every_sub_verb_has_an_example_that_its_parser_understands(verb, name):
+    module, parser = load_verb(f"{verb} {name}", f"megatron-cpt {verb} {name}")
+    found = commands_of(f"megatron-cpt {verb} {name}", module.__doc__ or "")
+    assert found, f"megatron-cpt {verb} {name} --help shows no example"
+    for words in found:
+        parse_words(parser, words[3:])
