@@ -147,13 +147,15 @@ def sync_dir(path: Path) -> None:
         os.close(descriptor)
 
 
-def take_lock(descriptor: int, path: Path) -> bool:
+def take_lock(descriptor: int, path: Path, is_shared: bool = False) -> bool:
     """Lock an open file or folder until its descriptor is closed; return False where another process holds the lock.
+
+    A shared lock leaves room for others that are shared.
 
     The kernel drops the lock with the process, however it ends. A file system without locks counts as free, with a warning.
     """
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as problem:

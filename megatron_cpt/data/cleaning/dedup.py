@@ -55,6 +55,8 @@ class DedupOptions:
     """What a document that goes is similar to: some document of its cluster, or a document of it that stays."""
     is_compressed: bool = False
     """Write .zst."""
+    keeps_tables: bool = False
+    """Write Parquet where Parquet or Arrow came in, with its schema; otherwise tables become JSON lines."""
 
 
 def deduplicate(
@@ -66,10 +68,12 @@ def deduplicate(
     work: Path | None = None,
     workers: int = 1,
     memory_bytes: int = 1 << 30,
+    part: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """Write the documents that stay below `output/<corpus>/` and return the report, also in `output/report.json`.
 
-    The same call again goes on after a kill, and returns the report of a task that is done. Lines that are left out as bad
+    `part` (i, n) makes the signatures of the i-th of n parts of the sources, beside others at the same time, and returns
+    without a report; the call without a part then finds them. The same call again goes on after a kill, and returns the report of a task that is done. Lines that are left out as bad
     are counted per corpus and kept beside the output in `.rejects`.
 
     Raises: DataError for bad lines, clashing outputs, or output and work folders of other inputs or options.
@@ -79,13 +83,15 @@ def deduplicate(
     targets = [
         path
         for name, group in corpora.items()
-        for path in output_paths(group, output / name, options.is_compressed, sources)
+        for path in output_paths(group, output / name, options.is_compressed, sources, options.keeps_tables)
     ]
-    settings = {"reading": asdict(reading), **_settings(reading, options), "memory_bytes": memory_bytes}
+    settings = {"reading": asdict(reading), **_settings(reading, options)}
     with CleaningTask("dedup", output, corpora, settings, work) as task:
-        if done := task.begin(targets):
+        if done := task.begin(targets, is_part=part is not None):
             return done
-        signatures = write_signatures(sources, reading, options.minhash, task.work, workers)
+        signatures = write_signatures(sources, reading, options.minhash, task.work, workers, part)
+        if part is not None:
+            return {}
         names = list(corpora)
         corpus_of = np.array([names.index(owner) for owner in owners])
         groups = corpus_of.tolist() if options.scope == "corpus" else [0] * len(owners)
@@ -223,10 +229,10 @@ def _write_kept(source: Source, target: Path, keep: np.ndarray, reading: Reading
     if tally_path.exists():
         return Tally.of_record(read_json(tally_path, DataError))
     tally = Tally()
-    with record_writer(target) as write, reject_writer(target) as reject:
+    with record_writer(target, source) as write, reject_writer(target) as reject:
         for number, record in enumerate(read_records(source, reading, tally, reject)):
             if number < len(keep) and keep[number]:
-                write(record.raw)
+                write(record)
         if tally.documents != len(keep):
             raise DataError(
                 f"{source.path}: has {tally.documents:,} documents and had {len(keep):,}. It changed meanwhile."

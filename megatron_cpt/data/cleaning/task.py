@@ -49,8 +49,10 @@ class CleaningTask:
         if self._lock is not None:
             os.close(self._lock)
 
-    def begin(self, targets: Sequence[Path]) -> dict[str, Any] | None:
+    def begin(self, targets: Sequence[Path], is_part: bool = False) -> dict[str, Any] | None:
         """Make output and work folder this task's own, or go on in them; return the report of a task that is done already.
+
+        `is_part`: others work on parts of it at the same time.
 
         Raises: DataError when they hold other work, or a target exists.
         """
@@ -64,7 +66,7 @@ class CleaningTask:
             raise DataError(
                 f"{self.work}: holds unfinished work on other inputs or with other options. Remove it, or choose another output."
             )
-        self._take_lock()
+        self._take_lock(is_part)
         if not path.exists():
             write_json(path, {"task": self._hash, **self._record})
         remove_partials([self._report, *targets, *map(rejects_beside, targets)])
@@ -89,8 +91,8 @@ class CleaningTask:
         shutil.rmtree(self.work, ignore_errors=True)
         return found
 
-    def _take_lock(self) -> None:
+    def _take_lock(self, is_shared: bool) -> None:
         self.work.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self.work / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-        if not take_lock(self._lock, self.work):
+        if not take_lock(self._lock, self.work, is_shared):
             raise DataError(f"{self.work}: another process is at this work. Let it finish, or stop it first.")

@@ -11,6 +11,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_cpt.verbs.data.cleaning_arguments import add_output_arguments, print_plan
+from megatron_cpt.verbs.tokenize import parse_part_argument
+from megatron_cpt.verbs.vocabulary import add_bad_line_argument, add_workers_argument, skips_bad_lines
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("inputs", nargs="+", metavar="[NAME=]PATH", help="documents, by corpus")
@@ -34,8 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=42, help="seed of the hash functions (default: 42)")
     parser.add_argument("--compress", action="store_true", help="write .zst")
-    parser.add_argument("--skip-bad-lines", action="store_true", help="leave out lines that hold no document")
-    parser.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
+    add_output_arguments(parser)
+    parser.add_argument(
+        "--part",
+        type=parse_part_argument,
+        metavar="I/N",
+        help="make the signatures of the i-th of n parts, for a job array; the command without --part then does the rest",
+    )
+    add_bad_line_argument(parser)
+    add_workers_argument(parser)
     parser.add_argument("--memory-gb", type=float, default=1.0, help="memory for sorting (default: 1)")
     parser.add_argument("--work", type=Path, help="folder for what is spilled (default: beside the output)")
 
@@ -46,6 +57,15 @@ def run(arguments: argparse.Namespace) -> None:
     from megatron_cpt.data.reading.named_corpora import named_corpora  # heavy: numpy
     from megatron_cpt.data.reading.record_files import Reading
 
+    corpora = named_corpora(arguments.inputs, keep_bad_files=skips_bad_lines(arguments))
+    if arguments.dry_run:
+        print_plan(
+            corpora,
+            {name: [arguments.output / name] for name in corpora},
+            arguments.compress,
+            arguments.output_format == "same",
+        )
+        return
     minhash = MinHashOptions(
         ngram=arguments.ngram,
         num_perm=arguments.num_perm,
@@ -55,9 +75,9 @@ def run(arguments: argparse.Namespace) -> None:
         is_prompt=arguments.prompts,
     )
     report = deduplicate(
-        named_corpora(arguments.inputs, keep_bad_files=arguments.skip_bad_lines),
+        corpora,
         arguments.output,
-        Reading(key=arguments.key, skip_bad_lines=arguments.skip_bad_lines),
+        Reading(key=arguments.key, skip_bad_lines=skips_bad_lines(arguments)),
         DedupOptions(
             minhash=minhash,
             scope=arguments.scope,
@@ -65,9 +85,11 @@ def run(arguments: argparse.Namespace) -> None:
             is_verified=arguments.verify,
             similar_to=arguments.similar_to,
             is_compressed=arguments.compress,
+            keeps_tables=arguments.output_format == "same",
         ),
         work=arguments.work,
         workers=arguments.workers,
         memory_bytes=int(arguments.memory_gb * (1 << 30)),
+        part=arguments.part,
     )
-    sys.stdout.write(report_table(report))
+    sys.stdout.write(report_table(report) if report else "the signatures of this part are there\n")
