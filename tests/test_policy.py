@@ -23,7 +23,7 @@ LAYERS = {
     **dict.fromkeys(("data", "launch"), 3),
     "checkpoint": 4,
     **dict.fromkeys(("train", "evaluate", "start"), 5),
-    **dict.fromkeys(("cli", "verbs", "__main__"), 6),
+    **dict.fromkeys(("cli", "verbs", "interface", "__main__"), 6),
 }
 ROOMS = {
     # rooms of a package; a room imports from its own group's rooms to the left and from earlier groups, never the other way
@@ -233,7 +233,12 @@ def test_package_files_reexport_nothing():
     breaches = [
         where(path, 1)
         for path in tracked("megatron_cpt/*__init__.py")
-        if any(isinstance(node, ast.Import | ast.ImportFrom) for node in tree(path).body)
+        if any(
+            isinstance(node, ast.Import | ast.ImportFrom)
+            # the root makes four of its packages callable, which takes the standard library
+            and (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name) not in sys.stdlib_module_names
+            for node in tree(path).body
+        )
     ]
     assert not breaches, breaches
 

@@ -15,6 +15,10 @@ Example:
   megatron-cpt submit train --task tasks/demo --params demo-5m --size 300K --variant base launch.gpus_per_node=2
   megatron-cpt submit sweep --grid replay=0.05,0.25 --grid optimizer.lr=1e-3,2e-3 --task tasks/demo --params demo-5m \
       --size 300K --variant replay
+  megatron-cpt submit pipeline --task tasks/demo --params demo-5m --size 300K --variant replay --soup-last 3
+  megatron-cpt submit evaluate --task tasks/demo --params demo-5m --size 300K --variant replay
+  megatron-cpt submit lr-find --task tasks/demo --params demo-5m --size 300K --variant base --lr-min 1e-5 --lr-max 1e-2
+  megatron-cpt submit job --name dedup --command 'data dedup ja=corpus/ja --output clean' --task tasks/ja --params 8b --size 50B
   megatron-cpt submit train --site leonardo --account MINE --chain 3 --dry-run --task tasks/ja --params 8b --size 50B
 """
 
@@ -158,11 +162,11 @@ def _lr_find(submission: "Submission", arguments: argparse.Namespace) -> "Submit
     """Start the range test: what it needs is checked as for training."""
     from megatron_cpt.config.checks.lr_find import check_range_test
     from megatron_cpt.launch.submission.tool_job import submit_tool_job
-    from megatron_cpt.launch.submission.validate import check_training
+    from megatron_cpt.launch.submission.validate import training_problems
 
     config = submission.loaded.config
     check_range_test(config.training, arguments.lr_min, arguments.lr_max, arguments.iterations)
-    check_training(submission.loaded, submission.run)
+    problems = training_problems(submission.loaded, submission.run)
     options = [
         "--lr-min",
         repr(arguments.lr_min),
@@ -172,7 +176,7 @@ def _lr_find(submission: "Submission", arguments: argparse.Namespace) -> "Submit
         str(arguments.iterations),
     ]
     command = shlex.join(["lr-find", *options, *submission.run_arguments])
-    return submit_tool_job(submission, "lr-find", command, "train", on_ranks=True)
+    return submit_tool_job(submission, "lr-find", command, "train", on_ranks=True, problems=problems)
 
 
 def _job(submission: "Submission", arguments: argparse.Namespace) -> "Submitted":

@@ -151,7 +151,7 @@ def test_greedy_keeps_what_lowers_the_score(variants, tmp_path):
     assert score(uniform) > score(output)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_mergekits_linear_merge_equals_ours(variants, tmp_path):
     config = mergekit_config(variants, method="linear")
     assert all(entry["model"].startswith("/") for entry in config["models"])
@@ -267,7 +267,7 @@ def recorded_weights(output):
     return {Path(entry["path"]).name: entry["weight"] for entry in info["inputs"]}
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_mergekits_gradients_and_filters_run_and_are_recorded_as_they_stand(variants, tmp_path, monkeypatch):
     monkeypatch.chdir(variants[0].parent)
     a, b, c = (path.name for path in variants)  # relative paths, as mergekit takes them

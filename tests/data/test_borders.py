@@ -189,9 +189,9 @@ def with_bad_files(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "skip"),
     [
-        (["dedup", "c=in", "--output", "out"], "--skip-bad-lines"),
-        (["sample", "in", "--output", "out"], "--skip-bad-lines"),
-        (["split", "c=in", "--output", "out", "--fraction", "0.1", "--name", "v"], "--skip-bad-lines"),
+        (["dedup", "c=in", "--output", "out"], "--on-bad-line skip"),
+        (["sample", "in", "--output", "out"], "--on-bad-line skip"),
+        (["split", "c=in", "--output", "out", "--fraction", "0.1", "--name", "v"], "--on-bad-line skip"),
     ],
 )
 def test_a_file_that_cannot_be_read_stops_the_work_at_its_start_or_is_counted(words, skip, with_bad_files, capsys):

@@ -29,6 +29,10 @@ data:
 sizes: {{S: {{training: {{train_iters: 100, precision: fp32}}, checkpoint: {{save_interval: 40}}}}}}
 variants: {{main: {{init: {{from_path: {0}/base}}}}}}
 """
+TOKENIZER = """{"version": "1.0", "truncation": null, "padding": null, "added_tokens": [{"id": 1, "content": "</s>",
+"single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true}], "normalizer": null,
+"pre_tokenizer": null, "post_processor": null, "decoder": null,
+"model": {"type": "WordLevel", "vocab": {"a": 0, "</s>": 1}, "unk_token": "a"}}"""
 
 
 @pytest.fixture
@@ -47,6 +51,8 @@ def task(tmp_path: Path) -> Path:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}")
+    (tmp_path / "data/tokenizer/tokenizer.json").write_text(TOKENIZER)
+    (tmp_path / "data/tokenizer/tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     return folder
 
 
@@ -209,14 +215,15 @@ def test_a_local_pipeline_names_missing_documents_and_shows_its_commands_in_a_dr
     assert shown.stdout.count("$ megatron-cpt") == 9, "and the commands are shown all the same"
 
 
-@pytest.mark.parametrize("stage", ["train", "pipeline"])
+@pytest.mark.parametrize("stage", ["train", "pipeline", "lr-find", "sweep"])
 def test_a_dry_run_shows_the_scripts_of_what_cannot_run_yet_and_lists_what_is_missing(task, stage):
     (task.parents[1] / "data/D0.jsonl").unlink()
     (task.parents[1] / "base/config.json").unlink()
-    shown = submit(stage, task, "--site", "leonardo", "--account", "A", "--dry-run")
+    more = ["--grid", "optimizer.lr=1e-3,2e-3", "evaluation.eval_interval=50"] if stage == "sweep" else []
+    shown = submit(stage, task, *more, "--site", "leonardo", "--account", "A", "--dry-run")
     assert shown.returncode == 2 and "Traceback" not in shown.stderr
-    assert "#SBATCH --job-name=t-train" in shown.stdout
-    missing = "tokens/D0_text_document" if stage == "train" else "data.corpora.D0.documents: D0.jsonl: "
+    assert f"#SBATCH --job-name=t-{'train' if stage == 'pipeline' else stage}" in shown.stdout
+    missing = "data.corpora.D0.documents: D0.jsonl: " if stage == "pipeline" else "tokens/D0_text_document"
     assert missing in shown.stderr and "init.from_path" in shown.stderr
     assert not (task.parents[1] / "runs").exists()
 

@@ -9,7 +9,7 @@ from megatron_cpt.config.settings import derived
 from megatron_cpt.config.settings.fields import nearest, sections, setting_keys
 from megatron_cpt.config.settings.held_out import held_out_documents, held_out_tokens
 from megatron_cpt.config.settings.iteration_ranges import parse_range
-from megatron_cpt.config.settings.schema import WHOLE_STAGE, DataConfig, RunConfig
+from megatron_cpt.config.settings.schema import WHOLE_STAGE, DataConfig, RunConfig, TrainingConfig
 from megatron_cpt.config.settings.values import ALL_SETTINGS, parse_rule
 
 LENGTHS = ("training.train_tokens", "training.train_samples", "training.train_iters", "training.train_epochs")
@@ -19,24 +19,26 @@ STYLES_THAT_DECAY_TO_THE_END = ("cosine", "linear")
 def stage_problems(config: RunConfig) -> Iterator[Problem]:
     """Yield what does not fit together in a stage."""
     yield from _length_problems(config)
-    if _num_lengths(config) == 1 and config.training.train_epochs is None:  # epochs are resolved with data at hand
+    if (
+        _num_lengths(config.training) == 1 and config.training.train_epochs is None
+    ):  # epochs are resolved with data at hand
         yield from _schedule_length_problems(config)
     yield from _learning_rate_problems(config)
     yield from _weight_decay_problems(config)
     yield from _data_problems(config)
     yield from _held_out_problems(config.data)
     yield from sample_problems(config)
-    yield from _skip_problems(config)
+    yield from _skip_problems(config.data)
     yield from _run_problems(config)
 
 
-def _num_lengths(config: RunConfig) -> int:
-    return sum(getattr(config.training, key.split(".")[1]) is not None for key in LENGTHS)
+def _num_lengths(training: TrainingConfig) -> int:
+    return sum(getattr(training, key.split(".")[1]) is not None for key in LENGTHS)
 
 
 def _length_problems(config: RunConfig) -> Iterator[Problem]:
     training = config.training
-    count = _num_lengths(config)
+    count = _num_lengths(config.training)
     if count != 1:
         found = "the stage has no length" if not count else f"the stage has {count} lengths"
         yield Problem(
@@ -221,8 +223,8 @@ def _data_problems(config: RunConfig) -> Iterator[Problem]:
         )
 
 
-def _skip_problems(config: RunConfig) -> Iterator[Problem]:
-    for text in config.data.skip_iterations:
+def _skip_problems(data: DataConfig) -> Iterator[Problem]:
+    for text in data.skip_iterations:
         try:
             parse_range(text)
         except ValueError as problem:

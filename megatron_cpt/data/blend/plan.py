@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_cpt.config.checks.vocabulary import vocabulary_problem
 from megatron_cpt.config.settings import derived
-from megatron_cpt.config.settings.schema import RunConfig
+from megatron_cpt.config.settings.schema import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from megatron_cpt.data.blend.replay import append_stage
 from megatron_cpt.data.blend.sources import (
     Part,
@@ -60,7 +60,7 @@ def plan_blend(config: RunConfig, begun: Path | None = None, order: StageOrder |
     expected = _tokenizer_identity(config)
     held_out = _held_out_shards(config, problems)
     problems += tokenizer_problems([*shards, *held_out], expected) if shards else []
-    problems += _row_problems(config, expected, [*shards, *held_out])
+    problems += _row_problems(config.model, expected, [*shards, *held_out])
     problems += _sentinel_problems(config)
     lengths = {shard.prefix: shard.packed_seq_length for shard in [*shards, *held_out]}
     problems += [
@@ -98,7 +98,7 @@ def plan_blend(config: RunConfig, begun: Path | None = None, order: StageOrder |
         if order is not None:
             continue
         amounts = apportion(taken[corpus], [part.weight for part in group])
-        problems += _shard_problems(config, corpus, group, amounts)
+        problems += _shard_problems(config.data, corpus, group, amounts)
         entries += [
             DataEntry(prefix=part.shard.prefix, tokens=amount, corpus=corpus, first_sample=part.first_sample)
             for part, amount in zip(group, amounts, strict=True)
@@ -136,7 +136,7 @@ def plan_blend(config: RunConfig, begun: Path | None = None, order: StageOrder |
         train_tokens=total,
         train_samples=num_samples,
         train_iters=derived.train_iters(config.training),
-        target=_target(config),
+        target=_target(config.training),
         notes=notes + _replayed(entries, config.training.seq_length, parts),
     )
 
@@ -169,9 +169,9 @@ def _size_problems(config: RunConfig, corpus: str, group: Sequence[Part], taken:
     return problems
 
 
-def _shard_problems(config: RunConfig, corpus: str, group: Sequence[Part], amounts: Sequence[int]) -> list[str]:
+def _shard_problems(data: DataConfig, corpus: str, group: Sequence[Part], amounts: Sequence[int]) -> list[str]:
     """Return what is wrong with single shards of a corpus that is itself not read too often."""
-    most = exact(config.data.max_epochs)
+    most = exact(data.max_epochs)
     if sum(amounts) > most * sum(part.available for part in group):
         return []
     often = [
@@ -182,7 +182,7 @@ def _shard_problems(config: RunConfig, corpus: str, group: Sequence[Part], amoun
     if not often:
         return []
     return [
-        f"corpus {corpus}: {len(often)} shards would be read more than {config.data.max_epochs:g} times: "
+        f"corpus {corpus}: {len(often)} shards would be read more than {data.max_epochs:g} times: "
         f"{', '.join(often[:5])}{', ...' if len(often) > 5 else ''}. Lower their weights, set data.cap_epochs beside "
         "data.rules, or raise data.max_epochs."
     ]
@@ -211,17 +211,17 @@ def check_tokenizer_rows(config: RunConfig) -> None:
     Raises: DataError when an id would have no row.
     """
     if config.data.tokenizer is not None and (Path(config.paths.data_dir) / config.data.tokenizer).exists():
-        _refuse(config, _row_problems(config, _tokenizer_identity(config), []))
+        _refuse(config, _row_problems(config.model, _tokenizer_identity(config), []))
 
 
-def _row_problems(config: RunConfig, identity: dict[str, Any] | None, shards: Sequence[Shard]) -> list[str]:
+def _row_problems(model: ModelConfig, identity: dict[str, Any] | None, shards: Sequence[Shard]) -> list[str]:
     """Return a line for the tokenizer, or else for the token files, whose ids the model has no rows for."""
     if identity is not None:
-        problem = vocabulary_problem(f"data.tokenizer ({describe(identity)})", identity["vocab_size"], config.model)
+        problem = vocabulary_problem(f"data.tokenizer ({describe(identity)})", identity["vocab_size"], model)
         return [problem] if problem else []
     found: dict[Any, str] = {}
     for shard in shards:
-        if problem := vocabulary_problem(shard.prefix, shard.tokenizer.get("vocab_size") or 0, config.model):
+        if problem := vocabulary_problem(shard.prefix, shard.tokenizer.get("vocab_size") or 0, model):
             found.setdefault(shard.tokenizer.get("hash"), problem)
     return list(found.values())
 
@@ -285,9 +285,9 @@ def _replayed(entries: Sequence[DataEntry], seq_length: int, parts: Parts) -> li
     ]
 
 
-def _target(config: RunConfig) -> str:
+def _target(training: TrainingConfig) -> str:
     for field in ("train_tokens", "train_samples", "train_iters"):
-        amount = getattr(config.training, field)
+        amount = getattr(training, field)
         if amount is not None:
             return f"{amount:,} {field.removeprefix('train_').replace('iters', 'iterations')}"
     raise AssertionError("derived.train_iters refuses a stage without a length")

@@ -25,22 +25,26 @@ class ControlTokens:
         for name in sorted(filter(None, names), key=len, reverse=True):
             rarest = next((character for character in _RARE if character in name), name[0])
             groups.setdefault(rarest, []).append(name)
-        self._groups = [(rarest, re.compile("|".join(map(re.escape, group)))) for rarest, group in groups.items()]
+        self._groups = [
+            (rarest, max(map(len, group)), re.compile("|".join(map(re.escape, group))))
+            for rarest, group in groups.items()
+        ]
 
     def in_text(self, text: str) -> list[str]:
         """Return the names that a text spells, once for each time."""
         found: list[str] = []
-        for rarest, names in self._groups:
-            if rarest in text:
-                found += names.findall(text)
+        for rarest, longest, names in self._groups:
+            if (place := text.find(rarest)) >= 0:
+                found += names.findall(text, max(place - longest, 0))
         return found
 
     def count(self, texts: Sequence[str]) -> tuple[int, Counter[str]]:
         """Return how many texts spell a control token, and how often each one is spelled."""
         documents, counts = 0, Counter[str]()
-        for rarest, names in self._groups:
+        for rarest, longest, names in self._groups:
             for text in texts:
-                if rarest in text and (found := names.findall(text)):
+                place = text.find(rarest)
+                if place >= 0 and (found := names.findall(text, max(place - longest, 0))):
                     counts.update(found)
         if counts:
             documents = sum(bool(self.in_text(text)) for text in texts)

@@ -19,7 +19,7 @@ from typing import Any
 
 from megatron_cpt.config.loading.resolve import LoadedConfig
 from megatron_cpt.config.settings.derived import train_iters
-from megatron_cpt.errors import ConfigError, LaunchError
+from megatron_cpt.errors import ConfigError, CptError, LaunchError
 from megatron_cpt.files import write_json
 from megatron_cpt.launch.scheduler.job import Dependency
 from megatron_cpt.launch.submission.chain import Submitted
@@ -98,12 +98,16 @@ def submit_sweep(sweep: Sweep) -> Submitted:
     """
     executor = executor_of(sweep.submission)
     problems = executor.problems()
-    if problems:
-        raise LaunchError("\n".join(problems))
-    check_sweep(sweep)
+    try:
+        check_sweep(sweep)
+    except CptError as problem:
+        problems.append(str(problem))
     missing = [index for index, submission in enumerate(sweep.submissions) if not is_finished(submission)]
     if sweep.submission.dry_run:
         _show(sweep, executor, missing)
+    if problems:
+        raise LaunchError("\n".join(problems))
+    if sweep.submission.dry_run:
         return Submitted()
     with run_lock(sweep.submission.run.jobs / "submit.lock", "another submission"):
         executor.begin()
@@ -223,7 +227,7 @@ def _show(sweep: Sweep, executor: Executor, missing: Sequence[int]) -> None:
         state = "" if index in missing else "  (finished)"
         sys.stdout.write(f"# {point.label}: {shlex.join(sweep.submissions[index].run_arguments)}{state}\n")
     sys.stdout.write("\n")
-    waits: Sequence[Dependency] = executor.parents()
+    waits: Sequence[Dependency] = executor.shown_parents()
     if missing:
         sys.stdout.write(f"# {_table_path(sweep)}\n{json.dumps(point_table(sweep, missing), indent=1)}\n\n")
         executor.show(array_work(sweep, missing), waits)

@@ -6,6 +6,7 @@ out, such as `lr-find`: with the nodes, GPUs, launcher and preflight of the run'
 """
 
 import shlex
+from collections.abc import Sequence
 
 from megatron_cpt.errors import LaunchError
 from megatron_cpt.launch.submission.chain import Submitted
@@ -31,18 +32,24 @@ def command_words(command: str) -> list[str]:
 
 
 def submit_tool_job(
-    submission: Submission, name: str, command: str, resources: str = "tokenize", *, on_ranks: bool = False
+    submission: Submission,
+    name: str,
+    command: str,
+    resources: str = "tokenize",
+    *,
+    on_ranks: bool = False,
+    problems: Sequence[str] = (),
 ) -> Submitted:
     """Run or queue `megatron-cpt COMMAND` as the job `name`.
 
-    With `on_ranks` it runs on every rank of a training job, whose resources it has; else once, with those of a stage.
+    `problems` are what the caller found that keeps it from working. With `on_ranks` it runs on every rank of a training job, whose resources it has; else once, with those of a stage.
 
     Raises: LaunchError when the site lacks something or a job of that name is queued or running.
     """
     words = command_words(command)
     executor = executor_of(submission)
     work = Work(name=name, stage=words[0] if on_ranks else resources, words=tuple(words), on_ranks=on_ranks)
-    problems = executor.problems()
+    problems = [*executor.problems(), *problems]
     if submission.dry_run:
         executor.show(work, executor.shown_parents())
     if problems:

@@ -71,14 +71,20 @@ def _train_stage(loaded: LoadedConfig, ends: contextlib.ExitStack) -> str:
     if config.training.deterministic:
         torch.use_deterministic_algorithms(True)
     interrupts = Interrupts(config.launch, run.path)
-    on_rank_0(lambda: check_wandb(config))
+    on_rank_0(lambda: check_wandb(config.logging))
     stage = prepare(loaded)
     if stage is None:
         if rank == 0:
             _finish_after_a_kill(config, run)
         logger.info("%s: finished, nothing to do", run.path)
         return "finished"
-    writer = MetricsWriter(run, is_writer=rank == 0, config=config, iteration=stage.iteration)
+    writer = MetricsWriter(
+        run,
+        is_writer=rank == 0,
+        config=config,
+        iteration=stage.iteration,
+        consumed_tokens=stage.tokens(stage.iteration),
+    )
     page = LivePage(run, is_writer=rank == 0)
     saver, log, curve = Saver(stage, writer), StepLog(stage, interrupts), schedule(config)
     spikes = SpikeDetector(config.training.spike_threshold, stage.recent_losses)

@@ -159,7 +159,7 @@ def _prepare(loaded: LoadedConfig, unreadable: Collection[Path], *, from_start: 
     differences = check_unchanged(manifest["config"] if manifest else None, config, resume or run.path)
 
     if resume and manifest:
-        check_position(manifest, config, resume)
+        check_position(manifest, config.training, resume)
     may_change_list = own is None or may_change_data_list(config)
     is_changed = manifest is not None and reads_other_data(manifest["config"], config)
 
@@ -199,7 +199,7 @@ def _prepare(loaded: LoadedConfig, unreadable: Collection[Path], *, from_start: 
         optimizer=optimizer,
         hf=origin_manifest.get("hf"),
         imported=ImportOptions.of(origin_manifest).record(),
-        skipped=on_rank_0(lambda: skipped_ranges(config, run, manifest)),
+        skipped=on_rank_0(lambda: skipped_ranges(config.data, run, manifest)),
         resume=resume,
         iteration=iteration,
         counted=dict(manifest["tokens_per_corpus"]) if manifest else {},
@@ -230,7 +230,7 @@ def go_back(stage: Stage) -> None:
     stage.resume, stage.iteration = directory, int(manifest["iteration"])
     stage.counted = dict(manifest["tokens_per_corpus"])
     stage.recent_losses = manifest.get("recent_losses", [])
-    stage.skipped = on_rank_0(lambda: skipped_ranges(config, run, manifest))
+    stage.skipped = on_rank_0(lambda: skipped_ranges(config.data, run, manifest))
 
 
 def set_hyperparameters(optimizer: MegatronOptimizer, config: RunConfig) -> None:
