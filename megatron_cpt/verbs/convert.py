@@ -6,6 +6,7 @@ Examples:
   megatron-cpt convert hf-to-mcore models/Qwen3-0.6B converted/qwen3-0.6b --verify
   megatron-cpt convert mcore-to-hf runs/t/p/50B/main/checkpoints/iter_0001000 out/hf --tokenizer data/tokenizer
   megatron-cpt convert foreign-to-mcore old/iter_0001000 converted/old --params llama-1b --optimizer needed
+  megatron-cpt convert foreign-to-hf old/iter_0001000 out/old-hf --params llama-1b --tokenizer data/tokenizer
   megatron-cpt convert init --task tasks/demo --params demo-5m --size 8M --variant base
   megatron-cpt convert latest --task tasks/demo --params demo-5m --size 8M --variant base
   megatron-cpt convert all --task tasks/demo --params demo-5m --size 8M --every 1000

@@ -5,7 +5,9 @@
 
 HF_ENDPOINT names another server, HF_TOKEN (or `hf auth login`) who you are. --dry-run needs no network.
 
-Example: megatron-cpt hub push models/danish-7b --repo my-team/danish-7b --max-shard-size 2GB --private --dry-run
+Examples:
+  megatron-cpt hub push models/danish-7b --repo my-team/danish-7b --max-shard-size 2GB --private --dry-run
+  megatron-cpt hub download Qwen/Qwen3-0.6B --to models/Qwen3-0.6B
 """
 
 import argparse

@@ -47,6 +47,7 @@ from megatron_cpt.checkpoint.torch_dist.megatron_arguments import (
     write_common,
 )
 from megatron_cpt.checkpoint.torch_dist.pickles import first_line
+from megatron_cpt.checkpoint.torch_dist.weights import is_extra_state
 from megatron_cpt.config.settings.schema import ModelConfig
 from megatron_cpt.errors import CheckpointError, storage_error
 from megatron_cpt.files import read_json, write_json
@@ -279,7 +280,7 @@ def _sharded_model(model: list[Any]) -> ShardedStateDict:
         part = unwrap(chunk).sharded_state_dict(metadata=_metadata())
         # Transformer Engine's fp8 state: absent from converted checkpoints, empty in bf16
         state["model" if len(model) == 1 else f"model{index}"] = {
-            name: value for name, value in part.items() if not name.endswith("_extra_state")
+            name: value for name, value in part.items() if not is_extra_state(name)
         }
     return state
 
