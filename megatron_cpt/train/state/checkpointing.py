@@ -28,6 +28,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint import CheckpointException
 
+from megatron_cpt.checkpoint.torch_dist.content import content_hash, has_content
 from megatron_cpt.checkpoint.torch_dist.mcore import (
     MANIFEST,
     check_free_space,
@@ -49,7 +50,7 @@ from megatron_cpt.checkpoint.torch_dist.pickles import first_line
 from megatron_cpt.checkpoint.torch_dist.weights import is_extra_state
 from megatron_cpt.config.settings.schema import ModelConfig
 from megatron_cpt.errors import CheckpointError, storage_error
-from megatron_cpt.files import file_hash, read_json, write_json
+from megatron_cpt.files import read_json, write_json
 from megatron_cpt.train.backend.parallel import on_every_rank, on_rank_0
 from megatron_cpt.train.model.build import unwrap
 from megatron_cpt.train.state.approved import load_approved
@@ -205,7 +206,7 @@ def _write_and_hash(
 
 
 def _hash_files(directory: Path, rank: int) -> None:
-    hashes = {path.name: file_hash(path) for path in directory.glob(f"__{rank}_*.distcp")}
+    hashes = {path.name: content_hash(path) for path in directory.glob(f"__{rank}_*.distcp")}
     write_json(_hashes_path(directory, rank), hashes)
 
 
@@ -235,7 +236,7 @@ def _read_back(directory: Path, hashes: dict[str, str]) -> None:
 
 def _has_hash(path: Path, digest: str) -> bool:
     for _ in range(READ_BACK_ATTEMPTS):
-        if path.is_file() and file_hash(path) == digest:
+        if path.is_file() and has_content(path, digest):
             return True
         time.sleep(READ_BACK_WAIT_SECONDS)
     return False
