@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_cpt.config.loading.resolve import add_run_arguments, load_from_arguments
+from megatron_cpt.errors import ConfigError
 from megatron_cpt.verbs.model_arguments import params_model, parse_bytes
 
 if TYPE_CHECKING:
@@ -214,6 +215,8 @@ def _extension(arguments: argparse.Namespace) -> VocabExtension | None:
     from megatron_cpt.checkpoint.huggingface.vocabulary import extension_for
 
     if arguments.extend_vocab is None:
+        if arguments.new_tokenizer is not None:
+            raise ConfigError("--new-tokenizer: says which ids are new. Give --extend-vocab ROWS (or auto) with it.")
         return None
     return extension_for(
         arguments.hf_dir,

@@ -55,6 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shard-tokens", type=parse_count_argument, help="group files into shards of about this many tokens (500M)"
     )
     parser.add_argument(
+        "--num-shards", type=int, metavar="N", help="group all files, whatever their folders, into N shards"
+    )
+    parser.add_argument(
+        "--across-folders", action="store_true", help="with --shard-tokens: group files of different folders too"
+    )
+    parser.add_argument(
         "--shard", type=parse_part_argument, metavar="I/N", help="do the i-th of n parts of the work, i from 0 to n-1"
     )
     parser.add_argument(
@@ -109,6 +115,8 @@ def run(arguments: argparse.Namespace) -> int | None:
         eod_token=arguments.eod_token,
         workers=arguments.workers,
         shard_tokens=arguments.shard_tokens,
+        num_shards=arguments.num_shards,
+        is_across_folders=arguments.across_folders,
         part=arguments.shard,
         on_bad_line=arguments.on_bad_line,
         include=arguments.include,

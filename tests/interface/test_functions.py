@@ -107,7 +107,6 @@ def test_models_are_converted_averaged_measured_and_asked(models, texts):
     mean = cpt.soup([models / "base", back], output="soup")
     found = cpt.evaluate({"base": models / "base", "back": back, "soup": mean}, texts={"old": "old.jsonl"})
     assert found.bits_per_byte("back", "old") == found.bits_per_byte("base", "old")
-    # the mean of two equal models is the model
     assert_fp32_rounding(found.bits_per_byte("soup", "old"), found.bits_per_byte("base", "old"))
     assert "reference" in found._repr_html_()
     written = cpt.generate({"base": models / "base", "back": back}, ["the <model>"], tokens=3)
