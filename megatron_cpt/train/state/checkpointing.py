@@ -49,6 +49,7 @@ from megatron_cpt.checkpoint.torch_dist.pickles import first_line
 from megatron_cpt.config.settings.schema import ModelConfig
 from megatron_cpt.errors import CheckpointError, storage_error
 from megatron_cpt.files import file_hash, read_json, write_json
+from megatron_cpt.run.lock import fence
 from megatron_cpt.train.backend.parallel import on_every_rank, on_rank_0
 from megatron_cpt.train.model.build import unwrap
 from megatron_cpt.train.state.approved import load_approved
@@ -114,8 +115,9 @@ def save_checkpoint(
 
     def finish(hashes: dict[str, str]) -> None:
         write_common(directory, read_common(directory))  # Megatron-Core up to 0.16 looks for it in a file of its own
-        write_manifest(directory, manifest, hashes=hashes)
-        write_tracker(root, iteration)
+        with fence():  # a job that was stopped for long may have lost the run to another
+            write_manifest(directory, manifest, hashes=hashes)
+            write_tracker(root, iteration)
         if after is not None:
             after(directory)
 
@@ -296,6 +298,8 @@ def _expected_bytes(model: list[Any]) -> int:
 
 def _prepare_folder(directory: Path, needed_bytes: int) -> None:
     """Make an empty folder for a save. An unfinished save in its place is cleared, a finished one moved aside."""
+    with fence():  # checked, not held: to remove a large folder takes longer than the lock lives
+        pass
     check_free_space(directory.parent, needed_bytes)
     if directory.exists():
         if (directory / MANIFEST).exists():
