@@ -19,10 +19,11 @@ from megatron_cpt.errors import ConfigError, CptError, storage_error
 from megatron_cpt.train.backend import cpu
 
 
-def initialize_parallel(config: RunConfig, timeout_seconds: int = 1800) -> None:
+def initialize_parallel(config: RunConfig, timeout_seconds: int = 1800, met: Callable[[], None] = lambda: None) -> None:
     """Join the job that torchrun's environment describes; build megatron's process groups and seed this rank.
 
-    Without torchrun's variables the process is a job of one rank. NCCL on GPUs, gloo on CPU.
+    Without torchrun's variables the process is a job of one rank. NCCL on GPUs, gloo on CPU. `met` is called when all ranks
+    can speak to each other, before groups are made as the settings say.
 
     Raises: ConfigError when the number of ranks does not fit the layout.
     """
@@ -30,6 +31,7 @@ def initialize_parallel(config: RunConfig, timeout_seconds: int = 1800) -> None:
     parallel, training = config.parallel, config.training
     if not torch.distributed.is_initialized():
         _initialize_distributed(timeout_seconds)
+    met()
     world_size = torch.distributed.get_world_size()
     model_size = model_parallel_size(parallel)
     if world_size % model_size:
