@@ -7,7 +7,7 @@ PY := .venv/bin/python
 SHELL_FILES = $(shell git ls-files --cached --others --exclude-standard '*.sh' .ci/run)
 RECIPES = llmjp-v4-midtraining aurora-cpt openseek-cpt snakmodel-danish latxa-instruct
 
-.PHONY: help venv demo demo-clean recipes recipes-clean test test-fast check format bench docs doctor clean cluster-packages
+.PHONY: help venv demo demo-clean recipes recipes-clean test test-fast test-full check format bench docs doctor clean cluster-packages
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -27,11 +27,15 @@ recipes: venv  ## the five recipes in small, one after the other, with checks of
 recipes-clean:  ## remove what the recipes wrote
 	@rm -rf runs/mini runs/short $(RECIPES:%=runs/%)
 
-test: venv cluster-packages  ## run the whole test-suite
-	@$(PY) -m pytest -q
+test: venv cluster-packages  ## run the test-suite but for the long matrices of test-full
+	@$(PY) -m pytest -q -m "not full" --durations=25
 
 test-fast: venv  ## run the tests that take seconds
-	@$(PY) -m pytest -q -m "not slow and not cluster"
+	@$(PY) -m pytest -q -m "not slow and not cluster and not full"
+
+# -v: one line a test as it ends, with its seconds (tests/conftest.py), so that a run cut short still says where the time went
+test-full: venv cluster-packages  ## run the long matrices only: every layout, family, fault and short recipe
+	@$(PY) -m pytest -v -m full --durations=25
 
 check: venv  ## format, lint, types, shell files and the policy tests
 	@$(PY) -m ruff format --check .

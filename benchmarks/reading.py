@@ -59,6 +59,7 @@ def build(folder: Path, fim_rate: float, arguments: argparse.Namespace):
     from tokenizers import ByteLevelBPETokenizer
 
     from megatron_cpt.config.settings.schema import DataConfig, ModelConfig, PathsConfig, RunConfig, TrainingConfig
+    from megatron_cpt.data.blend.stage_order import StageOrder
     from megatron_cpt.data.lists.entry import DataEntry
     from megatron_cpt.data.tokenize.driver import tokenize
     from megatron_cpt.data.tokenizer.interface import load_tokenizer
@@ -97,9 +98,11 @@ def build(folder: Path, fim_rate: float, arguments: argparse.Namespace):
     )  # fmt: skip
     tokenizer = load_tokenizer(folder / "tokenizer")
     total = arguments.samples * arguments.steps * arguments.seq_length
-    entries = [DataEntry(prefix=str(folder / "text_text_document"), tokens=total, corpus="text")]
+    entry = DataEntry(prefix=str(folder / "text_text_document"), tokens=total, corpus="text")
+    count = arguments.samples * arguments.steps
+    order = StageOrder(entries=(entry,), num_samples=count, count=count, seq_length=arguments.seq_length, seed=1)
     identity = DatasetTokenizer(tokenizer.eod_id, tokenizer.vocab_size, tokenizer.identity)
-    return config, build_train_dataset(config, entries, identity, folder / "cache"), tokenizer.eod_id
+    return config, build_train_dataset(config, order, identity, folder / "cache"), tokenizer.eod_id
 
 
 def reader(config, dataset, eod_id):

@@ -115,7 +115,7 @@ class RankPool:
         self._started += 1
         log = Path(self._logs.name) / f"{self._started}.log"
         ours, theirs = Pipe()
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+        environment = {"OMP_NUM_THREADS": "1", **os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
         with log.open("wb") as output:
             process = subprocess.Popen(
                 [sys.executable, "-m", "tests.distributed", str(theirs.fileno())],
@@ -220,12 +220,22 @@ def _serve(connection: Connection) -> None:
 
 def _answer(connection: Connection, reference: tuple[str, str, str | None], args: bytes) -> None:
     try:
-        result = True, _resolve(*reference)(*pickle.loads(args))
+        with _sums():
+            result = True, _resolve(*reference)(*pickle.loads(args))
     except BaseException:
         result = False, traceback.format_exc()
     connection.send_bytes(pickle.dumps((*result, [name for name in PRELOAD if name in sys.modules])))
     sys.stdout.flush()
     sys.stderr.flush()
+
+
+def _sums() -> contextlib.AbstractContextManager[Any]:
+    """Return what a call runs in: nothing, or with `SHUFFLED_SUMS=1` another processor's order of sums."""
+    if os.environ.get("SHUFFLED_SUMS") != "1":
+        return contextlib.nullcontext()
+    from tests.shuffled_sums import ShuffledSums  # imports torch
+
+    return ShuffledSums()
 
 
 def _die_with_parent() -> None:

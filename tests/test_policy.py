@@ -379,3 +379,65 @@ def documented_commands(text: str) -> list[list[str]]:
         if words:
             commands.append(words)
     return commands
+
+
+CLOSENESS = {
+    "allclose",
+    "assert_allclose",
+    "assert_close",
+    "assert_array_almost_equal",
+    "assert_almost_equal",
+    "isclose",
+    "approx",
+}
+TOLERANCES = {"rtol", "atol", "rel_tol", "abs_tol"}
+
+
+def closeness(path: Path) -> list[str]:
+    """Return the places where a test says itself how close two floating-point results have to be."""
+    found = []
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func).rpartition(".")[2]
+            given = TOLERANCES & {keyword.arg for keyword in node.keywords}
+            found += [f"{where(path, node.lineno)}: {name}"] if name in CLOSENESS or given else []
+        if isinstance(node, ast.Dict):  # TOLERANCE = {"rtol": ...}, **TOLERANCE
+            names = {key.value for key in node.keys if isinstance(key, ast.Constant)}
+            found += [f"{where(path, node.lineno)}: a dictionary of tolerances"] if names & TOLERANCES else []
+        if isinstance(node, ast.Compare) and len(node.ops) == 1 and isinstance(node.ops[0], ast.Lt | ast.LtE):
+            left, right = ast.unparse(node.left), node.comparators[0]
+            limits = [part.value for part in ast.walk(right) if isinstance(part, ast.Constant)]
+            # a distance of 1 and more is a promise about counts
+            is_small = any(isinstance(value, float) and value < 0.1 for value in limits)
+            found += (
+                [f"{where(path, node.lineno)}: {left} < {ast.unparse(right)}"] if "abs(" in left and is_small else []
+            )
+    return found
+
+
+def test_how_close_results_have_to_be_is_said_in_one_module_with_its_reason():
+    """A limit that one machine happened to keep is broken by the next processor: see tests/tolerances.py."""
+    files = [path for path in tracked("tests/*.py") if path.name != "tolerances.py"]
+    found = [breach for path in files for breach in closeness(path)]
+    assert not found, "use a function of tests/tolerances.py instead of:\n" + "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_found"),
+    [
+        ("np.testing.assert_allclose(a, b, 1e-5)", True),
+        ("assert a == pytest.approx(b)", True),
+        ("compare(a, b, rtol=1e-5)", True),
+        ("T = {'rtol': 1e-5}", True),
+        ("assert abs(a - b) < 1e-6", True),
+        ("assert (a - b).abs().max() <= 2e-7 * n", True),
+        ("assert abs(count - share) < 1", False),
+        ("assert abs(a - b) > 1e-4", False),
+        ("assert_fp32_rounding(a, b)", False),
+    ],
+)
+def test_a_bare_tolerance_is_found(tmp_path, monkeypatch, text, is_found):
+    path = tmp_path / "test_x.py"
+    path.write_text(text)
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    assert bool(closeness(path)) == is_found

@@ -66,7 +66,9 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--include", nargs="+", default=[], metavar="PATTERN", help="take only files that match")
     parser.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="leave out files that match")
     parser.add_argument(
-        "--format", choices=("jsonl", "txt", "parquet", "arrow"), help="what the files are, whatever their names say"
+        "--format",
+        choices=("jsonl", "json", "txt", "parquet", "arrow"),
+        help="what the files are, whatever their names say",
     )
     parser.add_argument(
         "--txt-documents", choices=("line", "file"), default="line", help="a .txt holds a document per line, or is one"

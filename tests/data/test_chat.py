@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_cpt.cli import main
-from megatron_cpt.data.reading.conversations import BadConversation, turns_of
+from megatron_cpt.data.reading.turns import BadConversation, turns_of
 from megatron_cpt.data.shards.indexed import (
     bin_path,
     document_bounds,
@@ -249,7 +249,7 @@ def test_a_tokenizer_without_the_templates_tokens_is_warned_of(prepare, tmp_path
     path = write_lines(tmp_path / "in.jsonl", [chat("a?", "a!")])
     code, said = prepare(path, options=["--tokenizer", bpe_dir])
     assert code == 0 and "ends no answer with a special token" in said
-    assert documents(tmp_path / "tokens/a_chat_document", bpe_dir)[0][1] == "a!<|end_of_text|>"
+    assert documents(tmp_path / "tokens/a_chat_document", bpe_dir)[0][1] == "a!<|im_end|><|end_of_text|>"
 
 
 def test_workers_change_nothing(prepare, tmp_path):

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from megatron_cpt.data.chat.encode import ChatEncoder, ChatJob
-from megatron_cpt.data.chat.masks import Rendered, UnclearTemplate, render_with_spans, tokens_of
+from megatron_cpt.data.chat.masks import Rendered, Said, UnclearTemplate, render_with_spans
 from megatron_cpt.data.chat.template import BUILT_IN, ChatTemplate, TemplateRefusal, load_template
-from megatron_cpt.data.shards.masked import LEARNED, PIECE
+from megatron_cpt.data.chat.tokens import Learned, tokens_of
+from megatron_cpt.data.shards.masked import LEARNED, PIECE, PROMPT
 from megatron_cpt.errors import DataError
 
 LLAMA3 = """{{ bos_token }}
@@ -66,10 +67,11 @@ def encode(chat_dir, tmp_path_factory):
         path = folder / f"{abs(hash(source))}.jinja"
         path.write_text(source)
         encoder = ChatEncoder(ChatJob(tokenizer_path=chat_dir, template_path=path, **more))
-        page = render_with_spans(encoder.template, turns)
+        page = render_with_spans(encoder.template, turns, special=encoder.special)
         encoding = encoder.tokenizer.backend.encode(page.text, add_special_tokens=False)
-        eod = encoder.tokenizer.eod_id
-        tokens = tokens_of(page, encoding, encoder.special_ids, eod, train_on_eos=train_on_eos, train_on_all=False)
+        answers = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
+        learned = Learned(turns=answers, details={}, train_on_eos=train_on_eos)
+        tokens = tokens_of(page, encoding, encoder.tokenizer.eod_id, learned)
         runs = np.split(tokens.ids, np.flatnonzero(np.diff(tokens.mask & LEARNED)) + 1)
         texts = [encoder.tokenizer.decode(ids) for ids in runs]
         return texts[1 - (tokens.mask[0] & LEARNED) :: 2], tokens, encoder.tokenizer
@@ -87,7 +89,7 @@ def test_learned_are_exactly_the_answers_and_their_ends(encode, style, end, with
     turns = [SYSTEM, *TURNS] if with_system else TURNS
     learned, tokens, tokenizer = encode(style, turns)
     assert learned == [answer + end for answer in ANSWERS]
-    assert tokens.mask[0] == PIECE and not (tokens.mask[1:] & PIECE).any()
+    assert tokens.mask[0] == PIECE | PROMPT and not (tokens.mask[1:] & PIECE).any()
     assert tokens.ids[-1] == tokenizer.eod_id and (tokens.ids == tokenizer.eod_id).sum() == 1
     assert tokens.mask[-1] == 0
     assert encode(style, turns, "none")[0] == ANSWERS
@@ -136,11 +138,11 @@ def test_an_answer_that_the_template_trims_is_found(encode):
 
 def test_a_token_across_a_boundary_counts_with_the_assistant():
     """`user:a. |bot:yes|.</s>`: the answer is `yes`, in a token with `bot:` before it and one with `.` after it."""
-    page = Rendered("user:a. bot:yes.</s>", [(12, 15)], False)
+    page = Rendered(TURNS[:2], "user:a. bot:yes.</s>", [Said(1, [(12, 15)], [(15, 20)])])
     encoding = SimpleNamespace(ids=[5, 6, 7, 9], offsets=[(0, 7), (7, 13), (13, 16), (16, 20)])
     for train_on_eos, mask in (("turn", [2, 1, 1, 1]), ("none", [2, 1, 1, 0])):
-        tokens = tokens_of(page, encoding, np.array([9]), 9, train_on_eos=train_on_eos, train_on_all=False)
-        assert tokens.mask.tolist() == mask
+        tokens = tokens_of(page, encoding, 9, Learned(turns=[1], details={}, train_on_eos=train_on_eos))
+        assert (tokens.mask & (LEARNED | PIECE)).tolist() == mask
     assert tokens.ids.tolist() == [5, 6, 7, 9] and tokens.turn_ends == [4]
 
 

@@ -28,7 +28,7 @@ def test_what_is_written_is_read_again_and_counted(tmp_path):
     manifest = write(prefix)
     index = read_index(prefix)
     assert read_mask(index).tolist() == [2, 1, 1, 0, 3, 1]
-    assert manifest["mask"] == {"learned": 4, "pieces": 2}
+    assert manifest["mask"] == {"learned": 4, "pieces": 2, "prompt": 0}
     assert read_shard_manifest(prefix) == manifest
     assert has_mask(prefix) and is_mask(mask_prefix(prefix)) and not is_mask(prefix)
     assert read_shard(str(prefix)).tokens == 6

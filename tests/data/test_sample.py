@@ -157,7 +157,7 @@ def test_the_record_of_a_split_counts_and_is_no_document(documents):
     assert rows["lines"] == rows["documents"] == rows["train"] + rows["validation"] == 400
     record = json.loads((documents / "split/validation.json").read_text())
     assert record["corpora"]["D0"] == rows
-    assert len(list_sources([documents / "split"])) == 4
+    assert len(list_sources([documents / "split"], mixes_splits=False)) == 4
     assert split(documents, ["in"])["D0"] == rows
 
 

@@ -13,6 +13,7 @@ from megatron_cpt.evaluate.models.forgetting import (
     results_from_json,
 )
 from megatron_cpt.evaluate.models.perplexity import Perplexity
+from tests.tolerances import assert_fp64_rounding
 
 
 def result(model: str, text: str, bits_per_byte: list[float], size: int = 1000) -> Perplexity:
@@ -48,7 +49,12 @@ def test_a_small_change_in_every_document_is_told_from_noise_by_pairing():
     results = [result("base", "D0", BASE), result("cpt", "D0", shifted(0.02)), result("other", "D0", shifted(0.0))]
     base, cpt, other = compare_with_first(results)
     assert (base.change, base.verdict) == (0.0, "unchanged")
-    assert cpt.change == pytest.approx(0.02, abs=1e-3)
+    left_over = (
+        0.01 * -10 / sum(range(1000, 1020))
+    )  # every second document has a byte more, and the noise of the other sign
+    assert_fp64_rounding(
+        cpt.change, 0.02 + left_over, roundings=10_000
+    )  # a difference of values a hundred times as large
     assert (cpt.verdict, other.verdict) == ("forgot", "unchanged")
     assert cpt.change_high - cpt.change_low < 0.02 < cpt.high - cpt.low
 

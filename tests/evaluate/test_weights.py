@@ -6,6 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.evaluate.models.weights import divergence_table, layer_divergence, stats_table, tensor_stats
+from tests.tolerances import assert_fp32_rounding
 
 
 @pytest.fixture
@@ -23,9 +24,10 @@ def moved_model(tiny_model, tmp_path):
 
 def test_divergence_is_zero_but_where_weights_moved(tiny_model, moved_model):
     divergence = layer_divergence(moved_model, tiny_model)
-    assert divergence == {
+    assert_fp32_rounding(divergence["feed-forward"], [0.0, 1.0])
+    assert divergence | {"feed-forward": None} == {
         "attention": [0.0, 0.0],
-        "feed-forward": [0.0, pytest.approx(1.0)],
+        "feed-forward": None,
         "norms": [0.0, 0.0],
         "embeddings and output": [0.0],
     }
@@ -47,7 +49,7 @@ def test_statistics_are_those_of_the_tensors_and_count_what_is_not_finite(tiny_m
     stats = {found.name: found for found in tensor_stats(moved_model)}
     found, tensor = stats["model.embed_tokens.weight"], weights["model.embed_tokens.weight"]
     assert (found.minimum, found.maximum) == (tensor.min().item(), tensor.max().item())
-    assert found.norm == pytest.approx(torch.linalg.vector_norm(tensor.double()).item())
+    assert_fp32_rounding(found.norm, torch.linalg.vector_norm(tensor.double()).item())
     assert found.nonfinite == 0
     assert stats["model.norm.weight"].nonfinite == 1
     assert "257x32" in stats_table(list(stats.values()))

@@ -18,6 +18,8 @@ from megatron_cpt.config.settings.derived import train_iters
 from megatron_cpt.data.shards.masked import MaskedShardWriter
 from megatron_cpt.launch.planning.plan import plan_run
 from megatron_cpt.verbs.dispatch import load_verb
+from tests.tiers import full_except
+from tests.tolerances import assert_fp64_rounding
 
 ROOT = Path(__file__).resolve().parents[2]
 TASKS = ROOT / "tasks"
@@ -85,7 +87,7 @@ def test_each_variant_of_the_mini_is_a_valid_run(task):
         if variant == "D0":
             settings.append("schedule.lr_hold=1e-3")  # the mini scales the rates
         config = load_config(TASKS / task, recipe.params, "mini", variant, overrides=settings).config
-        assert sum(config.data.mix.values()) == pytest.approx(1 if config.data.mix else 0)
+        assert_fp64_rounding(sum(config.data.mix.values()), 1.0 if config.data.mix else 0.0)
         assert config.training.precision == "fp32" and config.launch.nodes == 1
 
 
@@ -166,7 +168,7 @@ def directory(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", PARAMS)
+@pytest.mark.parametrize("task", full_except(PARAMS, "snakmodel-danish"))
 def test_the_short_form_of_each_mini_runs_and_its_checks_hold(task, directory):
     command = [sys.executable, "-m", f"tasks.{task}.mini", "--short", "--directory", directory]
     answer = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=280)

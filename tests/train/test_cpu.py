@@ -2,9 +2,11 @@
 
 import torch
 
+from tests.tolerances import assert_fp32_rounding
+
 
 def hugging_face_after_substitution(_):
-    """Return whether rotary frequencies of a transformers model are right under the substitutions."""
+    """Return the rotary frequencies of a transformers model under the substitutions, and a tensor's device."""
     from megatron_cpt.train.backend import cpu
 
     cpu.substitute()
@@ -14,12 +16,13 @@ def hugging_face_after_substitution(_):
         hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=64
     )
     model = LlamaForCausalLM(config)
-    expected = 1 / 10000 ** (torch.arange(0, 8, 2).float() / 8)
-    return bool(torch.allclose(model.model.rotary_emb.inv_freq, expected)), str(torch.zeros(1, device="cuda").device)
+    return model.model.rotary_emb.inv_freq.tolist(), str(torch.zeros(1, device="cuda").device)
 
 
 def test_transformers_models_keep_their_rotary_frequencies(ranks):
-    assert ranks.run(hugging_face_after_substitution, 1, None) == [(True, "cpu")]
+    ((frequencies, device),) = ranks.run(hugging_face_after_substitution, 1, None)
+    assert device == "cpu"
+    assert_fp32_rounding(frequencies, [10000 ** (-n / 8) for n in (0, 2, 4, 6)], roundings=16)  # a power in fp32
 
 
 def test_nothing_is_substituted_in_a_process_that_did_not_ask():

@@ -1,16 +1,19 @@
 """What a branch reads: the very samples that its source would have read next, or an order of its own."""
 
 import dataclasses
+import pickle
 import shlex
 import shutil
 
 import pytest
 
 from megatron_cpt.checkpoint.torch_dist.mcore import read_manifest
-from megatron_cpt.data.blend.continued_order import ContinuedOrder, read_order, write_order
+from megatron_cpt.config.settings.schema import TrainingConfig
+from megatron_cpt.data.blend.stage_order import StageOrder, read_order, write_order
 from megatron_cpt.data.lists.data_list import DataEntry
 from megatron_cpt.errors import DataError
 from tests.distributed import RankFailure
+from tests.tolerances import RUN_ROUNDINGS, assert_fp32_rounding, assert_same_bits
 from tests.train.test_fork import fork
 from tests.train.test_loop import TP2, losses, run_path, run_stage
 
@@ -178,17 +181,17 @@ def test_rounds_give_every_entry_its_share_and_windows_fit_together(tmp_path):
     entries = tuple(
         DataEntry(prefix=name, tokens=tokens, corpus=name[0]) for name, tokens in (("a1", 70), ("a2", 3), ("b1", 27))
     )
-    order = ContinuedOrder(source="x", position=0, num_samples=50, seed=3, shuffle_in_corpus=False, entries=entries)
+    order = StageOrder(source="x", num_samples=50, count=50, seq_length=1, seed=3, entries=entries)
     write_order(tmp_path / "order.json", order)
-    assert read_order(tmp_path / "order.json") == order
+    training = TrainingConfig(train_samples=50, global_batch_size=10, seq_length=1)
+    assert read_order(tmp_path / "order.json", training) == order
 
     def drawn(position: int, count: int) -> list[tuple[str, int]]:
-        part = dataclasses.replace(order, position=position)
-        taken = part.taken(count, 1)
-        first = {range_.start for range_ in part.drawn(count) if range_}
-        assert first and sum(entry.tokens for entry in taken) == count
-        starts = [range_.start for range_ in part.drawn(count) if range_]
-        numbers, samples = part.window(part.round(), count)
+        part = dataclasses.replace(order, position=position, count=count)
+        taken = part.stage_entries
+        assert sum(entry.tokens for entry in taken) == count
+        starts = [range_.start for range_ in part.drawn if range_]
+        numbers, samples = part.indices()
         return [
             (taken[number].prefix, starts[number] + int(sample))
             for number, sample in zip(numbers, samples, strict=True)
@@ -201,7 +204,27 @@ def test_rounds_give_every_entry_its_share_and_windows_fit_together(tmp_path):
         assert [sample for prefix, sample in whole if prefix == name] == list(range(sum(p == name for p, _ in whole)))
     (tmp_path / "order.json").write_text("{}")
     with pytest.raises(DataError, match="not the order of a stage"):
-        read_order(tmp_path / "order.json")
+        read_order(tmp_path / "order.json", training)
+
+
+def test_an_order_of_its_own_is_the_whole_round_and_keeps_entries_that_give_nothing():
+    entries = tuple(DataEntry(prefix=name, tokens=tokens) for name, tokens in (("a", 1), ("b", 99)))
+    own = StageOrder(num_samples=10, count=10, seq_length=1, seed=3, entries=entries)
+    numbers, samples = own.indices()
+    assert own.stage_entries == list(entries) and own.drawn == [range(0), range(10)]
+    assert numbers.tolist() == [1] * 10 and samples.tolist() == list(range(10))
+    continued = dataclasses.replace(own, source="x")
+    assert [entry.prefix for entry in continued.stage_entries] == ["b"]
+    assert continued.indices()[0].tolist() == [0] * 10
+
+
+def test_other_ranks_get_an_order_without_the_arrays_of_its_round():
+    entries = (DataEntry(prefix="a", tokens=3_000_000),)
+    order = StageOrder(source="x", position=5, num_samples=300_000, count=9, seq_length=10, seed=3, entries=entries)
+    assert order.drawn == [range(5, 14)]
+    sent = pickle.dumps(order)
+    assert len(sent) < 2000
+    assert pickle.loads(sent) == order and "drawn" in vars(pickle.loads(sent))
 
 
 def test_a_full_branch_without_a_change_is_its_source_going_on_under_any_layout(ranks, experiment, capsys):
@@ -217,8 +240,11 @@ def test_a_full_branch_without_a_change_is_its_source_going_on_under_any_layout(
         variant, overrides = words_of(out)
         ranks.run(run_stage, 2 if layout else 1, str(experiment), variant, overrides)
         found = losses(experiment, variant)
-        tolerance = 2e-5 if layout else 0
-        assert found == pytest.approx({n: expected[n + 4] for n in range(1, 5)}, rel=tolerance, abs=0)
+        wanted = {n: expected[n + 4] for n in range(1, 5)}
+        if layout:
+            assert_fp32_rounding(found, wanted, roundings=RUN_ROUNDINGS)
+        else:
+            assert_same_bits(found, wanted)
     _, out, _ = fork(
         capsys, experiment, "--iteration", "4", "--to-variant", "w", "--data", "continue", "--load", "weights", *again
     )

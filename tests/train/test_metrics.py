@@ -12,6 +12,7 @@ from megatron_cpt.config.settings.schema import LoggingConfig, ModelConfig, RunC
 from megatron_cpt.launch.planning.model_size import num_active_parameters
 from megatron_cpt.run.directory import RunDir
 from megatron_cpt.train.watch.metrics import MetricsWriter, flops_per_token, peak_flops, train_line
+from tests.tolerances import assert_about, assert_fp64_rounding
 
 LLAMA = ModelConfig(
     num_layers=32, hidden_size=4096, ffn_hidden_size=14336, num_attention_heads=32, num_query_groups=8,
@@ -27,14 +28,14 @@ def test_dense_flops_are_six_per_matrix_parameter_plus_causal_attention():
     layer = 4096 * 128 * (2 * 32 + 2 * 8) + 3 * 4096 * 14336
     matrices = 32 * layer + 4096 * 128256
     attention = 32 * 2 * 32 * 128 * 8192 / 2  # QK^T and AV, the causal half
-    assert flops_per_token(LLAMA, 8192) == pytest.approx(6 * (matrices + attention))
-    assert 6 * matrices == pytest.approx(6 * 7.5e9, rel=0.01)  # Llama-3 8B without its input embedding
+    assert_fp64_rounding(flops_per_token(LLAMA, 8192), 6 * (matrices + attention))
+    assert_about(matrices, 7.5e9, within=0.01, why="published as 8B, of which 0.5B are the input embedding")
 
 
 def test_a_mixture_counts_the_experts_a_token_visits():
     moe = dataclasses.replace(LLAMA, num_moe_experts=8, moe_ffn_hidden_size=14336, moe_router_topk=2)
     extra = flops_per_token(moe, 8192) - flops_per_token(LLAMA, 8192)
-    assert extra == pytest.approx(6 * 32 * (3 * 4096 * 14336 + 4096 * 8))
+    assert_fp64_rounding(extra, 6 * 32 * (3 * 4096 * 14336 + 4096 * 8))
 
 
 @pytest.mark.parametrize(
@@ -45,7 +46,10 @@ def test_every_architecture_costs_six_per_active_matrix_parameter_besides_attent
     model = ModelConfig(**yaml.safe_load(path.read_text())["model"])
     embedding = padded_vocab_size(model) * model.hidden_size
     inputs = embedding if model.untie_embeddings_and_output_weights else 0
-    assert flops_per_token(model, 0) == pytest.approx(6 * (num_active_parameters(model) - inputs), rel=2e-3)
+    expected = 6 * (num_active_parameters(model) - inputs)
+    assert_about(
+        flops_per_token(model, 0), expected, within=2e-3, why="norms and biases are parameters without a product"
+    )
 
 
 def test_latent_attention_costs_its_full_heads():
@@ -54,7 +58,7 @@ def test_latent_attention_costs_its_full_heads():
     )
     per_token = flops_per_token(mla, 8192) - flops_per_token(mla, 0)
     # QK^T over 128 + 64 channels and AV over 128, 2 operations each, half of them causal, three passes
-    assert per_token == pytest.approx(3 * 2 * 32 * 32 * (192 + 128) * 8192 / 2)
+    assert_fp64_rounding(per_token, 3 * 2 * 32 * 32 * (192 + 128) * 8192 / 2)
 
 
 @pytest.mark.parametrize(

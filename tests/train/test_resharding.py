@@ -3,18 +3,19 @@
 `RESHARDING_EXAMPLES` sets how many pairs of layouts are drawn (4; a release tries 100).
 """
 
+import dataclasses
 import itertools
 import os
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.tolerances import STEP_TOKENS, assert_bf16_rounding, assert_fp32_rounding, assert_same_bits
 from tests.train.foreign import load_and_save
-from tests.train.test_foreign import assert_equal
+from tests.train.test_foreign import assert_equal, tensors
 from tests.train.tiny import run_steps, tiny_config
 
 TP, PP, VPP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"
@@ -58,6 +59,7 @@ def scratch(tmp_path_factory):
     return tmp_path_factory.mktemp("resharded")
 
 
+@pytest.mark.full
 @given(CASES)
 @settings(
     max_examples=int(os.environ.get("RESHARDING_EXAMPLES", "4")),
@@ -70,7 +72,10 @@ def test_what_one_layout_saves_any_other_loads(ranks, trained, scratch, case):
     checkpoint = Path(path)
     for part in scratch.iterdir():
         shutil.rmtree(part)
-    ranks.run(load_and_save, left_ranks, tiny_config(kind, **left), str(checkpoint), str(scratch / "left"))
+    holder = tiny_config(kind, **left)
+    if not trains(left_ranks, left):  # also where no step follows, megatron-core wants a batch that three divide
+        holder = dataclasses.replace(holder, training=dataclasses.replace(holder.training, global_batch_size=12))
+    ranks.run(load_and_save, left_ranks, holder, str(checkpoint), str(scratch / "left"))
     assert_equal(scratch / "left" / "iter_0000001", checkpoint)
     results = ranks.run(
         load_and_save,
@@ -82,15 +87,30 @@ def test_what_one_layout_saves_any_other_loads(ranks, trained, scratch, case):
     )
     assert_equal(scratch / "right" / "iter_0000001", checkpoint)
     for result in results:
-        np.testing.assert_allclose(result, expected, rtol=5e-6)
+        assert_fp32_rounding(result, expected)
+
+
+def weights_and_moments(checkpoint):
+    """Return name -> tensor of a checkpoint, the fp32 weights under the name that the distributed optimizer has for them."""
+    found = {name.replace(".fp32_param.", ".param."): tensor for name, tensor in tensors(checkpoint).items()}
+    if not any(name.startswith("optimizer.state.param.") for name in found):  # plain and fp32: the model's own
+        weights = {name for name in found if not name.startswith("optimizer.")}
+        found |= {f"optimizer.state.param.{name}": found[name] for name in weights}
+    return found
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(("saved", "loaded"), [(False, False), (True, False), (False, True)])
 def test_the_plain_and_the_distributed_optimizer_load_each_others_state(ranks, tmp_path, precision, saved, loaded):
+    """Weights and moments bit by bit; the next step by rounding: the two keep their tensors in other places of memory."""
     first = tiny_config("dense", precision, use_distributed_optimizer=saved)
-    (whole,) = ranks.run(run_steps, 1, first, 0, 4, None, None)
+    (whole,) = ranks.run(run_steps, 1, first, 0, 3, None, None)
     ranks.run(run_steps, 1, first, 0, 2, None, str(tmp_path))
     then = tiny_config("dense", precision, use_distributed_optimizer=loaded)
-    (again,) = ranks.run(run_steps, 1, then, 2, 4, str(tmp_path / "iter_0000002"), None)
-    np.testing.assert_allclose(again, whole[2:], rtol=5e-6)
+    source = tmp_path / "iter_0000002"
+    (step,) = ranks.run(load_and_save, 1, then, str(source), str(tmp_path / "again"), 2)
+    assert_same_bits(weights_and_moments(tmp_path / "again" / "iter_0000001"), weights_and_moments(source))
+    if precision == "fp32":
+        assert_fp32_rounding(step, whole[2])
+    else:
+        assert_bf16_rounding(step, whole[2], averaged=STEP_TOKENS)

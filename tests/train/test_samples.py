@@ -98,7 +98,7 @@ def test_shuffling_within_corpora_keeps_the_counts(tmp_path, shards):
     prefixes, sizes = shards
     entries = planned(prefixes, sizes, 200)
     plain = build_blended_samples(entries, 200, dataset_config(), tmp_path / "cache")
-    shuffled = build_blended_samples(entries, 200, dataset_config(), tmp_path / "cache", shuffle_seed=1)
+    shuffled = build_blended_samples(entries, 200, dataset_config(), tmp_path / "cache", shuffle_in_corpus=True)
     assert np.array_equal(np.bincount(plain.dataset_index), np.bincount(shuffled.dataset_index))
     assert not np.array_equal(plain.dataset_index, shuffled.dataset_index)
     assert np.array_equal(plain.dataset_index == 0, shuffled.dataset_index == 0)

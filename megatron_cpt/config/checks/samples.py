@@ -1,4 +1,4 @@
-"""Relations of what is done to samples: fill-in-the-middle."""
+"""Relations of what is done to samples: fill-in-the-middle, weights of prompts."""
 
 from collections.abc import Iterator
 
@@ -12,7 +12,7 @@ FIM_TOKENS = ("data.fim_prefix_token", "data.fim_middle_token", "data.fim_suffix
 def sample_problems(config: RunConfig) -> Iterator[Problem]:
     """Yield what does not fit together in the treatment of samples."""
     data = config.data
-    for name in ("fim_rate", "fim_spm_rate"):
+    for name in ("fim_rate", "fim_spm_rate", "prompt_loss_weight"):
         value = getattr(data, name)
         if not 0 <= value <= 1:
             yield Problem((f"data.{name}",), f"data.{name} is {value:g}. A share lies between 0 and 1.")

@@ -115,6 +115,7 @@ def settings_without_flag(config: RunConfig) -> list[str]:
             "training.z_loss_coeff",
             "training.neftune_alpha",
             "data.fim_rate",
+            "data.prompt_loss_weight",
             "schedule.lr_hold",
             "schedule.lr_hold_start",
             "data.mix",

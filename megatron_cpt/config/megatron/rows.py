@@ -383,6 +383,7 @@ _DATA = (
     Row("data.fim_middle_token", honoured_by="data/blend/fim.py"),
     Row("data.fim_suffix_token", honoured_by="data/blend/fim.py"),
     Row("data.fim_corpora", honoured_by="data/blend/fim.py"),
+    Row("data.prompt_loss_weight", honoured_by="train/samples/shard_samples.py, train/stage/step.py"),
     Row("data.reset_attention_mask", ("GPTDatasetConfig.reset_attention_mask",), "--reset-attention-mask"),
     Row("data.eod_mask_loss", ("GPTDatasetConfig.eod_mask_loss",), "--eod-mask-loss"),
 )

@@ -330,6 +330,9 @@ class DataConfig:
     """The tokenizer's token before a suffix, such as `<|fim_suffix|>`."""
     fim_corpora: tuple[str, ...] = ()
     """Corpora whose documents are rearranged; empty: all."""
+    prompt_loss_weight: float = 0.0
+    """Weight of a prompt's tokens in the loss, 0 to 1, beside 1 for the assistant's: of shards with a mask whatever neither
+    the assistant says nor its record leaves out. The loss is the weighted mean. Validation counts the assistant's alone."""
     reset_attention_mask: bool = True
     """Documents (the pieces, where a shard has a mask) in a sample do not see each other. Attention then runs on
     torch's varlen or SDPA kernels, also within Transformer Engine's layers, whose own attention ignores masks."""

@@ -1,7 +1,8 @@
 """Audit of instruction data: sampled conversations, rendered and encoded again, give the ids and masks on disk.
 
 Template, variables and options stand in the manifest, file and line of each conversation in the provenance sidecar. Of packs
-the pieces are compared; a text that was split over several is passed over.
+the pieces are compared; a text that was split over several is passed over. Of a conversation that became a document per
+answer each piece has to be one of them.
 """
 
 import datetime
@@ -14,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from megatron_cpt.data.chat.encode import ChatEncoder, ChatJob
+from megatron_cpt.data.chat.tokens import Tokenized
 from megatron_cpt.data.reading.conversations import ChatLayout, Conversation, read_piece
 from megatron_cpt.data.reading.documents import Source
 from megatron_cpt.data.reading.streams import pieces_of
 from megatron_cpt.data.shards.indexed import ShardIndex
-from megatron_cpt.data.shards.masked import PIECE
+from megatron_cpt.data.shards.masked import PIECE, PROMPT
 from megatron_cpt.data.tokenize.shard_writer import provenance_path
 
 
@@ -43,27 +45,31 @@ def check_conversations(
     if len(rows) != len(starts):
         return 0, [f"{provenance_path(index.prefix)}: has {len(rows):,} rows for {len(starts):,} pieces"]
     ends = np.append(starts[1:], index.num_tokens)
-    places = _unsplit(rows)
+    places = np.flatnonzero(rows[:, 0] >= 0) if encoder.job.unroll else _unsplit(rows)
     chosen = random.Random(seed).sample(places.tolist(), min(num_samples, len(places)))
-    wanted: dict[int, dict[int, int]] = {}
+    wanted: dict[int, dict[int, list[int]]] = {}
     for piece in chosen:
         source, line = rows[piece].tolist()
-        wanted.setdefault(source, {})[line] = piece
+        wanted.setdefault(source, {}).setdefault(line, []).append(piece)
     compared, problems = 0, []
     for number, lines in sorted(wanted.items()):
         source = sources[number]
         if source is None:
             continue
         for line, conversation in _conversations(source, number, encoder.job.layout, lines):
-            piece = lines[line]
-            document = encoder.encode_one(conversation)
-            compared += 1
-            part = slice(starts[piece], ends[piece])
-            if document is None or not (
-                np.array_equal(document.ids, tokens[part]) and np.array_equal(document.mask, mask[part])
-            ):
-                problems.append(f"{source.path}:{line}: gives other ids or another mask than piece {piece:,}")
+            documents = encoder.encode_one(conversation)
+            for piece in lines[line]:
+                compared += 1
+                part = slice(starts[piece], ends[piece])
+                if not any(_is_same(document, tokens[part], mask[part], manifest) for document in documents):
+                    problems.append(f"{source.path}:{line}: gives other ids or another mask than piece {piece:,}")
     return compared, problems
+
+
+def _is_same(document: Tokenized, ids: np.ndarray, mask: np.ndarray, manifest: dict[str, Any]) -> bool:
+    """Compare a document with a piece; a shard from before prompts were marked is compared without those marks."""
+    marked = document.mask if "prompt" in manifest["mask"] else document.mask & ~np.uint8(PROMPT)
+    return np.array_equal(document.ids, ids) and np.array_equal(marked, mask)
 
 
 def _job(manifest: dict[str, Any], tokenizer_path: Path) -> ChatJob:
@@ -75,11 +81,14 @@ def _job(manifest: dict[str, Any], tokenizer_path: Path) -> ChatJob:
             message_keys=tuple(options["keys"]),
             text_key=options["text_key"],
             max_document_bytes=options["max_document_bytes"],
+            on_empty_answer=options.get("on_empty_answer", "reject"),
+            ignored_keys=tuple(options.get("ignored_keys", ())),
         ),
         template_text=template["text"],
         template_variables=tuple(template["variables"].items()),
         date=None if date is None else datetime.date.fromisoformat(date),
         train_on=options["train_on"],
+        unroll=options.get("unroll", False),
         train_on_eos=options["train_on_eos"],
         max_length=options["max_length"],
         on_long=options["on_long"],
@@ -94,7 +103,7 @@ def _unsplit(rows: np.ndarray) -> np.ndarray:
 
 
 def _conversations(
-    source: Source, number: int, layout: ChatLayout, lines: dict[int, int]
+    source: Source, number: int, layout: ChatLayout, lines: dict[int, list[int]]
 ) -> Iterator[tuple[int, Conversation]]:
     """Yield (line, conversation) of the wanted lines of a source."""
     before, last = 0, max(lines)

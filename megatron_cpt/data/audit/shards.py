@@ -37,7 +37,7 @@ from megatron_cpt.data.shards.indexed import (
     read_shard_manifest,
     read_tokens,
 )
-from megatron_cpt.data.shards.masked import LEARNED, PIECE, has_mask, is_mask, read_mask
+from megatron_cpt.data.shards.masked import LEARNED, PIECE, PROMPT, has_mask, is_mask, read_mask
 from megatron_cpt.data.tokenize.shard_writer import provenance_path
 from megatron_cpt.data.tokenizer.engines import EncodeFlat, load_engine
 from megatron_cpt.data.tokenizer.interface import Tokenizer, same_tokenizer
@@ -297,6 +297,8 @@ def _check_mask(
     counts = {"documents": index.num_documents, "tokens": index.num_tokens}
     stated = {name: manifest[name] for name in counts} | manifest.get("mask", {})
     counts |= {"learned": learned, "pieces": pieces}
+    if "prompt" in stated:
+        counts["prompt"] = int(np.count_nonzero(mask & PROMPT))
     for name, count in counts.items():
         if stated.get(name) != count:
             found.problems.append(f"{name}: {count:,} in the files, {stated.get(name)} in the manifest")

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from megatron_cpt.config.settings import derived
 from megatron_cpt.config.settings.schema import RunConfig
-from megatron_cpt.data.blend.continued_order import ContinuedOrder
 from megatron_cpt.data.blend.replay import append_stage
 from megatron_cpt.data.blend.sources import (
     Part,
@@ -23,21 +22,22 @@ from megatron_cpt.data.blend.sources import (
     stage_name,
     validation_prefixes,
 )
+from megatron_cpt.data.blend.stage_order import StageOrder
 from megatron_cpt.data.blend.table import BlendPlan, CorpusPlan, corpus_plans, is_unnamed
 from megatron_cpt.data.lists.budget import apportion, exact, spread_samples
 from megatron_cpt.data.lists.data_list import DataEntry, read_data_list
 from megatron_cpt.data.shards.discovery import Shard, tokenizer_problems
-from megatron_cpt.data.shards.form import packing_problem, read_shard_form
+from megatron_cpt.data.shards.form import packing_problem, prompt_problem, read_shard_form
 from megatron_cpt.data.shards.skip_list import unread_prefixes
 from megatron_cpt.errors import DataError
 from megatron_cpt.log import format_count
 
 
-def plan_blend(config: RunConfig, begun: Path | None = None, order: ContinuedOrder | None = None) -> BlendPlan:
+def plan_blend(config: RunConfig, begun: Path | None = None, order: StageOrder | None = None) -> BlendPlan:
     """Return the exact blend of a stage from `data.mix` or `data.rules` and the corpora, or from `data.train_data_path`.
 
-    `begun` is the data list of a run that has begun, if there is one: its positions in the replay buffer stay. `order` is the
-    order that the stage continues, if it does: then it says what is read.
+    `begun` is the data list of a run that has begun, if there is one: its positions in the replay buffer stay. A stage that
+    continues an `order` reads what that order says; without one, the plan makes an order of the stage's own.
 
     Raises: DataError with every reason at once: shares that do not sum to 1, missing or incomplete shards by name,
     shards of another tokenizer, a corpus smaller than one sequence or repeated more than `data.max_epochs` times.
@@ -62,6 +62,8 @@ def plan_blend(config: RunConfig, begun: Path | None = None, order: ContinuedOrd
         for prefix, length in lengths.items()
         if (problem := packing_problem(length, config.training.seq_length))
     ]
+    if config.data.prompt_loss_weight and shards:
+        problems += _prompt_problems([shard.prefix for shard in shards])
     _refuse(config, problems)
 
     total, num_samples = derived.train_tokens(config.training), derived.train_samples(config.training)
@@ -77,14 +79,14 @@ def plan_blend(config: RunConfig, begun: Path | None = None, order: ContinuedOrd
         notes.append(f"{len(small)} shards of the list are smaller than one sequence: {', '.join(small[:3])}")
     read = taken
     if order is not None:
-        entries = order.taken(num_samples, config.training.seq_length)
+        entries = order.stage_entries
         problems += _missing_problems(entries, shards)
         taken = {corpus: sum(e.tokens or 0 for e in entries if (e.corpus or e.prefix) == corpus) for corpus in parts}
         read = dict.fromkeys(parts, 0)
-        for corpus, part in zip(order.corpora(), order.drawn(num_samples), strict=True):
+        for corpus, part in zip(order.corpora, order.drawn, strict=True):
             if corpus in read:
                 read[corpus] += part.stop * config.training.seq_length
-        notes.append(f"goes on at sample {order.position:,} of the order of {order.source}")
+        notes.append(f"continues at sample {order.position:,} of the order of {order.source}")
     for corpus, group in parts.items():
         problems += _size_problems(config, corpus, group, read[corpus])
         if order is not None:
@@ -112,8 +114,17 @@ def plan_blend(config: RunConfig, begun: Path | None = None, order: ContinuedOrd
         notes += _note(prefixes, corpus, "a whole sample")
     corpora = corpus_plans(parts, shares, taken, entries, samples, total)
     notes += _rounded_away(corpora)
+    order = order or StageOrder(
+        entries=tuple(entries),
+        num_samples=num_samples,
+        count=num_samples,
+        seq_length=config.training.seq_length,
+        seed=config.training.seed,
+        shuffle_in_corpus=config.data.shuffle_in_corpus,
+    )
     return BlendPlan(
         entries=entries,
+        order=order,
         num_samples=samples,
         corpora=corpora,
         train_tokens=total,
@@ -194,6 +205,15 @@ def _held_out_lengths(config: RunConfig) -> dict[str, int | None]:
         return {}
     prefixes = [prefix for corpus in config.data.corpora for prefix in validation_prefixes(config, corpus, [])]
     return {prefix: read_shard_form(Path(prefix)).packed_seq_length for prefix in prefixes}
+
+
+def _prompt_problems(prefixes: Sequence[str]) -> list[str]:
+    forms = {prefix: read_shard_form(Path(prefix)) for prefix in prefixes}
+    if not any(form.is_masked for form in forms.values()):
+        return [
+            "data.prompt_loss_weight has no effect: no shard of this stage has a mask. Remove it, or read shards of chats."
+        ]
+    return [f"{prefix} {problem}" for prefix, form in forms.items() if (problem := prompt_problem(form))]
 
 
 def _sentinel_problems(config: RunConfig) -> list[str]:

@@ -15,7 +15,7 @@ from megatron_cpt.run.directory import RunDir, run_dir
 from megatron_cpt.run.progress import last_checkpoint
 
 if TYPE_CHECKING:
-    from megatron_cpt.data.blend.continued_order import ContinuedOrder
+    from megatron_cpt.data.blend.stage_order import StageOrder
 
 SAME_DATA = (
     "training.seq_length", "data.tokenizer", "data.mix", "data.rules", "data.base_pool", "data.base_ratio", "data.cap_epochs",
@@ -24,18 +24,18 @@ SAME_DATA = (
 """Settings that say what a stage reads; besides, the token files of its corpora."""
 
 
-def stage_order(config: RunConfig) -> "ContinuedOrder | None":
+def continued_order(config: RunConfig) -> "StageOrder | None":
     """Return the order that a stage continues, None for one of its own.
 
     A stage that has begun goes by its run directory; another by the run of `init.from_path`.
 
     Raises: DataError when that run is missing, or reads other data.
     """
-    from megatron_cpt.data.blend.continued_order import read_order  # numpy: only where an order is asked for
+    from megatron_cpt.data.blend.stage_order import read_order  # numpy: only where an order is asked for
 
     run = run_dir(config)
     if last_checkpoint(run) and run.data_order_path.exists():
-        return read_order(run.data_order_path)
+        return read_order(run.data_order_path, config.training)
     if config.data.order == "own":
         return None
     text = config.init.from_path or ""
@@ -52,15 +52,13 @@ def stage_order(config: RunConfig) -> "ContinuedOrder | None":
             f"data.order is continue and {parent.path} reads other data: {'; '.join(different)}. Make them equal, or set "
             "data.order=own."
         )
-    return order_after(parent, source, int(iteration) if iteration.isdigit() else last_checkpoint(parent))
+    order = order_after(parent, source, int(iteration) if iteration.isdigit() else last_checkpoint(parent))
+    return dataclasses.replace(order, count=train_samples(config.training))
 
 
-def order_after(run: RunDir, config: RunConfig, iteration: int) -> "ContinuedOrder":
-    """Return the order of a run from after an iteration on."""
-    from megatron_cpt.data.blend.continued_order import (  # numpy: only where an order is asked for
-        ContinuedOrder,
-        read_order,
-    )
+def order_after(run: RunDir, config: RunConfig, iteration: int) -> "StageOrder":
+    """Return the order of a run from after an iteration on, for a stage of the run's own length."""
+    from megatron_cpt.data.blend.stage_order import StageOrder, read_order  # numpy: only where an order is asked for
 
     manifest = run.checkpoints / f"iter_{iteration:07d}" / "manifest.json"
     if manifest.exists():
@@ -69,12 +67,14 @@ def order_after(run: RunDir, config: RunConfig, iteration: int) -> "ContinuedOrd
         consumed = batch_sizes(config.training).samples(min(iteration, train_iters(config.training)))
     source = f"{run.path} after iteration {iteration}"
     if run.data_order_path.exists():
-        begun = read_order(run.data_order_path)
+        begun = read_order(run.data_order_path, config.training)
         return dataclasses.replace(begun, source=source, position=begun.position + consumed)
-    return ContinuedOrder(
+    return StageOrder(
         source=source,
         position=consumed,
         num_samples=train_samples(config.training),
+        count=train_samples(config.training),
+        seq_length=config.training.seq_length,
         seed=config.training.seed,
         shuffle_in_corpus=config.data.shuffle_in_corpus,
         entries=tuple(read_data_list(run.data_list_path)),

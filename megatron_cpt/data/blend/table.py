@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from megatron_cpt.data.blend.sources import Part, Parts
+from megatron_cpt.data.blend.stage_order import StageOrder
 from megatron_cpt.data.lists.entry import DataEntry
 from megatron_cpt.log import format_count
 
@@ -42,6 +43,8 @@ class BlendPlan:
 
     entries: list[DataEntry]
     """What training reads: tokens, prefix and corpus of each shard; the tokens sum to `train_tokens`."""
+    order: StageOrder
+    """In which order it reads them."""
     num_samples: list[int]
     """Samples of each entry; they sum to the stage's samples, each within one of its tokens / seq_length."""
     corpora: list[CorpusPlan]

@@ -14,13 +14,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_cpt.data.chat.encode import ON_LONG, ChatEncoder, ChatJob, Survey
-from megatron_cpt.data.chat.masks import TRAIN_ON_EOS
+from megatron_cpt.data.chat.encode import (
+    EMPTY_ANSWER,
+    LOST_REASONING,
+    ON_LONG,
+    REWRITTEN,
+    TRAIN_ON,
+    ChatEncoder,
+    ChatJob,
+    Survey,
+)
 from megatron_cpt.data.chat.pool import ChatPool
 from megatron_cpt.data.chat.selection import bounds_record, read_bounds, select
+from megatron_cpt.data.chat.tokens import TRAIN_ON_EOS
 from megatron_cpt.data.chat.writing import ChatWriting, chat_pieces, chat_rejects_path, listed, shard_prefix
 from megatron_cpt.data.joining.packing import PackOptions, pack_shard
 from megatron_cpt.data.reading.documents import Source
+from megatron_cpt.data.reading.turns import ON_EMPTY_ANSWER
 from megatron_cpt.data.shards.indexed import manifest_path, read_index, read_shard_manifest
 from megatron_cpt.data.shards.masked import read_mask
 from megatron_cpt.data.tokenizer.interface import same_tokenizer
@@ -29,6 +39,17 @@ from megatron_cpt.files import file_hash, write_json
 from megatron_cpt.log import Progress
 
 logger = logging.getLogger(__name__)
+
+_OLDER_OPTIONS = {"on_empty_answer": "reject", "ignored_keys": [], "unroll": False}
+"""What shards were made with before these could be chosen."""
+_KEPT_ALL_THE_SAME = {
+    REWRITTEN: "conversations have earlier answers that the template writes otherwise than it asks the model for them "
+    "(reasoning left out, for instance), and those are learned. --train-on last learns only the last answer, --unroll "
+    "each answer as it was asked for",
+    LOST_REASONING: "conversations have reasoning in their last answer that the template does not write",
+    EMPTY_ANSWER: "answers are empty",
+}
+"""Notes about conversations that are in the shard."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,11 +174,17 @@ def _check_options(job: ChatJob, choice: Choice, on_bad: str) -> None:
     for name, value, allowed in (
         ("on_bad", on_bad, ("fail", "skip")),
         ("on_long", job.on_long, ON_LONG),
-        ("train_on", job.train_on, ("assistant", "all")),
+        ("train_on", job.train_on, TRAIN_ON),
+        ("on_empty_answer", job.layout.on_empty_answer, ON_EMPTY_ANSWER),
         ("train_on_eos", job.train_on_eos, TRAIN_ON_EOS),
     ):
         if value not in allowed:
             raise ConfigError(f"prepare-chat: {name} is {value!r}. Choose one of {', '.join(allowed)}.")
+    if job.unroll and job.train_on != "assistant":
+        raise ConfigError(
+            f"prepare-chat: --unroll learns each answer in a document of its own, --train-on {job.train_on} other tokens. "
+            "Give one of them."
+        )
     if job.held_out_by and not choice.held_out:
         raise ConfigError("prepare-chat: a field to hold out by is given, but no number. Give --held-out N as well.")
     if choice.bounds_path and not choice.bounds_path.exists():
@@ -193,7 +220,10 @@ def _identity(
             "text_key": job.layout.text_key,
             "append_eod": True,
             "max_document_bytes": job.layout.max_document_bytes,
+            "on_empty_answer": job.layout.on_empty_answer,
+            "ignored_keys": list(job.layout.ignored_keys),
             "train_on": job.train_on,
+            "unroll": job.unroll,
             "train_on_eos": job.train_on_eos,
             "max_length": job.max_length,
             "on_long": job.on_long,
@@ -242,10 +272,9 @@ def check_same(prefix: Path, manifest: dict[str, Any], identity: dict[str, Any])
     if manifest["template"]["date"] != identity["template"]["date"]:
         raise DataError(f"{prefix}: was made with the date {manifest['template']['date']} in its template. {advice}")
     for name, value in identity["options"].items():
-        if manifest["options"].get(name) != value:
-            raise DataError(
-                f"{prefix}: was made with {name}={manifest['options'].get(name)!r}, not {value!r}. {advice}"
-            )
+        found = manifest["options"].get(name, _OLDER_OPTIONS.get(name))
+        if found != value:
+            raise DataError(f"{prefix}: was made with {name}={found!r}, not {value!r}. {advice}")
     made_of = [(Path(entry["path"]).name, entry["size"], entry["mtime_ns"]) for entry in manifest["inputs"]]
     if made_of != [(Path(entry["path"]).name, entry["size"], entry["mtime_ns"]) for entry in identity["inputs"]]:
         raise DataError(f"{prefix}: was made of other inputs, or they changed since. {advice}")
@@ -277,9 +306,29 @@ def report_text(manifests: dict[Path, dict[str, Any]]) -> str:
                 f"  {manifest['documents']:,} packs of {packed['seq_length']:,} tokens, filled to {packed['fill']:.2%}"
             )
     first = next(iter(manifests.values()))
-    found = first["statistics"]
-    left_out = Counter(first["rejects"]) + Counter(first["notes"])
+    found, notes = first["statistics"], Counter(first["notes"])
+    kept = {name: notes.pop(name, 0) for name in _KEPT_ALL_THE_SAME}
+    left_out = Counter(first["rejects"]) + notes
     left_out.update({"duplicate prompt": found["duplicate_prompts"], "not drawn": found["not_drawn"]})
     truncated = sum(manifest["statistics"]["truncated"] for manifest in manifests.values())
     lines.append(f"{first['lines']:,} lines; cut at a turn: {truncated:,}; left out: {listed(+left_out) or 'none'}")
+    lines += _unread_lines([manifest["statistics"] for manifest in manifests.values()])
+    lines += [f"warning: {count:,} {_KEPT_ALL_THE_SAME[name]}" for name, count in kept.items() if count]
     return "\n".join(lines) + "\n"
+
+
+def _unread_lines(statistics: Sequence[dict[str, Any]]) -> list[str]:
+    """Return lines about what of the records the template was given, and what nobody reads."""
+    given: Counter[str] = Counter()
+    unread: dict[str, Counter[str]] = {"record": Counter(), "turn": Counter()}
+    marks: Counter[str] = Counter()
+    for found in statistics:
+        given.update(found.get("given_to_the_template", {}))
+        marks.update(found.get("marks", {}))
+        for kind, counts in found.get("not_read", {}).items():
+            unread[kind].update(counts)
+    lines = [f"turns marked in their records: {listed(marks)}"] if marks else []
+    if given:
+        lines.append(f"fields of records given to the template: {listed(given)}")
+    lines += [f"not read, of {kind}s: {listed(counts)}" for kind, counts in unread.items() if counts]
+    return lines

@@ -15,9 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from megatron_cpt.data.chat.masks import Tokenized, UnclearTemplate, render_with_spans, tokens_of, turn_end_of
+from megatron_cpt.data.chat.masks import (
+    Rendered,
+    UnclearTemplate,
+    is_history_rewritten,
+    lost_reasoning,
+    render_with_spans,
+    strings_of,
+)
 from megatron_cpt.data.chat.template import ChatTemplate, TemplateRefusal, load_template
-from megatron_cpt.data.cleaning.sample import field_text, parse_condition
+from megatron_cpt.data.chat.tokens import Learned, Tokenized, tokens_of
+from megatron_cpt.data.cleaning.sample import condition_field, field_text, parse_condition
 from megatron_cpt.data.reading.conversations import (
     ChatLayout,
     Conversation,
@@ -29,6 +37,7 @@ from megatron_cpt.data.reading.conversations import (
 )
 from megatron_cpt.data.reading.records import Problem
 from megatron_cpt.data.reading.streams import Piece
+from megatron_cpt.data.reading.turns import ASSISTANT, REASONING, Mark, Turn, is_empty, text_of
 from megatron_cpt.data.shards.masked import LEARNED, PIECE
 from megatron_cpt.data.tokenizer.interface import HuggingFaceTokenizer, load_tokenizer
 from megatron_cpt.errors import DataError
@@ -38,6 +47,14 @@ REFUSED = "refused by the template"
 UNCLEAR = "template does not tell the assistant's part"
 CONTROL_TOKEN = "control token in a message"
 TOO_MANY_TOKENS = "conversation too long"
+NOT_READ = "the template does not read it"
+NOTHING_LEARNED = "nothing is learned"
+REWRITTEN = "history written otherwise"
+EMPTY_ANSWER = "empty answer kept"
+LOST_REASONING = "reasoning left out of the last answer"
+TRAIN_ON = ("assistant", "last", "all")
+ESSENTIAL = ("content", "tool_calls", *REASONING, "functions", "function_calls", "tool_responses")
+"""Keys of a turn that hold what is said: a template that does not read one would lose it."""
 _BATCH_CHARACTERS = 1 << 19
 
 
@@ -60,6 +77,8 @@ class ChatJob:
     seed: int = 42
     held_out_by: str | None = None
     train_on: str = "assistant"
+    unroll: bool = False
+    """Make a document of each answer: the conversation up to it, the answer learned."""
     train_on_eos: str = "turn"
     max_length: int | None = None
     """Longest conversation in tokens, end-of-document token included."""
@@ -88,7 +107,7 @@ class EncodedPart:
     masks: list[np.ndarray] = field(default_factory=list)
     lines: list[int] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
-    """conversations, texts, truncated, bytes, and `turns <role>`."""
+    """conversations, texts, truncated, bytes, `turns <role>`, `unread turn <key>`, `unread record <field>`, `given <field>`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,21 +143,24 @@ class ChatEncoder:
         else:
             self.template = ChatTemplate(job.template_text, variables, "the template in the manifest", job.date)
         added = tokenizer.backend.get_added_tokens_decoder()
-        special = {id: token.content for id, token in added.items() if token.special}
-        self.special_ids = np.array(sorted(special), dtype=np.int64)
-        self._control = re.compile("|".join(map(re.escape, sorted(special.values()))) or r"(?!)")
+        special = {token.content for token in added.values() if token.special}
+        self.special = tuple(sorted(special, key=lambda token: (-len(token), token)))
+        self._control = re.compile("|".join(map(re.escape, self.special)) or r"(?!)")
         where, drop = [*map(parse_condition, job.where)], [*map(parse_condition, job.drop)]
         self._holds = lambda record: all(test(record) for test in where) and not any(test(record) for test in drop)
+        named = [*(condition_field(text) for text in (*job.where, *job.drop)), job.held_out_by or ""]
+        self._named = {part for name in named for part in (name, name.partition(".")[0])}
 
     def turn_end(self) -> str | None:
         """Return what ends an assistant's turn: empty where no special token does, None where a trial is refused."""
-        trial = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        trial: list[Turn] = [{"role": "user", "content": "a"}, {"role": ASSISTANT, "content": "b"}]
         try:
-            page = self._render(trial)
+            page = self._render(self.template.fitted(trial), {})
         except _Unfit:
             return None
-        encoding = self.tokenizer.backend.encode(page.text, add_special_tokens=False)
-        return turn_end_of(page, encoding, self.special_ids)
+        if not page.answers or not page.is_ended:
+            return ""
+        return "".join(page.text[start:end] for start, end in page.answers[-1].ends)
 
     def survey(self, piece: Piece) -> Survey:
         """Return what decides where the records of a piece go."""
@@ -167,9 +189,9 @@ class ChatEncoder:
         ]
         parts: dict[int, EncodedPart] = {}
         for batch in _batches(chosen):
-            for (shard, conversation), document in zip(batch, self._encode_batch(batch, found), strict=True):
-                if document is not None:
-                    _add(parts.setdefault(shard, EncodedPart()), conversation, document)
+            for (shard, conversation), documents in zip(batch, self._encode_batch(batch, found), strict=True):
+                if documents:
+                    _add(parts.setdefault(shard, EncodedPart()), conversation, documents)
         found.problems.sort(key=lambda problem: problem.line)
         return EncodedPiece(
             source=piece.source,
@@ -179,79 +201,159 @@ class ChatEncoder:
             problems=found.problems,
         )
 
-    def encode_one(self, conversation: Conversation) -> Tokenized | None:
-        """Return one conversation or text as `encode` does; None where it is left out."""
-        (document,) = self._encode_batch([(0, conversation)], PieceRecords())
-        return None if document is None else document.tokens
+    def encode_one(self, conversation: Conversation) -> list[Tokenized]:
+        """Return the documents of one conversation or text as `encode` does; none where it is left out."""
+        (documents,) = self._encode_batch([(0, conversation)], PieceRecords())
+        return [document.tokens for document in documents]
 
-    def _encode_batch(self, batch: Sequence[tuple[int, Conversation]], found: PieceRecords) -> list["_Document | None"]:
-        documents: list[_Document | None] = []
-        rendered = []
+    def _encode_batch(self, batch: Sequence[tuple[int, Conversation]], found: PieceRecords) -> list[list["_Document"]]:
+        planned: list[list[_Page]] = []
         for _, conversation in batch:
             try:
-                rendered.append(self._render(conversation.turns) if conversation.turns else None)
+                planned.append(self._pages(conversation, found.notes) if conversation.turns else [])
             except _Unfit as problem:
-                rendered.append(None)
+                planned.append([])
                 found.problems.append(
                     Problem(conversation.line, problem.kind, problem.detail, raw_line(conversation.record))
                 )
                 conversation.turns, conversation.text = [], ""
-        texts = [page.text if page else chat.text for page, (_, chat) in zip(rendered, batch, strict=True)]
-        encodings = self.tokenizer.backend.encode_batch(texts, add_special_tokens=False)
-        for page, text, encoding, (_, conversation) in zip(rendered, texts, encodings, batch, strict=True):
-            if page is not None:
-                tokens = self._tokens(page, encoding)
-                documents.append(self._fitted(conversation, tokens, len(text.encode()), found))
-            elif text:
-                documents.append(
-                    _Document(_completion(encoding.ids, self.tokenizer.eod_id), [], False, len(text.encode()))
-                )
+        texts = [
+            text
+            for pages, (_, chat) in zip(planned, batch, strict=True)
+            for text in ([page.rendered.text for page in pages] or ([chat.text] if chat.text else []))
+        ]
+        encodings = iter(self.tokenizer.backend.encode_batch(texts, add_special_tokens=False))
+        documents: list[list[_Document]] = []
+        for pages, (_, chat) in zip(planned, batch, strict=True):
+            if pages:
+                fitted = [self._fitted(chat, page, next(encodings), found) for page in pages]
+                documents.append([document for document in fitted if document is not None])
+            elif chat.text:
+                tokens = _completion(next(encodings).ids, self.tokenizer.eod_id)
+                documents.append([_Document(tokens, [], False, len(chat.text.encode()), Counter())])
             else:
-                documents.append(None)
+                documents.append([])
         return documents
 
-    def _render(self, turns: Sequence[dict[str, str]]) -> Any:
-        for number, turn in enumerate(turns, 1):
-            if token := self._control.search(turn["content"]):
-                raise _Unfit(CONTROL_TOKEN, f"{token[0]} in turn {number} would end or open a turn")
+    def _pages(self, conversation: Conversation, notes: Counter[str]) -> list["_Page"]:
+        """Return the texts of a conversation, one per document that it becomes. Raises: _Unfit."""
+        turns = self.template.fitted(conversation.turns)
+        variables, counts = self._variables(conversation)
+        plans = _plans(turns, conversation.marks, self.job)
+        if not plans:
+            raise _Unfit(NOTHING_LEARNED, "no turn that counts is marked as learned")
+        pages = [self._page(plan, variables) for plan in plans]
+        last = pages[-1]
+        for number, turn in enumerate(last.turns):
+            read = last.rendered.reads.keys[number] | self.template.reasoning
+            counts.update(f"unread turn {key}" for key in _unread(turn, read, number))
+        for turn, mark in zip(turns, conversation.marks, strict=True):
+            counts["mark learned"] += mark.is_learned is True
+            counts["mark not learned"] += mark.is_learned is False
+            notes[EMPTY_ANSWER] += turn["role"] == ASSISTANT and is_empty(turn)
+        notes[LOST_REASONING] += lost_reasoning(last.turns[-1], last.rendered.text)
+        if self.job.train_on == "assistant" and not self.job.unroll:
+            notes[REWRITTEN] += self._is_rewritten(last, variables)
+        pages[0].counts.update(counts)
+        return pages
+
+    def _page(self, plan: "_Plan", variables: dict[str, Any]) -> "_Page":
+        turns, learned = plan
+        named = [*learned.turns, *learned.never]
+        others = [number for number in named if turns[number]["role"] != ASSISTANT]
+        rendered = self._render(turns, variables, others, [*learned.details])
+        if not rendered.answers:
+            raise _Unfit(NOTHING_LEARNED, "the template marks nothing as generated")
+        return _Page(rendered.turns, learned, rendered, variables)
+
+    def _is_rewritten(self, page: "_Page", variables: dict[str, Any]) -> bool:
         try:
-            return render_with_spans(self.template, turns)
+            return is_history_rewritten(self.template, page.rendered, variables)
+        except TemplateRefusal:
+            return False
+
+    def _variables(self, conversation: Conversation) -> tuple[dict[str, Any], Counter[str]]:
+        """Return what a record gives its template besides the turns, and counts of what is given and what nobody reads."""
+        counts: Counter[str] = Counter()
+        found = dict(conversation.variables)
+        counts.update(
+            f"unread record {name}"
+            for name in ("tools", "documents")
+            if name in found and name not in self.template.names
+        )
+        options = found.pop("chat_template_kwargs", {})
+        counts.update(
+            f"unread record chat_template_kwargs.{name}" for name in options if name not in self.template.names
+        )
+        fields = {}
+        for name, value in conversation.record.items():
+            if value is None or name in conversation.used:
+                continue
+            if name in self.template.parameters and name not in self.job.layout.ignored_keys:
+                fields[name] = value
+            elif name not in self._named:
+                counts[f"unread record {name}"] += 1
+        counts.update(f"given {name}" for name in fields)
+        return {**fields, **options, **found}, counts
+
+    def _render(
+        self, turns: Sequence[Turn], variables: dict[str, Any], others: Sequence[int] = (), contents: Sequence[int] = ()
+    ) -> Rendered:
+        for number, turn in enumerate(turns, 1):
+            if token := next((token for text in strings_of(turn) if (token := self._control.search(text))), None):
+                raise _Unfit(CONTROL_TOKEN, f"{token[0]} in turn {number} would end or open a turn")
+        if token := next((token for text in strings_of(variables) if (token := self._control.search(text))), None):
+            raise _Unfit(CONTROL_TOKEN, f"{token[0]} in what the record gives the template")
+        try:
+            return self._rendered(turns, variables, others, contents)
         except TemplateRefusal as problem:
             raise _Unfit(REFUSED, str(problem)) from None
         except UnclearTemplate as problem:
             raise _Unfit(UNCLEAR, f"{self.template.name} {problem}") from None
 
-    def _tokens(self, page: Any, encoding: Any) -> Tokenized:
-        return tokens_of(
-            page,
-            encoding,
-            self.special_ids,
-            self.tokenizer.eod_id,
-            train_on_eos=self.job.train_on_eos,
-            train_on_all=self.job.train_on == "all",
-        )
+    def _rendered(
+        self, turns: Sequence[Turn], variables: dict[str, Any], others: Sequence[int], contents: Sequence[int]
+    ) -> Rendered:
+        options: dict[str, Any] = {"variables": variables, "special": self.special}
+        options |= {"others": others, "contents": contents}
+        try:
+            return render_with_spans(self.template, turns, **options)
+        except TemplateRefusal:
+            if all("content" in turn for turn in turns):
+                raise
+            # a turn that only calls tools has no content, which some templates take only as an empty one
+            return render_with_spans(self.template, [{"content": ""} | turn for turn in turns], **options)
 
     def _fitted(
-        self, conversation: Conversation, tokens: Tokenized, num_bytes: int, found: PieceRecords
+        self, conversation: Conversation, page: "_Page", encoding: Any, found: PieceRecords
     ) -> "_Document | None":
         """Return the conversation within the longest length: whole, or up to the last assistant turn that fits."""
-        limit, turns = self.job.max_length, conversation.turns
+        limit, turns = self.job.max_length, page.turns
+        tokens = tokens_of(page.rendered, encoding, self.tokenizer.eod_id, page.learned)
         if limit is None or len(tokens.ids) <= limit:
-            return _Document(tokens, turns, False, num_bytes)
+            return _Document(tokens, turns, False, len(page.rendered.text.encode()), page.counts)
         whole = len(tokens.ids)
-        if self.job.on_long == "truncate":
-            answers = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
+        if self.job.on_long == "truncate" and not self.job.unroll:
+            answers = [said.turn for said in page.rendered.answers]
             for answer, turn_end in reversed([*zip(answers, tokens.turn_ends, strict=True)][:-1]):
                 if turn_end > limit:
                     continue
-                shorter = turns[: answer + 1]
+                plans = _plans(turns[: answer + 1], conversation.marks[: answer + 1], self.job)
                 try:
-                    page = self._render(shorter)
+                    shorter = self._page(plans[-1], page.variables) if plans else None
                 except _Unfit:
                     continue
-                cut = self._tokens(page, self.tokenizer.backend.encode(page.text, add_special_tokens=False))
+                if shorter is None:
+                    continue
+                text = shorter.rendered.text
+                cut = tokens_of(
+                    shorter.rendered,
+                    self.tokenizer.backend.encode(text, add_special_tokens=False),
+                    self.tokenizer.eod_id,
+                    shorter.learned,
+                )
                 if len(cut.ids) <= limit:
-                    return _Document(cut, shorter, True, len(page.text.encode()))
+                    return _Document(cut, shorter.turns, True, len(text.encode()), page.counts)
         detail = f"{whole:,} tokens; {limit:,} fit"
         found.problems.append(Problem(conversation.line, TOO_MANY_TOKENS, detail, raw_line(conversation.record)))
         return None
@@ -263,19 +365,74 @@ class _Unfit(Exception):
         self.kind, self.detail = kind, detail
 
 
+_Plan = tuple[Sequence[Turn], Learned]
+
+
+@dataclass(frozen=True)
+class _Page:
+    """A document as text: its turns, what of it is learned, and where that is."""
+
+    turns: Sequence[Turn]
+    learned: Learned
+    rendered: Rendered
+    variables: dict[str, Any]
+    counts: Counter[str] = field(default_factory=Counter)
+
+
 @dataclass(frozen=True)
 class _Document:
     tokens: Tokenized
-    turns: Sequence[dict[str, str]]
+    turns: Sequence[Turn]
     is_truncated: bool
     num_bytes: int
+    counts: Counter[str]
+
+
+def _plans(turns: Sequence[Turn], marks: Sequence[Mark], job: ChatJob) -> list[_Plan]:
+    """Return the turns of each document of a conversation, and what of it is learned; none where nothing is."""
+    answers = [number for number, turn in enumerate(turns) if turn["role"] == ASSISTANT]
+    refused = {number for number, mark in enumerate(marks) if mark.is_learned is False}
+    asked = {number for number, mark in enumerate(marks) if mark.is_learned and turns[number]["role"] != ASSISTANT}
+    details = {number: mark.details for number, mark in enumerate(marks) if mark.details is not None}
+
+    def plan(wanted: set[int], last: int, *, everything: bool = False) -> _Plan:
+        learned = Learned(
+            turns=sorted(wanted - refused),
+            details={number: spans for number, spans in details.items() if number in wanted},
+            train_on_eos=job.train_on_eos,
+            everything=everything,
+            never=sorted(refused) if everything else (),
+        )
+        return turns[: last + 1], learned
+
+    if job.train_on == "all":
+        return [plan({*answers, *asked}, len(turns) - 1, everything=True)]
+    if job.unroll:
+        firsts = [-1, *answers]
+        wanted = [{answer, *(n for n in asked if first < n < answer)} for first, answer in zip(firsts, answers)]
+        return [plan(each, max(each)) for each in wanted if max(each) not in refused]
+    wanted_answers = answers[-1:] if job.train_on == "last" else answers
+    whole = plan({*wanted_answers, *asked}, len(turns) - 1)
+    return [whole] if whole[1].turns else []
+
+
+def _unread(turn: Turn, read: set[str], number: int) -> list[str]:
+    """Return the keys of a turn that a template did not read. Raises: _Unfit where one of them holds what is said."""
+    unread = [key for key in turn if key != "role" and key not in read]
+    if not read.isdisjoint(REASONING):
+        unread = [key for key in unread if key not in REASONING]
+    for key in unread:
+        if key in ESSENTIAL and (text_of(turn) if key == "content" else turn[key]):
+            advice = "" if key == "content" else f", or --ignore-keys {key}"
+            raise _Unfit(NOT_READ, f"{key} of turn {number + 1}, a {turn['role']}'s. Choose another template{advice}")
+    return [key for key in unread if key not in ESSENTIAL]
 
 
 def _batches(chosen: list[tuple[int, Conversation]]) -> list[list[tuple[int, Conversation]]]:
     batches: list[list[tuple[int, Conversation]]] = [[]]
     size = 0
     for item in chosen:
-        length = len(item[1].text) + sum(len(turn["content"]) for turn in item[1].turns)
+        length = len(item[1].text) + sum(len(text_of(turn)) for turn in item[1].turns)
         if batches[-1] and size + length > _BATCH_CHARACTERS:
             batches.append([])
             size = 0
@@ -291,11 +448,14 @@ def _completion(ids: Sequence[int], eod_id: int) -> Tokenized:
     return Tokenized(whole, mask, [])
 
 
-def _add(part: EncodedPart, conversation: Conversation, document: _Document) -> None:
-    part.ids.append(document.tokens.ids)
-    part.masks.append(document.tokens.mask)
-    part.lines.append(conversation.line)
-    part.counts["conversations" if document.turns else "texts"] += 1
-    part.counts["truncated"] += document.is_truncated
-    part.counts["bytes"] += document.num_bytes
-    part.counts.update(f"turns {turn['role']}" for turn in document.turns)
+def _add(part: EncodedPart, conversation: Conversation, documents: Sequence[_Document]) -> None:
+    last = documents[-1]
+    part.counts["conversations" if last.turns else "texts"] += 1
+    part.counts.update(f"turns {turn['role']}" for turn in last.turns)
+    for document in documents:
+        part.ids.append(document.tokens.ids)
+        part.masks.append(document.tokens.mask)
+        part.lines.append(conversation.line)
+        part.counts["truncated"] += document.is_truncated
+        part.counts["bytes"] += document.num_bytes
+        part.counts.update(document.counts)

@@ -1,148 +1,274 @@
-"""Which characters, and then which tokens, of a rendered conversation the assistant says: from the template itself.
+"""Which characters of a rendered conversation each turn of the assistant says: from the template itself.
 
-Where the template marks them (`{% generation %}`) its marks count. Elsewhere the conversation is rendered once as it is and
-once with a stand-in for what the assistant says; what differs is the assistant's. Since whole conversations are compared,
-never beginnings of one, a template that writes earlier turns otherwise once a later one follows (reasoning left out, the
-system prompt moved to the last user turn) comes out right. Where the stand-ins leave no doubt about every turn, the
-conversation is refused. A turn begins where the prompt for it (`add_generation_prompt`) ends, so that what a model has to
-write before its answer (a space, an empty block of reasoning) is learned as well.
+Where the template marks them (`{% generation %}`) its marks count, several blocks of one answer together, as transformers
+unites them. Elsewhere the conversation is rendered once as it is and once with a stand-in for what the assistant says; what
+differs is the assistant's. Since whole conversations are compared, never beginnings of one, a template that writes earlier
+turns otherwise once a later one follows (reasoning left out, the system prompt moved to the last user turn) comes out right.
+Where the stand-ins leave a doubt about a turn, the conversation is refused.
 
-A token is learned when any of its characters is the assistant's: one that straddles a boundary is. The end of a turn is
-what follows its answer up to the first special token, as the template writes it after the last answer; a turn that goes on
-otherwise has none. Where no special token follows the last answer, the end-of-document token is its end.
+A turn begins where the prompt for it (`add_generation_prompt`) ends, so that what a model has to write before its answer (a
+space, an empty block of reasoning, the head of a tool call) is learned as well. Its end is what the template writes after
+the answer, up to the last special token of it, also where that is several tokens; what follows there in the same form after
+every turn is every turn's end. A turn that goes on otherwise has none. A text without special tokens that the template
+writes after each answer is an end too; the end-of-document token then follows the last one.
 """
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-import numpy as np
+from megatron_cpt.data.chat.template import CLOSE, OPEN, STAND_IN, ChatTemplate, Reads
+from megatron_cpt.data.reading.turns import ASSISTANT, REASONING, Turn, reasoning_of, text_of
 
-from megatron_cpt.data.chat.template import CLOSE, OPEN, STAND_IN, ChatTemplate
-from megatron_cpt.data.shards.masked import LEARNED, PIECE
-
-TRAIN_ON_EOS = ("turn", "last", "none")
+Span = tuple[int, int]
 
 
 class UnclearTemplate(Exception):
     """The template does not say where an assistant's turn is; the message says which."""
 
 
+@dataclass
+class Said:
+    """What one turn says, as characters [start, end) of the text."""
+
+    turn: int
+    """Number of the turn in its conversation, from 0."""
+    spans: list[Span]
+    """What is said, ascending, without what ends the turn."""
+    ends: list[Span] = field(default_factory=list)
+    """What ends the turn, ascending; none where nothing does."""
+
+    @property
+    def end(self) -> int:
+        """Where the turn ends."""
+        return max((end for _, end in [*self.spans, *self.ends]), default=0)
+
+
 @dataclass(frozen=True)
 class Rendered:
     """A conversation as text."""
 
+    turns: Sequence[Turn]
+    """The turns as they were given to the template."""
     text: str
-    spans: list[tuple[int, int]]
-    """Characters [start, end) of what the assistant says, one span per turn, ascending."""
-    is_marked: bool
-    """Whether the template itself marked the spans; they may hold the end of the turn then."""
+    answers: list[Said]
+    """What the assistant says, a turn each, ascending."""
+    others: list[Said] = field(default_factory=list)
+    """What the turns say that were asked for besides."""
+    contents: dict[int, tuple[int, Span]] = field(default_factory=dict)
+    """Of the turns that were asked for: where character 0 of the content would be, and what of the content is in the text."""
+    is_ended: bool = True
+    """Whether the text itself ends the last turn."""
+    reads: Reads = field(default_factory=Reads)
 
 
-@dataclass(frozen=True)
-class Tokenized:
-    """A conversation as tokens; `turn_ends` is the number of tokens up to the end of each assistant turn."""
-
-    ids: np.ndarray
-    mask: np.ndarray
-    turn_ends: list[int]
-
-
-def render_with_spans(template: ChatTemplate, turns: Sequence[dict[str, str]]) -> Rendered:
+def render_with_spans(
+    template: ChatTemplate,
+    turns: Sequence[Turn],
+    *,
+    variables: Mapping[str, Any] | None = None,
+    special: Sequence[str] = (),
+    others: Sequence[int] = (),
+    contents: Sequence[int] = (),
+) -> Rendered:
     """Return the text of a conversation that ends with an assistant turn, and what the assistant says in it.
+
+    `special` are the tokenizer's special tokens, which end turns. `others` are turns of somebody else whose words are wanted
+    too, `contents` those whose content's place is.
 
     Raises: UnclearTemplate; TemplateRefusal from the template.
     """
-    if any(mark in turn["content"] for turn in turns for mark in (OPEN, CLOSE, STAND_IN)):
+    if any(mark in leaf for turn in turns for leaf in strings_of(turn) for mark in (OPEN, CLOSE, STAND_IN)):
         raise UnclearTemplate("a message holds a noncharacter of Unicode (U+FDD0 to U+FDD2)")
-    text = template.render(turns)
-    if template.marks_generation:
-        return _marked(text, sum(turn["role"] == "assistant" for turn in turns))
-    answers = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
-    prompt = template.render(turns[:-1], add_generation_prompt=True)
-    spans = _spans_of_all(template, turns, answers, text) or [
-        _span_of_one(template, turns, number, text, prompt) for number in answers
-    ]
-    spans = _from_prompt(template, turns, text, spans, prompt)
-    if any(before[1] > after[0] for before, after in itertools.pairwise(spans)):
-        raise UnclearTemplate("assistant turns overlap")
-    return Rendered(text, spans, False)
+    render = partial(template.render, variables=variables)
+    reads = Reads()
+    raw = render(turns, reads=reads)
+    page = _Page(render, turns, raw.replace(OPEN, "").replace(CLOSE, ""), tuple(special))
+    answers = _marked(raw, turns, reads.blocks, page) if template.marks_generation else _unmarked(page)
+    tail = page.text[answers[-1].spans[-1][1] :] if answers else ""
+    return Rendered(
+        turns=turns,
+        text=page.text,
+        answers=answers,
+        others=[_other(page, number, answers) for number in others],
+        contents={number: _content(page, number) for number in contents},
+        is_ended=bool(_special_end(tail, page.special)) or bool(answers and _ends_special(page, answers[-1])),
+        reads=reads,
+    )
 
 
-def tokens_of(
-    rendered: Rendered, encoding: Any, special_ids: np.ndarray, eod_id: int, *, train_on_eos: str, train_on_all: bool
-) -> Tokenized:
-    """Return ids and mask of a rendered conversation, ended by `eod_id` exactly once.
-
-    `encoding` has the `ids` of the text without added tokens and their `offsets` in characters. An end-of-document token
-    that is appended is learned only where it is the end of the last turn, for want of another.
-    """
-    ids = np.array(encoding.ids, dtype=np.int64)
-    offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-    starts, ends = offsets[:, 0], offsets[:, 1]
-    is_special = np.isin(ids, special_ids)
-    learned = np.zeros(len(ids) + 1, dtype=bool)
-    turn_ends = []
-    turns, is_ended = _turns(rendered, starts, ends, is_special)
-    for number, (start, content_end, turn_end) in enumerate(turns):
-        with_end = train_on_eos == "turn" or (train_on_eos == "last" and number == len(turns) - 1)
-        learned[:-1] |= (starts < content_end) & (ends > start)
-        if not with_end:
-            # the end's own tokens only: one that holds characters of the answer as well stays
-            learned[:-1] &= ~((starts >= content_end) & (starts < turn_end))
-        else:
-            learned[:-1] |= (starts < turn_end) & (ends > content_end)
-        turn_ends.append(int(np.searchsorted(starts, turn_end)))
-    learned[-1] = not is_ended and train_on_eos != "none"
-    ids = np.append(ids, eod_id)
-    if len(ids) > 1 and ids[-2] == eod_id:
-        ids, learned = ids[:-1], learned[:-1]
-    if train_on_all:
-        learned[:] = True
-    mask = np.where(learned, LEARNED, 0).astype(np.uint8)
-    mask[:1] |= PIECE
-    return Tokenized(ids, mask, turn_ends)
+def is_history_rewritten(
+    template: ChatTemplate, rendered: Rendered, variables: Mapping[str, Any] | None = None
+) -> bool:
+    """Return whether an earlier answer is written otherwise than when it was the last: so the model never writes it."""
+    for said in rendered.answers[:-1]:
+        before = (
+            template.render(rendered.turns[: said.turn + 1], variables=variables).replace(OPEN, "").replace(CLOSE, "")
+        )
+        end = max((end for _, end in said.spans), default=0)
+        if before[:end] != rendered.text[:end]:
+            return True
+    return False
 
 
-def turn_end_of(rendered: Rendered, encoding: Any, special_ids: np.ndarray) -> str:
-    """Return the text that ends an assistant's turn; empty where no special token does."""
-    offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-    starts, ends = offsets[:, 0], offsets[:, 1]
-    is_special = np.isin(encoding.ids, special_ids)
-    _, last_end = _without_end(rendered, rendered.spans[-1], starts, ends, is_special)
-    return _closing(rendered.text, last_end, starts, ends, is_special)
+def lost_reasoning(turn: Turn, text: str) -> bool:
+    """Return whether the reasoning of a turn, in a field of its own or before `</think>`, is missing from a text."""
+    reasoning = reasoning_of(turn)
+    if not reasoning and "</think>" in (content := text_of(turn)):
+        reasoning = content.split("</think>")[0].split("<think>")[-1]
+    return bool(reasoning.strip()) and reasoning.strip() not in text
 
 
-def _marked(text: str, num_answers: int) -> Rendered:
-    spans, pieces, length = [], [], 0
-    head, *marked = text.split(OPEN)
-    pieces.append(head)
-    length = len(head)
+def strings_of(value: Any) -> list[str]:
+    """Return every text within a value, keys of objects included."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Mapping):
+        return [text for pair in value.items() for item in pair for text in strings_of(item)]
+    return [text for item in value for text in strings_of(item)] if isinstance(value, list) else []
+
+
+@dataclass
+class _Page:
+    """A conversation under work: how to render variants of it, its text, the special tokens."""
+
+    render: Any
+    turns: Sequence[Turn]
+    text: str
+    special: tuple[str, ...]
+
+    def plain(self, turns: Sequence[Turn], **options: Any) -> str:
+        """Return a variant's text without marks of generation."""
+        text: str = self.render(turns, **options)
+        return text.replace(OPEN, "").replace(CLOSE, "")
+
+
+def _marked(raw: str, turns: Sequence[Turn], blocks: Sequence[int], page: _Page) -> list[Said]:
+    """Return what the template marks, the blocks of an answer together."""
+    head, *marked = raw.split(OPEN)
+    length, found = len(head), []
     for part in marked:
         inside, close, outside = part.partition(CLOSE)
         if not close:
             raise UnclearTemplate("generation blocks are nested")
-        spans.append((length, length + len(inside)))
-        pieces += [inside, outside]
+        found.append((length, length + len(inside)))
         length += len(inside) + len(outside)
-    if len(spans) != num_answers:
-        raise UnclearTemplate(f"{len(spans)} generation blocks for {num_answers} assistant turns")
-    return Rendered("".join(pieces), spans, True)
+    answers = [number for number, turn in enumerate(turns) if turn["role"] == ASSISTANT]
+    owners = list(blocks)
+    if len(owners) != len(found):
+        raise UnclearTemplate("generation blocks are written more than once")
+    if len(found) == len(answers) and not all(turns[owner]["role"] == ASSISTANT for owner in owners if owner >= 0):
+        owners = answers
+    if wrong := [owner for owner in owners if owner < 0 or turns[owner]["role"] != ASSISTANT]:
+        raise UnclearTemplate(
+            f"{len(found)} generation blocks for {len(answers)} assistant turns, one of turn {wrong[0] + 1}"
+        )
+    if owners != sorted(owners):
+        raise UnclearTemplate("generation blocks are in another order than the turns")
+    said = []
+    for number in answers:
+        spans = [span for span, owner in zip(found, owners, strict=True) if owner == number and span[1] > span[0]]
+        if spans:
+            said.append(_without_ends(Said(number, spans), page))
+    return said
 
 
-def _spans_of_all(
-    template: ChatTemplate, turns: Sequence[dict[str, str]], answers: Sequence[int], text: str
-) -> list[tuple[int, int]] | None:
+def _without_ends(said: Said, page: _Page) -> Said:
+    """Return a turn whose closing special tokens, and white space around them, stand among its ends."""
+    spans, ends = list(said.spans), list[Span]()
+    while spans:
+        start, end = spans.pop()
+        cut = _cut(page.text, start, end, page.special)
+        if cut < end:
+            ends.insert(0, (cut, end))
+        if cut > start:
+            spans.append((start, cut))
+            break
+    return Said(said.turn, spans or [(said.spans[0][0], said.spans[0][0])], ends)
+
+
+def _unmarked(page: _Page) -> list[Said]:
+    answers = [number for number, turn in enumerate(page.turns) if turn["role"] == ASSISTANT]
+    if all(_is_plain(page.turns[number]) for number in answers):
+        said = _plain_answers(page, answers)
+    else:
+        said = _rich_answers(page, answers)
+    if any(before.end > after.spans[0][0] for before, after in itertools.pairwise(said)):
+        raise UnclearTemplate("assistant turns overlap")
+    return said
+
+
+def _is_plain(turn: Turn) -> bool:
+    """Whether a turn says its content and nothing else."""
+    return isinstance(turn.get("content"), str) and not turn.get("tool_calls") and not reasoning_of(turn)
+
+
+def _plain_answers(page: _Page, answers: Sequence[int]) -> list[Said]:
+    prompt = page.plain(page.turns[:-1], add_generation_prompt=True)
+    spans = _spans_of_all(page, answers) or [_span_of_one(page, number, prompt) for number in answers]
+    tail = page.text[spans[-1][1] :]
+    spans = _from_prompt(page, spans, prompt)
+    return [_ended(page, number, span, tail) for number, span in zip(answers, spans, strict=True)]
+
+
+def _rich_answers(page: _Page, answers: Sequence[int]) -> list[Said]:
+    """Return what answers with reasoning or tool calls say: from the prompt for each to the end of what follows it."""
+    said = []
+    for number in answers:
+        prompt = page.plain(page.turns[:number], add_generation_prompt=True)
+        first, last = _span_of_one(page, number, prompt)
+        end = last + _rich_end(page, number, page.text[last:])
+        cut = _cut(page.text, last, end, page.special)
+        start = min(first, _head(page, number, first, prompt))
+        said.append(Said(number, [(start, cut)], [(cut, end)] if end > cut else []))
+    return said
+
+
+def _rich_end(page: _Page, number: int, tail: str) -> int:
+    """Return how far a turn goes on after its last word, of `tail`, what the text has there: as where it is the last turn."""
+    if number == len(page.turns) - 1:
+        return _special_end(tail, page.special) or len(tail.rstrip())
+    turns = page.turns[: number + 1]
+    alone = page.plain([*turns[:-1], _stood_in(turns[-1])]).rpartition(STAND_IN)[2]
+    common = _common(alone, tail)
+    if end := _special_end(common, page.special):
+        return end
+    if len(common) >= len(alone.rstrip()):
+        return len(alone.rstrip())
+    if page.turns[number].get("tool_calls"):
+        raise UnclearTemplate(f"ends turn {number + 1} otherwise where others follow")
+    return 0
+
+
+def _head(page: _Page, number: int, start: int, prompt: str) -> int:
+    """Return where a turn begins whose first word is at `start`: where its prompt ends."""
+    has_prompt = prompt != page.plain(page.turns[:number])
+    if has_prompt and len(prompt) <= start and page.text.startswith(prompt):
+        return len(prompt)
+    alone = page.plain([*page.turns[:number], _stood_in(page.turns[number])]).partition(STAND_IN)[0]
+    lead = alone.removeprefix(prompt)
+    if alone.startswith(prompt) and page.text.endswith(lead, 0, start) and (has_prompt or not lead.strip()):
+        return start - len(lead)
+    # where the template has no prompt, the head of an answer of text alone tells
+    bare = {"role": ASSISTANT, "content": STAND_IN}
+    before, found, _ = page.plain([*page.turns[:number], bare, *page.turns[number + 1 :]]).partition(STAND_IN)
+    return len(_common(before, page.text[:start])) if found else start
+
+
+def _spans_of_all(page: _Page, answers: Sequence[int]) -> list[Span] | None:
     """Return the spans by one more rendering, with a stand-in for every answer; None where that leaves doubts.
 
     It leaves none where the literal parts around the stand-ins, with the answers (as they are or trimmed) put between,
     are the text.
     """
-    parts = _with_stand_ins(template, turns, answers).split(STAND_IN)
+    parts = page.plain(
+        [_stood_in(turn) if number in answers else turn for number, turn in enumerate(page.turns)]
+    ).split(STAND_IN)
     if len(parts) != len(answers) + 1:
         return None
-    contents = [turns[number]["content"] for number in answers]
+    contents = [text_of(page.turns[number]) for number in answers]
     for trim in (str, str.strip, str.rstrip, str.lstrip):
         found, position, whole = [], 0, []
         for part, content in zip(parts, map(trim, contents), strict=False):
@@ -150,75 +276,127 @@ def _spans_of_all(
             found.append((position, position + len(content)))
             position += len(content)
             whole += [part, content]
-        if "".join([*whole, parts[-1]]) == text:
+        if "".join([*whole, parts[-1]]) == page.text:
             return found
     return None
 
 
-def _span_of_one(
-    template: ChatTemplate, turns: Sequence[dict[str, str]], number: int, text: str, prompt: str
-) -> tuple[int, int]:
-    """Return the span of one answer: what differs when a stand-in takes its place."""
-    parts = _with_stand_ins(template, turns, [number]).split(STAND_IN)
-    if len(parts) != 2:
+def _span_of_one(page: _Page, number: int, prompt: str) -> Span:
+    """Return the words of one turn, from the first to the last: what differs when stand-ins take their places."""
+    turn, text = page.turns[number], page.text
+    parts = page.plain([*page.turns[:number], _stood_in(turn), *page.turns[number + 1 :]]).split(STAND_IN)
+    if len(parts) < 2 or (_is_plain(turn) and len(parts) != 2):
         raise UnclearTemplate(f"writes turn {number + 1} {len(parts) - 1} times")
-    before, after = parts
-    if number == len(turns) - 1 and text.startswith(prompt) and not text.startswith(before):
+    before, after = parts[0], parts[-1]
+    if number == len(page.turns) - 1 and text.startswith(prompt) and not text.startswith(before):
         before = prompt
     if not (text.startswith(before) and text.endswith(after) and len(before) + len(after) <= len(text)):
         raise UnclearTemplate(f"writes the rest of the conversation otherwise according to what turn {number + 1} says")
     return len(before), len(text) - len(after)
 
 
-def _with_stand_ins(template: ChatTemplate, turns: Sequence[dict[str, str]], numbers: Sequence[int]) -> str:
-    return template.render(
-        [turn | {"content": STAND_IN} if number in numbers else turn for number, turn in enumerate(turns)]
-    )
+def _stood_in(turn: Turn) -> Turn:
+    """Return a turn with a stand-in for each of its words: content, reasoning, names and arguments of calls."""
+    stood = dict(turn)
+    content = turn.get("content")
+    if isinstance(content, list):
+        stood["content"] = [{"type": "text", "text": STAND_IN}]
+    elif content is not None and (content or _is_plain(turn)):
+        stood["content"] = STAND_IN
+    stood |= {key: STAND_IN for key in REASONING if turn.get(key)}
+    if "tool_calls" in turn:
+        stood["tool_calls"] = [_call_stood_in(call) for call in turn["tool_calls"]]
+    return stood
 
 
-def _from_prompt(
-    template: ChatTemplate, turns: Sequence[dict[str, str]], text: str, spans: list[tuple[int, int]], prompt: str
-) -> list[tuple[int, int]]:
+def _call_stood_in(call: Turn) -> Turn:
+    inner = call.get("function", call)
+    inner = inner | {"name": STAND_IN}
+    if "arguments" in inner:
+        inner = inner | {"arguments": _texts_stood_in(inner["arguments"])}
+    return call | {"function": inner} if "function" in call else inner
+
+
+def _texts_stood_in(value: Any) -> Any:
+    """Return a value with a stand-in for each text in it: a number written as a text would be written otherwise."""
+    if isinstance(value, str):
+        return STAND_IN
+    if isinstance(value, Mapping):
+        return {key: _texts_stood_in(item) for key, item in value.items()}
+    return [_texts_stood_in(item) for item in value] if isinstance(value, list) else value
+
+
+def _from_prompt(page: _Page, spans: list[Span], prompt: str) -> list[Span]:
     """Let each span start where the prompt for it ends, as it does for the last turn, whose prompt is known.
 
     A template that knows no `add_generation_prompt` says nothing about what precedes an answer, beyond white space.
     """
-    lead_start, lead_end = len(prompt), spans[-1][0]
+    text, lead_start, lead_end = page.text, len(prompt), spans[-1][0]
     if not text.startswith(prompt) or lead_start >= lead_end:
         return spans
     lead = text[lead_start:lead_end]
-    if lead.strip() and template.render(turns[:-1]) == prompt:
+    if lead.strip() and page.plain(page.turns[:-1]) == prompt:
         return spans
     return [(start - len(lead) if text.endswith(lead, 0, start) else start, end) for start, end in spans]
 
 
-def _turns(
-    rendered: Rendered, starts: np.ndarray, ends: np.ndarray, is_special: np.ndarray
-) -> tuple[list[tuple[int, int, int]], bool]:
-    """Return (start, end of the answer, end of the turn) of each span, and whether the last turn ends in the text."""
-    spans = [_without_end(rendered, span, starts, ends, is_special) for span in rendered.spans]
-    closing = _closing(rendered.text, spans[-1][1], starts, ends, is_special)
-    turns = []
-    for (start, end), (_, marked_end) in zip(spans, rendered.spans, strict=True):
-        has_end = bool(closing) and rendered.text.startswith(closing, end)
-        turn_end = max(end + len(closing) if has_end else end, marked_end)
-        turns.append((start, end, turn_end))
-    return turns, bool(closing)
+def _other(page: _Page, number: int, answers: Sequence[Said]) -> Said:
+    """Return what somebody else's turn says; its end is that of the assistant's turns where it ends so."""
+    start, end = _span_of_one(page, number, "")
+    closing = next((page.text[said.ends[0][0] : said.ends[-1][1]] for said in answers if said.ends), "")
+    has_end = bool(closing.strip()) and page.text.startswith(closing, end)
+    return Said(number, [(start, end)], [(end, end + len(closing))] if has_end else [])
 
 
-def _closing(text: str, last_end: int, starts: np.ndarray, ends: np.ndarray, is_special: np.ndarray) -> str:
-    """Return what follows the last answer up to the first special token; empty where there is none."""
-    following = np.flatnonzero(is_special & (starts >= last_end))
-    return text[last_end : int(ends[following[0]])] if len(following) else ""
+def _content(page: _Page, number: int) -> tuple[int, Span]:
+    """Return where the content of a turn would begin in the text, and the part of the text that it is."""
+    content = text_of(page.turns[number])
+    turn = page.turns[number] | {"content": STAND_IN}
+    before, found, after = page.plain([*page.turns[:number], turn, *page.turns[number + 1 :]]).partition(STAND_IN)
+    trimmed = content.strip()
+    place = page.text.find(trimmed, len(before), len(page.text) - len(after)) if found else -1
+    if place < 0 or not page.text.startswith(before):
+        raise UnclearTemplate(f"does not write the content of turn {number + 1} as it is")
+    return place - (len(content) - len(content.lstrip())), (place, place + len(trimmed))
 
 
-def _without_end(
-    rendered: Rendered, span: tuple[int, int], starts: np.ndarray, ends: np.ndarray, is_special: np.ndarray
-) -> tuple[int, int]:
-    """Return a marked span without the special token at its end (and white space after it)."""
-    if not rendered.is_marked:
-        return span
-    inside = np.flatnonzero(is_special & (starts >= span[0]) & (ends <= span[1]))
-    if len(inside) and not rendered.text[int(ends[inside[-1]]) : span[1]].strip():
-        return span[0], int(starts[inside[-1]])
-    return span
+def _ended(page: _Page, number: int, span: Span, tail: str) -> Said:
+    """Return a plain answer with its end, where it ends as the last one does, whose `tail` is known."""
+    common = _common(tail, page.text[span[1] : span[1] + len(tail)])
+    if not _special_end(tail, page.special) and tail.strip():
+        length = len(tail.rstrip()) if len(common) >= len(tail.rstrip()) else 0
+    else:
+        length = _special_end(common, page.special)
+    return Said(number, [span], [(span[1], span[1] + length)] if length else [])
+
+
+def _special_end(tail: str, special: tuple[str, ...]) -> int:
+    """Return where the last special token of a text ends; 0 where there is none."""
+    return max((place + len(token) for token in special if (place := tail.rfind(token)) >= 0), default=0)
+
+
+def _ends_special(page: _Page, said: Said) -> bool:
+    return any(_special_end(page.text[start:end], page.special) for start, end in said.ends)
+
+
+def _cut(text: str, start: int, end: int, special: tuple[str, ...]) -> int:
+    """Return where the special tokens at the end of [start, end) begin, white space between and after them included."""
+    cut = position = end
+    while True:
+        position = start + len(text[start:position].rstrip())
+        token = next((token for token in special if text.endswith(token, start, position)), None)
+        if token is None:
+            return cut
+        cut = position = position - len(token)
+
+
+def _common(one: str, other: str) -> str:
+    """Return the beginning that two texts share, by halving: both may be long."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return one[:low]

@@ -9,16 +9,21 @@ Source: huggingface/transformers, src/transformers/utils/chat_template_utils.py 
 
 import datetime
 import json
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import jinja2.meta
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from megatron_cpt.data.reading.turns import REASONING, Turn, text_of
 from megatron_cpt.errors import DataError
 from megatron_cpt.files import read_json, text_hash
 
@@ -39,14 +44,83 @@ BUILT_IN = {
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
+_RESERVED = {"messages", "add_generation_prompt", "raise_exception", "strftime_now", "namespace", *_SPECIAL}
+_PROBE = "Probe of a text"
+
+
 class TemplateRefusal(Exception):
     """The template does not take a conversation; the message says why."""
+
+
+@dataclass
+class Reads:
+    """What a rendering read of each turn, and which turn each generation block is of."""
+
+    keys: list[set[str]] = field(default_factory=list)
+    """Keys whose value was read, per turn."""
+    touched: list[int] = field(default_factory=list)
+    """The turns in the order in which they were looked at."""
+    blocks: list[int] = field(default_factory=list)
+    """Turn of each generation block: the first that is looked at within it, else the last one before it."""
+
+    def see(self, number: int, *keys: str) -> None:
+        """Note that a turn was looked at, and which of its values."""
+        self.touched.append(number)
+        self.keys[number].update(keys)
+
+
+class _Watched(dict[str, Any]):
+    """A turn that notes what a template reads of it."""
+
+    __slots__ = ("_number", "_reads")
+
+    def __init__(self, turn: Turn, number: int, reads: Reads):
+        super().__init__(turn)
+        self._number, self._reads = number, reads
+
+    def __getitem__(self, key: str) -> Any:
+        self._reads.see(self._number, key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return a value, as of any dictionary."""
+        self._reads.see(self._number, key)
+        return super().get(key, default)
+
+    def __contains__(self, key: object) -> bool:
+        self._reads.see(self._number)
+        return super().__contains__(key)
+
+    def __iter__(self) -> Iterator[str]:
+        self._reads.see(self._number, *super().keys())
+        return super().__iter__()
+
+    def keys(self) -> Any:
+        """Return the keys, as of any dictionary."""
+        self._reads.see(self._number, *super().keys())
+        return super().keys()
+
+    def items(self) -> Any:
+        """Return keys and values, as of any dictionary."""
+        self._reads.see(self._number, *super().keys())
+        return super().items()
+
+    def values(self) -> Any:
+        """Return the values, as of any dictionary."""
+        self._reads.see(self._number, *super().keys())
+        return super().values()
+
+    def __repr__(self) -> str:
+        self._reads.see(self._number, *super().keys())
+        return super().__repr__()
 
 
 class _Generation(Extension):
     """`{% generation %}...{% endgeneration %}`: what the assistant says, put between `OPEN` and `CLOSE`."""
 
     tags = {"generation"}  # noqa: RUF012  the base class declares it so
+    reads: Reads | None = None
+    """Where the rendering that is under way notes the turns of its blocks."""
 
     def parse(self, parser: Parser) -> nodes.Node:
         """Return the node of a block."""
@@ -55,7 +129,14 @@ class _Generation(Extension):
         return nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
 
     def _marked(self, caller: Callable[[], str]) -> str:
-        return f"{OPEN}{caller()}{CLOSE}"
+        reads = self.reads
+        if reads is None:
+            return f"{OPEN}{caller()}{CLOSE}"
+        before = len(reads.touched)
+        said = caller()
+        within = reads.touched[before : before + 1] or reads.touched[before - 1 : before]
+        reads.blocks.append(within[0] if within else -1)
+        return f"{OPEN}{said}{CLOSE}"
 
 
 class ChatTemplate:
@@ -67,29 +148,140 @@ class ChatTemplate:
         self.uses_date = "strftime_now" in source
         self.date = date or datetime.date.today()
         self.hash = text_hash(source + json.dumps(self.variables, sort_keys=True, ensure_ascii=False))
+        environment = _environment(self.date)
         try:
-            self._template = _environment(self.date).from_string(source)
+            self._template = environment.from_string(source)
+            program = environment.parse(source)
         except jinja2.TemplateSyntaxError as problem:
             raise DataError(f"{name}:{problem.lineno}: {problem.message}. A Jinja chat template is needed.") from None
+        self._blocks: Any = environment.extensions[_Generation.identifier]
+        self.names = frozenset(jinja2.meta.find_undeclared_variables(program)) - _RESERVED
+        """Variables that it reads, besides the turns and the special tokens."""
+        assigned = {found.name for found in program.find_all(nodes.Name) if found.ctx == "store"}
+        self.parameters = self.names - assigned - {"tools", "documents"}
+        """Those that it never sets itself: a record's field of this name is meant for it."""
+        self.reasoning = {name for name in REASONING if re.search(rf"\b{name}\b", source)}
+        """Names of reasoning that it knows, although it may write that of the last answers only."""
         self.marks_generation = "endgeneration" in source
 
-    def render(self, turns: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = False) -> str:
+    def render(
+        self,
+        turns: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = False,
+        variables: Mapping[str, Any] | None = None,
+        reads: Reads | None = None,
+    ) -> str:
         """Return the text of a conversation, with `OPEN` and `CLOSE` where the template marks generation.
+
+        `variables` (tools, documents, ...) win over the template's own. What it reads of the turns is noted in `reads`.
 
         Raises: TemplateRefusal with the template's own words, or what failed in it.
         """
+        messages: list[Any] = [_with_reasoning(turn) for turn in turns]
+        if reads is not None:
+            reads.keys.extend(set() for _ in messages)
+            messages = [_Watched(turn, number, reads) for number, turn in enumerate(messages)]
+        self._blocks.reads = reads
+        given = {"tools": None, "documents": None, **self.variables, **(variables or {})}
         try:
             return self._template.render(
-                messages=[dict(turn) for turn in turns],
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self.variables,
+                **{**given, "messages": messages, "add_generation_prompt": add_generation_prompt}
             )
         except jinja2.TemplateError as problem:
             raise TemplateRefusal(str(problem)) from None
-        except (TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError) as problem:
+        except (
+            TypeError,
+            ValueError,
+            KeyError,
+            IndexError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+        ) as problem:
             raise TemplateRefusal(f"{type(problem).__name__}: {problem}") from None
+        finally:
+            self._blocks.reads = None
+
+    def fitted(self, turns: Sequence[Turn]) -> list[Turn]:
+        """Return turns in the forms that the template takes: text or parts of text, arguments as objects or as JSON."""
+        return [self._with_arguments(self._with_content(turn)) for turn in turns]
+
+    def _with_content(self, turn: Turn) -> Turn:
+        content = turn.get("content")
+        if isinstance(content, list) and not self._takes_parts:
+            return turn | {"content": text_of(turn)}
+        if isinstance(content, str) and self._takes_parts and not self._takes_text:
+            return turn | {"content": [{"type": "text", "text": content}]}
+        return turn
+
+    def _with_arguments(self, turn: Turn) -> Turn:
+        if "tool_calls" not in turn or self._arguments is None:
+            return turn
+        return turn | {"tool_calls": [_with_arguments_as(call, self._arguments) for call in turn["tool_calls"]]}
+
+    @cached_property
+    def _takes_text(self) -> bool:
+        return self._shows(_PROBE)
+
+    @cached_property
+    def _takes_parts(self) -> bool:
+        return self._shows([{"type": "text", "text": _PROBE}])
+
+    def _shows(self, content: Any) -> bool:
+        """Whether a content in this form is written as text, for users and assistants."""
+        text = self._tried([{"role": "user", "content": content}, {"role": "assistant", "content": content}])
+        return text.count(_PROBE) == 2 and "text'" not in text and 'text"' not in text
+
+    @cached_property
+    def _arguments(self) -> type | None:
+        """The type of arguments that the template writes right, where it does not write both."""
+        found = {}
+        for kind, arguments in ((dict, {"probe": _PROBE}), (str, json.dumps({"probe": _PROBE}))):
+            call = {"id": "probe1234", "type": "function", "function": {"name": "probe", "arguments": arguments}}
+            result = {"role": "tool", "name": "probe", "tool_call_id": "probe1234", "content": "1"}
+            for more in ({}, {"content": ""}):
+                text = self._tried(
+                    [
+                        {"role": "user", "content": "a"},
+                        {"role": "assistant", "tool_calls": [call], **more},
+                        result,
+                        {"role": "assistant", "content": "b"},
+                    ]
+                )
+                found[kind] = _PROBE in text and '\\"probe' not in text
+                if found[kind]:
+                    break
+        if found[dict] == found[str]:
+            return None
+        return dict if found[dict] else str
+
+    def _tried(self, turns: Sequence[Turn]) -> str:
+        try:
+            return self.render(turns)
+        except TemplateRefusal:
+            return ""
+
+
+def _with_reasoning(turn: Mapping[str, Any]) -> Turn:
+    """Return a turn without what is null, its reasoning under the names that templates look for, as in transformers."""
+    kept = {key: value for key, value in turn.items() if value is not None}
+    reasoning = next((kept[key] for key in REASONING if key in kept), None)
+    return kept if reasoning is None else {"thinking": reasoning, **kept, "reasoning_content": reasoning}
+
+
+def _with_arguments_as(call: Turn, kind: type) -> Turn:
+    inner = call.get("function", call)
+    arguments = inner.get("arguments")
+    if kind is dict and isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError):
+            return call
+    elif kind is str and isinstance(arguments, dict):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    changed = inner | {"arguments": arguments}
+    return call | {"function": changed} if "function" in call else changed
 
 
 def load_template(

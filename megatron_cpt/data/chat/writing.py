@@ -145,9 +145,7 @@ class ChatWriting:
 
     def _check_sources(self) -> None:
         for source in self.sources:
-            status = source.path.stat()
-            if (status.st_size, status.st_mtime_ns) != (source.size, source.mtime_ns):
-                raise DataError(f"{source.path}: changed while it was read. Run the command again when it is at rest.")
+            source.check_unchanged()
 
     def _finish(self, prefix: Path, shard: _Shard) -> dict[str, Any]:
         with whole_file(provenance_path(prefix), "wb") as file:
@@ -180,12 +178,20 @@ class ChatWriting:
         bins = np.searchsorted(_HISTOGRAM, lengths)
         histogram = Counter(f"<= {_HISTOGRAM[b]}" if b < len(_HISTOGRAM) else "more" for b in np.sort(bins).tolist())
         turns = {role: shard.counts[f"turns {role}"] for role in ("system", "user", "assistant")}
+        turns |= {"tool": count} if (count := shard.counts["turns tool"]) else {}
         return {
             "conversations": shard.counts["conversations"],
             "texts": shard.counts["texts"],
             "turns": turns,
             "truncated": shard.counts["truncated"],
+            "marks": _named(shard.counts, "mark "),
+            "given_to_the_template": _named(shard.counts, "given "),
+            "not_read": {kind: _named(shard.counts, f"unread {kind} ") for kind in ("record", "turn")},
             "duplicate_prompts": self.selection.duplicates if self.selection else 0,
             "not_drawn": self.selection.not_drawn if self.selection else 0,
             "length_histogram": dict(histogram),
         }
+
+
+def _named(counts: Counter[str], start: str) -> dict[str, int]:
+    return {name.removeprefix(start): count for name, count in sorted(counts.items()) if name.startswith(start)}

@@ -1,8 +1,9 @@
 """Remove training documents that share a passage of n words with an evaluation set.
 
-Words are compared in lower case and Unicode's compatibility form, without punctuation (data/cleaning/shingles.py). The n-grams of words (13 by default, as in GPT-3's appendix C) of every evaluation text are hashed; a document with
-`min_matches` of them or more goes. An evaluation text shorter than n words is looked for as a whole if it has at least
-`min_words`, else it cannot be told from chance and is only counted.
+Words are compared in lower case and Unicode's compatibility form, without punctuation (data/cleaning/shingles.py). The n-grams of
+words (13 by default, as in GPT-3's appendix C) of every evaluation text are hashed; a document with `min_matches` of them or
+more goes. An evaluation text shorter than n words is looked for as a whole if it has at least `min_words`, else it cannot be
+told from chance and is only counted. In a script without spaces whose letters are words (Thai, Khmer) three count as one.
 """
 
 import hashlib
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_cpt.data.cleaning.shingles import shingle_hashes, words_at, words_of
+from megatron_cpt.data.cleaning.shingles import passage_words, shingle_hashes, words_at, words_of
 from megatron_cpt.data.cleaning.task import CleaningTask
 from megatron_cpt.data.reading.documents import Source
 from megatron_cpt.data.reading.file_pool import map_files
@@ -71,11 +72,12 @@ def read_passages(
         for source in sources:
             for record in read_records(source, reading):
                 text = text_of(reading.value(record))
-                length = min(len(words_of(text)), options.ngram)
-                if length < min(options.min_words, options.ngram):
+                words = words_of(text)
+                length = min(len(words), passage_words(words, options.ngram))
+                if length < passage_words(words, min(options.min_words, options.ngram)):
                     too_short[name] += 1
                     continue
-                hashes = shingle_hashes(text, options.ngram)
+                hashes = shingle_hashes(text, length)
                 found.setdefault(length, []).append(hashes)
                 owners.setdefault(length, []).append(np.full(len(hashes), number, dtype=np.int32))
     if not found:

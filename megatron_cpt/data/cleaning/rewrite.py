@@ -2,7 +2,8 @@
 
 All four read sources as lines and judge each line with the rules of `data/reading/records.py`; validate only counts, the others
 write plain lines (optionally compressed) with a newline after every document. Repair also splits two objects that share
-a line, and drops byte-order marks, blank lines, empty texts and what cannot be mended (kept in a reject file). Records with
+a line, puts U+FFFD for lone surrogates, and drops byte-order marks, blank lines, empty texts and what cannot be mended (kept
+in a reject file); a file of which nothing is left is not written. Records with
 a list of `conversations` or `messages` in place of the text pass through. Tables become JSON lines. A text file that is one document is
 copied as it is. Sources are worked on in parallel; an output whose sources are unchanged is kept.
 
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from megatron_cpt.data.cleaning.surrogates import mended_surrogates
 from megatron_cpt.data.reading import records
 from megatron_cpt.data.reading.byproducts import rejects_beside, remove_partials
 from megatron_cpt.data.reading.conversations import MESSAGE_KEYS
@@ -51,7 +53,7 @@ class Findings:
     """The first problems, as entries of a reject file."""
 
     def __str__(self) -> str:
-        odd = [f"{count:,} {kind}" for kind, count in (self.problems + self.notes).items()]
+        odd = [f"{count:,} {kind}" for kind, count in (self.problems + self.notes).items()]  # + leaves out zeros
         summary = f"{self.path}: {self.documents:,} documents in {self.lines:,} lines" + "".join(
             f"; {part}" for part in odd
         )
@@ -72,6 +74,11 @@ class Rewriting:
     max_document_bytes: int = MAX_DOCUMENT_BYTES
     txt_documents: str = "line"
     """Whether a .txt file holds a document per `line` or is one document (`file`)."""
+
+    @property
+    def mends(self) -> bool:
+        """Whether bad lines are to be mended, not only told or copied."""
+        return self.output is not None and bool(self.keys)
 
     def identity(self) -> dict[str, Any]:
         """Return what an output is made of and how."""
@@ -177,10 +184,12 @@ def rewrite(work: Rewriting) -> list[Findings]:
         reject_writer(work.output) as reject,
     ):
         findings = [_look(source, work, target.write, reject) for source in work.sources]
+    if work.mends and not any(found.documents for found in findings):
+        work.output.unlink()
+        record_path.unlink()
+        return findings
     for source in work.sources:
-        status = source.path.stat()
-        if (status.st_size, status.st_mtime_ns) != (source.size, source.mtime_ns):
-            raise DataError(f"{source.path}: changed while it was read. Run the command again when it is at rest.")
+        source.check_unchanged()
     record = {"identity": identity, "size": work.output.stat().st_size, "findings": [vars(found) for found in findings]}
     write_json(record_path, record)
     return findings
@@ -193,6 +202,10 @@ def _counters(found: dict[str, Any]) -> dict[str, Any]:
 def _look(source: Source, work: Rewriting, write: Callable[[bytes], Any] | None, reject: Reject | None) -> Findings:
     """Pass the good lines of a source to `write` and the bad ones to `reject`, where given; return what was found."""
     found = Findings(str(source.path))
+    if source.problem:
+        _reject(source, Problem(0, records.UNREADABLE, source.problem), found, reject, work)
+        found.lines += 1
+        return found
     if source.format == "txt" and work.txt_documents == "file":
         _look_at_text(source, work, write, reject, found)
         return found
@@ -208,6 +221,8 @@ def _look(source: Source, work: Rewriting, write: Callable[[bytes], Any] | None,
         elif is_end and damage is None:
             found.notes[records.NO_FINAL_NEWLINE] += 1
         good: list[bytes] = []
+        if source.encoding:
+            found.notes[records.UNKNOWN_BYTES] += data.count(b"\xef\xbf\xbd")
         for line in lines:
             if problem := _judge(line.removesuffix(b"\r"), source, work, found, good):
                 _reject(source, problem, found, reject, work)
@@ -224,7 +239,7 @@ def _look_at_text(
     source: Source, work: Rewriting, write: Callable[[bytes], Any] | None, reject: Reject | None, found: Findings
 ) -> None:
     """Judge a text file that is one document, and write its bytes."""
-    with PlainReader(source.path, source.compression) as stream:
+    with PlainReader(source.path, source.compression, source.encoding) as stream:
         data, damage = stream.read_block(work.max_document_bytes + 1)
     problem = Problem(0, records.DAMAGED, damage) if damage else None
     if data.startswith(_BOM):
@@ -257,6 +272,9 @@ def _judge(line: bytes, source: Source, work: Rewriting, found: Findings, good: 
         return Problem(0, records.TOO_LONG, f"{len(line):,} bytes")
     if source.format == "txt" or not work.keys:
         if source.format == "txt":
+            mended = mended_surrogates(line, is_json=False) if work.mends else line
+            found.notes[records.SURROGATE] += mended != line
+            line = mended
             try:
                 line.decode()
             except UnicodeDecodeError as problem:
@@ -267,9 +285,13 @@ def _judge(line: bytes, source: Source, work: Rewriting, found: Findings, good: 
     try:
         record = records.object_of_line(line)
     except (ValueError, RecursionError):
-        return _mend(line, work, found, good)
+        return _mend(line, source, work, found, good)
     if found_wrong := _record_problem(record, work.keys):
-        return Problem(0, *found_wrong, line)
+        mended = mended_surrogates(line) if work.mends and found_wrong[0] == records.INVALID_UTF8 else line
+        if mended == line or _record_problem(records.object_of_line(mended), work.keys):
+            return Problem(0, *found_wrong, line)
+        found.notes[records.SURROGATE] += 1
+        line = mended
     if _is_empty(record, work.keys):
         found.notes[records.EMPTY_TEXT] += 1
         return None
@@ -278,8 +300,12 @@ def _judge(line: bytes, source: Source, work: Rewriting, found: Findings, good: 
     return None
 
 
-def _mend(line: bytes, work: Rewriting, found: Findings, good: list[bytes]) -> Problem | None:
+def _mend(line: bytes, source: Source, work: Rewriting, found: Findings, good: list[bytes]) -> Problem | None:
     """Add the objects of a line that is not one JSON value, or return what is wrong with it; without output it is only judged."""
+    kind, detail = records.line_problem(line)
+    if work.mends and kind == records.INVALID_UTF8 and (mended := mended_surrogates(line)) != line:
+        found.notes[records.SURROGATE] += 1
+        return _judge(mended, source, work, found, good)
     if work.output is not None and line.startswith(_BOM):  # files with one were put together
         found.notes[records.BYTE_ORDER_MARK] += 1
         line = line[len(_BOM) :]
@@ -293,7 +319,7 @@ def _mend(line: bytes, work: Rewriting, found: Findings, good: list[bytes]) -> P
             found.documents += 1
             good.append(line)
             return None
-    kind, detail = records.line_problem(line)
+        kind, detail = records.line_problem(line)
     parts = _objects_of_line(line) if kind == records.TWO_OBJECTS else None
     if work.output is None or parts is None or any(_record_problem(part, work.keys) for part, _ in parts):
         return Problem(0, kind, detail, line)

@@ -58,6 +58,12 @@ class SampleOptions:
     """Write .zst."""
 
 
+def condition_field(text: str) -> str:
+    """Return the field that a condition of `parse_condition` is about; empty where it is no condition."""
+    match = _CONDITION.fullmatch(text)
+    return match["field"].strip() if match else ""
+
+
 def parse_condition(text: str) -> Callable[[dict[str, Any]], bool]:
     """Return a test of a record from `lang=ja`, `lang!=ja`, `score>=3.5`, `id^=translation_` (starts with), `id!^=x`,
     `id~=^en-[0-9]+$` (a regular expression is found in it), `id!~=x`.

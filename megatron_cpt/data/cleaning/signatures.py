@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_cpt.data.cleaning.shingles import shingle_hashes
+from megatron_cpt.data.cleaning.shingles import shingles_of_texts
 from megatron_cpt.data.reading.documents import Source
 from megatron_cpt.data.reading.file_pool import map_files
 from megatron_cpt.data.reading.record_files import Reading, Record, prompt_of, read_records, text_of
@@ -97,18 +97,18 @@ def _signatures(texts: list[str], options: MinHashOptions) -> np.ndarray:
     from rensa import RMinHash  # compiled; only the workers need it
 
     rows = np.zeros(len(texts), dtype=signature_dtype(options.num_perm))
-    for index, text in enumerate(texts):
-        stripped = text.strip().encode()
-        digest = hashlib.blake2b(stripped, digest_size=16).digest()
-        rows["exact"][index] = np.frombuffer(digest, dtype="<u8")
-        rows["length"][index] = min(len(stripped), 2**32 - 1)
-    if options.is_exact_only or options.is_prompt or not texts:
+    if not texts:
         return rows
-    shingles = [shingle_hashes(text, options.ngram) for text in texts]
-    offsets = np.cumsum([0, *map(len, shingles)], dtype=np.uint64)
+    stripped = [text.strip().encode() for text in texts]
+    digests = b"".join(hashlib.blake2b(text, digest_size=16).digest() for text in stripped)
+    rows["exact"] = np.frombuffer(digests, dtype="<u8").reshape(-1, 2)
+    rows["length"] = [min(len(text), 2**32 - 1) for text in stripped]
+    if options.is_exact_only or options.is_prompt:
+        return rows
+    shingles, offsets = shingles_of_texts(texts, options.ngram)
     rows["has_words"] = np.diff(offsets) > 0
     matrix = RMinHash.digest_matrix_from_flat_token_hashes(
-        np.concatenate(shingles), offsets, options.num_perm, options.seed
+        shingles, offsets.astype(np.uint64), options.num_perm, options.seed
     )
     rows["minhash"] = np.array(matrix.to_rows(), dtype=np.uint32)
     return rows

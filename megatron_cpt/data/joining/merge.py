@@ -269,6 +269,8 @@ def _joined_manifest(manifests: Sequence[dict[str, Any]]) -> dict[str, Any]:
     joined["sources"] = [source for manifest in manifests for source in manifest["sources"]]
     if "mask" in joined:
         joined["mask"] = _sums([manifest["mask"] for manifest in manifests])
+        if not all("prompt" in manifest["mask"] for manifest in manifests):
+            joined["mask"].pop("prompt", None)  # of some the prompts are not marked
     if "statistics" in joined:
         joined["statistics"] = _sums([manifest["statistics"] for manifest in manifests])
         joined["inputs"] = [entry for manifest in manifests for entry in manifest["inputs"]]

@@ -127,7 +127,8 @@ def pack_shard(prefix: Path, output_prefix: Path, options: PackOptions) -> tuple
         )
     progress = Progress("pack", len(plan.starts) - 1, "packs")
     eod_id = manifest["tokenizer"]["eod_id"]
-    with MaskedShardWriter(output_prefix, index.dtype) as writer:
+    marks_prompts = mask is None or "prompt" in manifest.get("mask", {})
+    with MaskedShardWriter(output_prefix, index.dtype, marks_prompts=marks_prompts) as writer:
         for packs in _filled(plan, bounds, tokens, mask, eod_id, options.seq_length):
             writer.add(*packs, np.full(len(packs[0]) // options.seq_length, options.seq_length))
             progress.add(len(packs[0]) // options.seq_length)

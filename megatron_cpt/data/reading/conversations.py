@@ -1,9 +1,8 @@
-"""Conversations in document files: two spellings, and a name for everything that is wrong with one.
+"""Conversations in document files, and a name for everything that is wrong with one.
 
-A record has `conversations` or `messages`, a list of `{role, content}` (system, user, assistant) or, as ShareGPT writes,
-`{from, value}` (system, human, gpt). A content is a string or a list of `{"type": "text", "text": ...}` parts. After an
-optional system turn users and assistants alternate, a user first and an assistant last. A record without messages but with
-a text field is completion data: a document, learned whole.
+A record has `conversations` or `messages`, a list of turns (`data/reading/turns.py` says how they are spelled). What belongs to
+the whole conversation are `tools` (OpenAI's older `functions`), `documents`, `chat_template_kwargs`, and a system prompt in
+`system`. A record without messages but with a text field is completion data: a document, learned whole.
 """
 
 import base64
@@ -22,8 +21,6 @@ from megatron_cpt.data.reading.records import (
     INVALID_UTF8,
     MISSING_KEY,
     NOT_AN_OBJECT,
-    NOT_TEXT,
-    NULL_TEXT,
     TOO_LONG,
     Problem,
     line_problem,
@@ -32,20 +29,15 @@ from megatron_cpt.data.reading.records import (
 )
 from megatron_cpt.data.reading.streams import MAX_DOCUMENT_BYTES, Layout, Piece, piece_bytes
 from megatron_cpt.data.reading.tables import rows_of_block
+from megatron_cpt.data.reading.turns import BadConversation, Mark, Turn, from_json, text_of, turns_of, without_nulls
 
 MESSAGE_KEYS = ("conversations", "messages")
-ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
+KEPT_FIELDS = ("tools", "functions", "documents", "chat_template_kwargs", "system")
+"""Fields of a record that belong to its conversation."""
+MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 
-NOT_A_LIST = "not a list of turns"
-NO_TURNS = "no turns"
-NOT_A_TURN = "turn is not an object of role and content"
-UNKNOWN_ROLE = "unknown role"
-EMPTY_TURN = {"user": "empty prompt", "assistant": "empty answer"}
-LATE_SYSTEM = "system turn is not the first"
-TWO_IN_A_ROW = {"user": "two user turns in a row", "assistant": "two assistant turns in a row"}
-NO_ANSWER = "no assistant turn"
-STARTS_WITH_ANSWER = "begins with the assistant"
-ENDS_WITH_USER = "ends with the user"
+NOT_AN_OPTION = "not what a chat template takes"
+HAS_MEDIA = "images, audio or video"
 FILTERED = "filtered"
 
 _BOM = b"\xef\xbb\xbf"
@@ -60,6 +52,11 @@ class ChatLayout:
     text_key: str | None = None
     """Field of completion data; None: a record without turns is a bad one."""
     max_document_bytes: int = MAX_DOCUMENT_BYTES
+    on_empty_answer: str = "reject"
+    """reject: a conversation with an empty answer is a bad one; learn: the model learns to say nothing; mask: it is not
+    learned."""
+    ignored_keys: tuple[str, ...] = ()
+    """Keys of turns and fields of records that are left out."""
 
     def streams(self) -> Layout:
         """Return how the files are cut into pieces: whole records, a line of a .txt file each."""
@@ -73,9 +70,15 @@ class Conversation:
     line: int
     """Line or row, from 0 within its piece."""
     record: dict[str, Any]
-    turns: list[dict[str, str]]
-    """`{"role": system|user|assistant, "content": text}` each; empty for completion data."""
+    turns: list[Turn]
+    """Messages with the roles system, user, assistant and tool; empty for completion data."""
     text: str = ""
+    marks: list[Mark] = field(default_factory=list)
+    """Which turns the record says are learned, one per turn."""
+    variables: dict[str, Any] = field(default_factory=dict)
+    """`tools`, `documents` and `chat_template_kwargs` of the conversation, those that it has."""
+    used: frozenset[str] = frozenset()
+    """Fields of the record that are in the above."""
 
 
 @dataclass
@@ -86,14 +89,6 @@ class PieceRecords:
     problems: list[Problem] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)
     num_lines: int = 0
-
-
-class BadConversation(Exception):
-    """What is wrong with a conversation: kind and detail."""
-
-    def __init__(self, kind: str, detail: str = ""):
-        super().__init__(kind, detail)
-        self.kind, self.detail = kind, detail
 
 
 def read_piece(
@@ -127,46 +122,19 @@ def read_piece(
     return found
 
 
-def turns_of(value: Any) -> list[dict[str, str]]:
-    """Return the turns of a conversation with the roles system, user and assistant; an empty system prompt is none.
-
-    Raises: BadConversation naming what is wrong and where (turns are counted from 1).
-    """
-    if not isinstance(value, list):
-        raise BadConversation(NOT_A_LIST, f"a {type(value).__name__}")
-    if not value:
-        raise BadConversation(NO_TURNS)
-    turns: list[dict[str, str]] = []
-    for number, message in enumerate(value, 1):
-        role, content = _turn(message, number)
-        if role == "system" and number == 1 and not content.strip():
-            continue
-        if role == "system" and number > 1:
-            raise BadConversation(LATE_SYSTEM, f"turn {number}")
-        if turns and role == turns[-1]["role"]:
-            raise BadConversation(TWO_IN_A_ROW[role], f"turns {number - 1} and {number}")
-        if role == "assistant" and (not turns or turns[-1]["role"] == "system"):
-            raise BadConversation(STARTS_WITH_ANSWER)
-        if not content.strip():
-            raise BadConversation(EMPTY_TURN[role], f"turn {number}")
-        turns.append({"role": role, "content": content})
-    if not any(turn["role"] == "assistant" for turn in turns):
-        raise BadConversation(NO_ANSWER)
-    if turns[-1]["role"] != "assistant":
-        raise BadConversation(ENDS_WITH_USER)
-    return turns
-
-
-def prompt_hash(turns: list[dict[str, str]]) -> bytes:
+def prompt_hash(turns: list[Turn]) -> bytes:
     """Return the hash (16 bytes) of the first user turn, in Unicode's composed form and with single spaces."""
-    prompt = next(turn["content"] for turn in turns if turn["role"] == "user")
+    prompt = next((text_of(turn) for turn in turns if turn["role"] == "user"), "")
     normal = " ".join(unicodedata.normalize("NFC", prompt).split())
     return hashlib.blake2b(normal.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-def draw_of(turns: list[dict[str, str]], seed: int) -> int:
+def draw_of(turns: list[Turn], seed: int) -> int:
     """Return the number in [0, 2^64) that a conversation draws: it depends on its turns and the seed only."""
-    text = json.dumps([[turn["role"], turn["content"]] for turn in turns])
+    text = json.dumps(
+        [[turn["role"], text_of(turn), *([rest] if (rest := _beyond_text(turn)) else [])] for turn in turns],
+        default=str,
+    )
     digest = hashlib.blake2b(text.encode(), digest_size=8, key=str(seed).encode()[:64])
     return int.from_bytes(digest.digest(), "big")
 
@@ -183,6 +151,9 @@ def _records(
     if piece.format == "table":
         data, _, problem = piece_bytes(piece, layout.max_document_bytes)
         for row in rows_of_block(data):
+            for key in (*layout.message_keys, *KEPT_FIELDS):
+                if key in row:
+                    row[key] = without_nulls(row[key])
             yield row, None, None
     else:
         data, _, problem = piece_bytes(piece, layout.max_document_bytes)
@@ -224,7 +195,7 @@ def _conversation(line: int, record: dict[str, Any], layout: ChatLayout) -> Conv
     """Return the conversation or document of a record; None for an empty text."""
     for key in layout.message_keys:
         if record.get(key) is not None:
-            return Conversation(line, record, turns_of(record[key]))
+            return _with_turns(line, record, key, layout)
     if layout.text_key is not None and layout.text_key in record:
         text = record[layout.text_key]
         if problem := value_problem(text):
@@ -234,31 +205,48 @@ def _conversation(line: int, record: dict[str, Any], layout: ChatLayout) -> Conv
     raise BadConversation(MISSING_KEY, f"no {wanted}; the keys are {', '.join(map(repr, list(record)[:8]))}")
 
 
-def _turn(message: Any, number: int) -> tuple[str, str]:
-    if not isinstance(message, dict):
-        raise BadConversation(NOT_A_TURN, f"turn {number} is a {type(message).__name__}")
-    # a table has every column in every row, null where a record has none
-    spelled, content = (
-        next((message[key] for key in keys if message.get(key) is not None), None)
-        for keys in (("role", "from"), ("content", "value"))
+def _with_turns(line: int, record: dict[str, Any], key: str, layout: ChatLayout) -> Conversation:
+    fields = {name: value for name, value in record.items() if value and name not in layout.ignored_keys}
+    if media := next((name for name in MEDIA if name in fields), None):
+        raise BadConversation(HAS_MEDIA, f"the record has {media}")
+    system = fields.get("system")
+    turns, marks = turns_of(
+        from_json(record[key]),
+        system=system if isinstance(system, str) else None,
+        on_empty_answer=layout.on_empty_answer,
+        ignored=layout.ignored_keys,
     )
-    if spelled is None:
-        raise BadConversation(NOT_A_TURN, f"turn {number} has the keys {', '.join(map(repr, list(message)[:8]))}")
-    role = ROLES.get(spelled) if isinstance(spelled, str) else None
-    if role is None:
-        raise BadConversation(UNKNOWN_ROLE, f"{spelled!r} in turn {number}")
-    if content is None:
-        raise BadConversation(NULL_TEXT, f"turn {number}")
-    if isinstance(content, list):
-        parts = [
-            part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content
-        ]
-        if not all(isinstance(part, str) for part in parts):
-            raise BadConversation(NOT_TEXT, f"turn {number} has parts that are not text")
-        content = "".join(parts)  # type: ignore[arg-type]
-    if problem := value_problem(content):
-        raise BadConversation(problem, f"turn {number}")
-    return role, content
+    variables = _variables(fields, is_sharegpt="from" in _first_turn(record[key]))
+    used = {key, *(name for name in KEPT_FIELDS if name in fields)} - (
+        {"system"} if not isinstance(system, str) else set()
+    )
+    return Conversation(line, record, turns, "", marks, variables, frozenset(used))
+
+
+def _first_turn(turns: Any) -> dict[str, Any]:
+    first = turns[0] if isinstance(turns, list) and turns else None
+    return first if isinstance(first, dict) else {}
+
+
+def _variables(fields: dict[str, Any], *, is_sharegpt: bool) -> dict[str, Any]:
+    """Return what a record gives its template besides the turns. Raises: BadConversation naming what is something else."""
+    found: dict[str, Any] = {}
+    for name, kind in (("tools", list), ("functions", list), ("documents", list), ("chat_template_kwargs", dict)):
+        value = from_json(fields.get(name))
+        if not value or (name == "functions" and "tools" in found):
+            continue
+        if not isinstance(value, kind) or (kind is list and not all(isinstance(item, dict) for item in value)):
+            wanted = "an object" if kind is dict else "a list of objects"
+            raise BadConversation(NOT_AN_OPTION, f"{name} is not {wanted}")
+        # OpenAI's older functions, and LLaMA-Factory's tools, lack the object around each
+        if name == "functions" or (name == "tools" and is_sharegpt):
+            value = [item if "function" in item else {"type": "function", "function": item} for item in value]
+        found["tools" if name == "functions" else name] = value
+    return found
+
+
+def _beyond_text(turn: Turn) -> dict[str, Any]:
+    return {key: value for key, value in sorted(turn.items()) if key not in ("role", "content")}
 
 
 def _plain(value: Any) -> str:

@@ -1,20 +1,25 @@
 """Which files hold the documents: inputs named by path, folder or glob become a sorted list of sources.
 
-A source is `.jsonl`/`.json`/`.ndjson` (an object per line), `.txt` (a document per line or per file), each plain or
-`.gz`, `.zst`, `.xz`, `.bz2`, or `.parquet`, or `.arrow` (also those of a Hugging Face `save_to_disk` folder).
+A source is `.jsonl`/`.json`/`.ndjson` (an object per line, an array of objects, or objects over several lines; the first
+bytes tell), `.txt` (a document per line or per file), each plain or `.gz`, `.zst`, `.xz`, `.bz2`, or `.parquet`, or `.arrow`
+(also those of a Hugging Face `save_to_disk` folder).
 """
 
+import codecs
 import fnmatch
 import glob
 import logging
 import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from megatron_cpt.data.reading.byproducts import is_own
+from megatron_cpt.data.reading.json_values import HEAD_BYTES, holds_values
+from megatron_cpt.data.reading.plain_reader import PlainReader
+from megatron_cpt.data.reading.splits import check_splits
 from megatron_cpt.errors import DataError
 from megatron_cpt.files import read_json
 
@@ -41,20 +46,33 @@ class Source:
     relative: PurePosixPath
     """Path below the folder or glob that the user named; the output tree mirrors it."""
     format: str
-    """jsonl, txt, parquet or arrow."""
+    """jsonl (an object per line), json (an array, or objects over several lines), txt, parquet or arrow."""
     compression: str | None
     size: int
     mtime_ns: int
+    encoding: str | None = None
+    """Encoding of the text, where it is not UTF-8."""
+    problem: str = ""
+    """Why a file found in a folder cannot be read, where the policy is to count bad files."""
 
     @property
     def is_splittable(self) -> bool:
         """Whether byte ranges of the file can be read on their own."""
-        return self.compression is None and self.format in ("jsonl", "txt")
+        return self.compression is None and self.encoding is None and self.format in ("jsonl", "txt")
 
     def identity(self) -> dict[str, Any]:
         """Return what tells that the file is unchanged: name, size and time of modification."""
         path = os.path.abspath(self.path)
-        return {"path": path, "format": self.format, "size": self.size, "mtime_ns": self.mtime_ns}
+        found = {"path": path, "format": self.format, "size": self.size, "mtime_ns": self.mtime_ns}
+        return found | ({"encoding": self.encoding} if self.encoding else {})
+
+    def check_unchanged(self) -> None:
+        """Raise DataError when the file is not what it was when it was listed."""
+        if self.problem:
+            return
+        status = self.path.stat()
+        if (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns):
+            raise DataError(f"{self.path}: changed while it was read. Run the command again when it is at rest.")
 
 
 def list_sources(
@@ -62,27 +80,38 @@ def list_sources(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     format: str | None = None,
+    *,
+    encoding: str | None = None,
+    keep_bad_files: bool = False,
+    mixes_splits: bool = True,
 ) -> list[Source]:
     """Return the sources that `inputs` name, each input's sorted by path, in the order of the inputs.
 
     Patterns are matched against the path below the input and against the file name. In folders and globs files that
     hold no documents (README.md, and what we write beside documents ourselves) are passed over, which is logged; a file
     named outright must be readable. Hidden files and folders are not looked at. A folder that a glob matches is read as a
-    folder. `format` overrides what the file names say.
+    folder. `format` overrides what the file names say; `encoding` is that of text files, `auto` where their first bytes tell
+    UTF-16 or UTF-32. `keep_bad_files`: a file in a folder that cannot be read (a dangling link) is a source with a `problem`.
+    `mixes_splits`: the sources become one corpus, so training and held-out splits side by side are refused.
 
-    Raises: DataError when an input matches nothing, cannot be read, or a format is unknown.
+    Raises: DataError when an input matches nothing, cannot be read, a format is unknown, or an input holds several splits.
     """
     sources: dict[Path, Source] = {}
     for item in inputs:
-        found, passed_over = 0, []
+        found: list[Source] = []
+        passed_over = []
         for path, relative, is_named in _matches(str(item)):
             if not _is_wanted(relative, include, exclude):
                 continue
-            source = None if not is_named and is_own(path) else _source(path, relative, format, is_named)
+            source = (
+                None
+                if not is_named and is_own(path)
+                else _source(path, relative, format, is_named, encoding, keep_bad_files)
+            )
             if source is None:
                 passed_over.append(str(relative))
                 continue
-            found += 1
+            found.append(source)
             if path.absolute() in sources:
                 logger.warning("%s: named by several inputs; its documents are taken once", path)
             sources.setdefault(path.absolute(), source)
@@ -94,6 +123,8 @@ def list_sources(
                 f"{item}: no document files found. Formats are {', '.join(sorted(FORMATS))}, the text ones plain or "
                 f"{', '.join(sorted(COMPRESSIONS))}. Check the path and the --include and --exclude patterns."
             )
+        if mixes_splits:
+            check_splits(str(item), [source.relative for source in found])
     return list(sources.values())
 
 
@@ -233,7 +264,9 @@ def _is_wanted(relative: PurePosixPath, include: Sequence[str], exclude: Sequenc
     return (not include or matches(include)) and not matches(exclude)
 
 
-def _source(path: Path, relative: PurePosixPath, format: str | None, is_named: bool) -> Source | None:
+def _source(
+    path: Path, relative: PurePosixPath, format: str | None, is_named: bool, encoding: str | None, keep_bad_files: bool
+) -> Source | None:
     found, compression = file_format(path.name)
     found = format or found
     if found is None:
@@ -245,24 +278,56 @@ def _source(path: Path, relative: PurePosixPath, format: str | None, is_named: b
         return None
     try:
         str(path.absolute()).encode()
-        status = path.stat()
     except UnicodeEncodeError:
         raise DataError(
             f"{str(path)!a}: its name is not UTF-8. Manifests could not name it. Rename the file."
         ) from None
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file.") from None
-    except OSError as problem:
-        raise DataError(f"{path}: cannot be read ({problem.strerror}). Make it readable or exclude it.") from None
-    if not stat.S_ISREG(status.st_mode):
-        raise DataError(f"{path}: is not a regular file. Documents are read from files. Exclude it.")
-    if not os.access(path, os.R_OK):
-        raise DataError(f"{path}: cannot be read (permission denied). Make it readable or exclude it.")
-    return Source(
+    problem = _file_problem(path)
+    if problem and (is_named or not keep_bad_files):
+        raise DataError(f"{path}: {problem}")
+    status = path.lstat() if problem else path.stat()
+    source = Source(
         path=path,
         relative=relative,
         format=found,
         compression=compression,
-        size=status.st_size,
+        size=0 if problem else status.st_size,
         mtime_ns=status.st_mtime_ns,
+        problem=problem,
     )
+    if problem or found not in ("jsonl", "json", "txt"):
+        return source
+    source = replace(source, encoding=_encoding(path, compression) if encoding == "auto" else encoding)
+    is_values = format is None and found == "jsonl" and holds_values(_head(source))
+    return replace(source, format="json") if is_values else source
+
+
+def _file_problem(path: Path) -> str:
+    """Return why a file cannot be read and what to do, or nothing."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        if path.is_symlink():
+            return f"no such file: a link to {os.readlink(path)}, which does not exist. Mend or remove the link."
+        return "no such file."
+    except OSError as problem:
+        return f"cannot be read ({problem.strerror}). Make it readable or exclude it."
+    if not stat.S_ISREG(status.st_mode):
+        return "is not a regular file. Documents are read from files. Exclude it."
+    if not os.access(path, os.R_OK):
+        return "cannot be read (permission denied). Make it readable or exclude it."
+    return ""
+
+
+def _head(source: Source) -> bytes:
+    with PlainReader(source.path, source.compression, source.encoding) as stream:
+        return stream.read_block(HEAD_BYTES)[0]
+
+
+def _encoding(path: Path, compression: str | None) -> str | None:
+    """Return the encoding that a byte-order mark tells, None for UTF-8."""
+    with PlainReader(path, compression) as stream:
+        head = stream.read_block(4)[0]
+    marks = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
+    marks |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+    return next((encoding for mark, encoding in marks.items() if head.startswith(mark)), None)

@@ -8,7 +8,7 @@ from megatron_cpt.data.reading.documents import Source, list_sources, plain_name
 from megatron_cpt.errors import DataError
 
 
-def named_corpora(inputs: Sequence[str]) -> dict[str, list[Source]]:
+def named_corpora(inputs: Sequence[str], keep_bad_files: bool = False) -> dict[str, list[Source]]:
     """Return the sources of each corpus; an input without a name is a corpus named after its last part without wildcards.
 
     A folder or file that exists is a path also where it has an equals sign (`lang=ja/part.parquet`).
@@ -28,7 +28,7 @@ def named_corpora(inputs: Sequence[str]) -> dict[str, list[Source]]:
         if name in ("", ".", "..") or name.startswith("."):
             raise DataError(f"{text}: {name!r} cannot name a corpus. Write NAME=PATH with a name fit for a folder.")
         patterns.setdefault(name, []).append(path)
-    corpora = {name: list_sources(paths) for name, paths in patterns.items()}
+    corpora = {name: list_sources(paths, keep_bad_files=keep_bad_files) for name, paths in patterns.items()}
     owners: dict[Path, str] = {}
     for name, sources in corpora.items():
         for source in sources:

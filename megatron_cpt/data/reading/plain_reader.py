@@ -1,6 +1,7 @@
 """Plain bytes of a file, compressed or not, up to the very byte where it is damaged."""
 
 import bz2
+import codecs
 import lzma
 import os
 import zlib
@@ -17,10 +18,12 @@ class PlainReader:
     """Reads a plain or compressed file, all its members one after the other.
 
     Everything before a damage is handed out first; then, and where a member ends early (which the libraries' own
-    readers may pass over or punish with the loss of what came before), `read` raises OSError.
+    readers may pass over or punish with the loss of what came before), `read` raises OSError. Of a file in another `encoding`
+    the bytes are those of its text in UTF-8; what the encoding does not have becomes U+FFFD.
     """
 
-    def __init__(self, path: Path, compression: str | None):
+    def __init__(self, path: Path, compression: str | None, encoding: str | None = None):
+        self._decoder = codecs.getincrementaldecoder(encoding)("replace") if encoding else None
         self._new_member = _MEMBERS[compression]
         self._padding = b"\x00" if compression in ("gz", "xz") else b""
         self._file = path.open("rb", buffering=0)
@@ -35,6 +38,14 @@ class PlainReader:
 
     def read(self, size: int) -> bytes:
         """Return some bytes, about `size` at most, or b"" at the end."""
+        if self._decoder is None:
+            return self._read(size)
+        while data := self._read(size):
+            if text := self._decoder.decode(data):
+                return text.encode()
+        return self._decoder.decode(b"", final=True).encode()
+
+    def _read(self, size: int) -> bytes:
         if self._new_member is None:
             return self._file.read(size) or b""
         while True:

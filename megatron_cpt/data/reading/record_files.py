@@ -264,6 +264,9 @@ def _table_rows(source: Source) -> Iterator[tuple[int, bytes, Problem | None]]:
     import pyarrow as pa  # heavy; only where tables are read
 
     number = 0
+    if source.problem:
+        yield 1, b"", Problem(0, records.UNREADABLE, source.problem)
+        return
     try:
         for batch in read_batches(source, None, PIECE_BYTES):
             for row in batch.to_pylist():

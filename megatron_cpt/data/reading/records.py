@@ -18,6 +18,8 @@ EMPTY_TEXT = "empty text"
 BYTE_ORDER_MARK = "byte-order mark"
 NO_FINAL_NEWLINE = "no final newline"
 NOTES = (BLANK_LINE, EMPTY_TEXT, BYTE_ORDER_MARK, NO_FINAL_NEWLINE)
+SURROGATE = "lone surrogate replaced"
+UNKNOWN_BYTES = "characters that the encoding does not have, replaced"
 
 INVALID_JSON = "invalid JSON"
 TWO_OBJECTS = "two objects on one line"
@@ -28,6 +30,7 @@ NOT_TEXT = "text is not a string"
 INVALID_UTF8 = "invalid UTF-8"
 TOO_LONG = "document too long"
 DAMAGED = "damaged or truncated file"
+UNREADABLE = "file that cannot be read"
 
 Line = bytes | memoryview
 

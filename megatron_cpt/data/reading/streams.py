@@ -7,16 +7,19 @@ share of one big file, and no copy of it touches the disk.
 """
 
 import io
+import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_cpt.data.reading.documents import Source
+from megatron_cpt.data.reading.json_values import ValueSplitter
 from megatron_cpt.data.reading.plain_reader import PlainReader
 from megatron_cpt.data.reading.records import (
     DAMAGED,
     TOO_LONG,
+    UNREADABLE,
     Parsed,
     Problem,
     parse_lines,
@@ -30,6 +33,7 @@ PIECE_BYTES = 8 << 20
 MAX_DOCUMENT_BYTES = 256 << 20
 _READ_BYTES = 1 << 20
 _EDGE_BYTES = 1 << 14
+_BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +72,10 @@ class Layout:
 
 def pieces_of(source: Source, number: int, layout: Layout, piece_bytes: int = PIECE_BYTES) -> Iterator[Piece]:
     """Yield the pieces of a source in order; `number` is what their `source` says."""
-    if source.is_splittable and not (source.format == "txt" and layout.txt_documents == "file"):
+    if source.problem:
+        damage = Problem(0, UNREADABLE, source.problem)
+        yield _in_memory((b"", True, True, damage), source, number, "jsonl")
+    elif source.is_splittable and not (source.format == "txt" and layout.txt_documents == "file"):
         for start in range(0, max(source.size, 1), piece_bytes):
             end = min(start + piece_bytes, source.size)
             yield Piece(
@@ -168,9 +175,16 @@ def stream_blocks(
 ) -> Iterator[tuple[bytes, bool, Problem | None]]:
     """Yield (whole lines, whether the stream ends there, what is wrong after them) of a stream in order.
 
-    The last block may lack its newline. A line over the limit is read past without being kept.
+    The last block may lack its newline. A line over the limit is read past without being kept. Values of a JSON file that has
+    no object per line come as lines.
     """
-    with PlainReader(source.path, source.compression) as stream:
+    if source.problem:
+        yield b"", True, Problem(0, UNREADABLE, source.problem)
+        return
+    if source.format == "json":
+        yield from _value_blocks(source, piece_bytes, max_document_bytes)
+        return
+    with PlainReader(source.path, source.compression, source.encoding) as stream:
         rest = b""
         while True:
             data, damage = stream.read_block(piece_bytes)
@@ -197,6 +211,32 @@ def stream_blocks(
                     return
 
 
+def _value_blocks(
+    source: Source, piece_bytes: int, max_document_bytes: int
+) -> Iterator[tuple[bytes, bool, Problem | None]]:
+    """Yield the values of a JSON file as `stream_blocks` does lines; a byte-order mark stays at the start."""
+    splitter = ValueSplitter(max_document_bytes)
+    with PlainReader(source.path, source.compression, source.encoding) as stream:
+        data, damage = stream.read_block(max(piece_bytes, len(_BOM) + 1))
+        block = [_BOM] if data.startswith(_BOM) else []
+        data = data.removeprefix(_BOM)
+        while True:
+            is_end = not data or damage is not None
+            found = splitter.feed(data)
+            for value in itertools.chain(found, splitter.finish()) if is_end and not damage else found:
+                if isinstance(value, Problem):
+                    yield b"".join(block), False, value
+                    block = []
+                else:
+                    block += [value, b"\n"]
+            if is_end:
+                yield b"".join(block), True, Problem(0, DAMAGED, damage) if damage else None
+                return
+            yield b"".join(block), False, None
+            block = []
+            data, damage = stream.read_block(piece_bytes)
+
+
 def _whole_text(source: Source, number: int, layout: Layout) -> Iterator[Piece]:
     limit = layout.max_document_bytes
     if source.compression is None and source.size <= limit:
@@ -214,7 +254,7 @@ def _whole_text(source: Source, number: int, layout: Layout) -> Iterator[Piece]:
         data = b""
         problem: Problem | None = Problem(0, TOO_LONG, f"over {limit:,} bytes")
     else:
-        with PlainReader(source.path, source.compression) as stream:
+        with PlainReader(source.path, source.compression, source.encoding) as stream:
             data, damage = stream.read_block(limit + 1)
         problem = Problem(0, DAMAGED, damage) if damage else None
         if len(data) > limit:
@@ -224,8 +264,9 @@ def _whole_text(source: Source, number: int, layout: Layout) -> Iterator[Piece]:
 
 def _stream_pieces(source: Source, number: int, layout: Layout, piece_bytes: int) -> Iterator[Piece]:
     is_start = True
+    format = "jsonl" if source.format == "json" else source.format
     for data, is_end, problem in stream_blocks(source, piece_bytes, layout.max_document_bytes):
-        yield _in_memory((data, is_start, is_end, problem), source, number, source.format)
+        yield _in_memory((data, is_start, is_end, problem), source, number, format)
         is_start = False
 
 

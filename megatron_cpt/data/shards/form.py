@@ -19,6 +19,8 @@ class ShardForm:
     is_masked: bool = False
     packed_seq_length: int | None = None
     """Tokens of each pack; None: an unpacked shard."""
+    marks_prompts: bool = False
+    """Whether the mask says which tokens are a prompt's."""
 
 
 def read_shard_form(prefix: Path) -> ShardForm:
@@ -32,7 +34,21 @@ def read_shard_form(prefix: Path) -> ShardForm:
     is_masked = manifest.get("mask") is not None or has_mask(prefix)
     if packed is not None and not is_masked:
         raise DataError(f"{prefix}: is packed and has no mask, so that its pieces cannot be told apart. Pack it again.")
-    return ShardForm(is_masked=is_masked, packed_seq_length=None if packed is None else int(packed["seq_length"]))
+    return ShardForm(
+        is_masked=is_masked,
+        packed_seq_length=None if packed is None else int(packed["seq_length"]),
+        marks_prompts="prompt" in (manifest.get("mask") or {}),
+    )
+
+
+def prompt_problem(form: ShardForm) -> str | None:
+    """Return what is wrong with weighing the prompts of a shard, None where nothing is."""
+    if not form.is_masked or form.marks_prompts:
+        return None
+    return (
+        "has a mask that does not say which tokens are a prompt's, for data.prompt_loss_weight. Make it again with "
+        "`megatron-cpt data prepare-chat`, or set the weight to 0."
+    )
 
 
 def packing_problem(packed_seq_length: int | None, seq_length: int) -> str | None:

@@ -3,7 +3,9 @@
 Beside `<prefix>.bin/.idx/.json` stands `<prefix>.mask.bin/.idx` (uint8, the same sequence lengths and document index).
 Bit 0 (`LEARNED`): the token counts in the loss when it is the label. Bit 1 (`PIECE`): the token is the first of a piece (a
 conversation, a document, a part of a split document, the filling of a pack); neither it nor what follows sees anything
-before it, and no token predicts it. The manifest has `"mask": {"learned": N, "pieces": M}`, the tokens with each bit.
+before it, and no token predicts it. Bit 2 (`PROMPT`): the token is a prompt's, not learned; as a label it counts with
+`data.prompt_loss_weight`. The manifest has `"mask": {"learned": N, "pieces": M, "prompt": P}`, the tokens with each bit. Shards
+without `prompt` were made before prompts were marked: they train as before, with a weight of 0.
 
 A packed shard has `"packed": {"seq_length": S, "method": "best-fit"}` too: every document is one pack of exactly S tokens,
 and unused room is filled with the end-of-document id, mask 0, its first token `PIECE`.
@@ -36,6 +38,8 @@ LEARNED = 1
 """Bit of a token that counts in the loss when it is the label."""
 PIECE = 2
 """Bit of the first token of a piece."""
+PROMPT = 4
+"""Bit of a token that is a prompt's and counts with the weight of prompts."""
 MASK_SUFFIX = ".mask"
 
 
@@ -83,12 +87,14 @@ class MaskedShardWriter:
     A context: an exception inside of it, or leaving it unfinished, leaves what stood there before. A lock keeps two
     processes from writing one shard; what a killed one left behind is removed.
 
+    `marks_prompts` is False where it is not known which tokens are a prompt's.
+
     Raises: DataError when another process is writing the shard.
     """
 
-    def __init__(self, prefix: Path, dtype: np.dtype):
-        self.prefix, self.dtype = prefix, np.dtype(dtype)
-        self.learned = self.pieces = self.tokens = self.documents = 0
+    def __init__(self, prefix: Path, dtype: np.dtype, *, marks_prompts: bool = True):
+        self.prefix, self.dtype, self.marks_prompts = prefix, np.dtype(dtype), marks_prompts
+        self.learned = self.pieces = self.prompt = self.tokens = self.documents = 0
         self._lengths: list[np.ndarray] = []
         self._is_finished = False
         self._files = contextlib.ExitStack()
@@ -124,6 +130,7 @@ class MaskedShardWriter:
         self._lengths.append(np.asarray(lengths, dtype=np.int32))
         self.learned += int(np.count_nonzero(mask & LEARNED))
         self.pieces += int(np.count_nonzero(mask & PIECE))
+        self.prompt += int(np.count_nonzero(mask & PROMPT))
         self.tokens += len(ids)
         self.documents += len(lengths)
 
@@ -140,7 +147,8 @@ class MaskedShardWriter:
             "documents": self.documents,
             "tokens": self.tokens,
             "dtype": self.dtype.name,
-            "mask": {"learned": self.learned, "pieces": self.pieces},
+            "mask": {"learned": self.learned, "pieces": self.pieces}
+            | ({"prompt": self.prompt} if self.marks_prompts else {}),
         }
         write_json(manifest_path(self.prefix), whole)
         return whole

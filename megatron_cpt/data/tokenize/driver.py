@@ -105,7 +105,7 @@ def tokenize(
         raise ConfigError(f"tokenize: on_bad_line is {on_bad_line!r}. Choose one of {', '.join(POLICIES)}.")
     if part is not None and not 0 <= part[0] < part[1]:
         raise ConfigError(f"tokenize: part is {part[0]}/{part[1]}. Parts count from 0 to n - 1.")
-    sources = list_sources(inputs, include, exclude, format)
+    sources = list_sources(inputs, include, exclude, format, keep_bad_files=on_bad_line == "skip")
     tokenizer = load_tokenizer(tokenizer_path, eod_token)
     layout = Layout(keys=tuple(keys), txt_documents=txt_documents, max_document_bytes=max_document_bytes)
     options = {

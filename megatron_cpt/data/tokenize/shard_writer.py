@@ -136,9 +136,7 @@ class ShardWriter:
 
     def _check_sources(self) -> None:
         for source in self.plan.sources:
-            status = source.path.stat()
-            if (status.st_size, status.st_mtime_ns) != (source.size, source.mtime_ns):
-                raise DataError(f"{source.path}: changed while it was read. Run the command again when it is at rest.")
+            source.check_unchanged()
 
     def _manifest(self, key: int, documents: int) -> dict[str, Any]:
         sources = [

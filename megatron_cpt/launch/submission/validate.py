@@ -73,9 +73,9 @@ def check_data(config: RunConfig) -> None:
     """
     from megatron_cpt.data.blend.plan import plan_blend  # only here: it reads indices with numpy
     from megatron_cpt.data.blend.sources import validation_prefixes
-    from megatron_cpt.data.blend.start_position import stage_order
+    from megatron_cpt.data.blend.start_position import continued_order
 
-    plan_blend(config, order=stage_order(config))
+    plan_blend(config, order=continued_order(config))
     problems: list[str] = []
     for corpus in config.data.corpora if config.evaluation.eval_interval else ():
         validation_prefixes(config, corpus, problems)

@@ -18,9 +18,8 @@ from torch import Tensor
 
 from megatron_cpt.config.megatron.arguments import megatron_arguments
 from megatron_cpt.config.settings.schema import RunConfig
-from megatron_cpt.data.blend.continued_order import ContinuedOrder
 from megatron_cpt.data.blend.fim import fill_in_middle
-from megatron_cpt.data.lists.data_list import DataEntry
+from megatron_cpt.data.blend.stage_order import StageOrder
 from megatron_cpt.data.tokenizer.interface import load_tokenizer
 from megatron_cpt.train.backend import cpu
 from megatron_cpt.train.model.attention import context_parallel_chunks
@@ -64,21 +63,16 @@ class DatasetTokenizer:
 
 
 def build_train_dataset(
-    config: RunConfig,
-    entries: Sequence[DataEntry],
-    tokenizer: DatasetTokenizer,
-    cache: Path,
-    order: ContinuedOrder | None = None,
+    config: RunConfig, order: StageOrder, tokenizer: DatasetTokenizer, cache: Path
 ) -> BlendedSamples:
-    """Return the stage's samples in training order; each entry of the data list gives exactly its planned samples.
+    """Return the stage's samples in its order; each entry of the data list gives exactly its planned samples.
 
     Index caches are written by rank 0 into `cache` and read by the others.
     """
-    blend = ([entry.prefix for entry in entries], None)
     fim = None
     if config.data.fim_rate:
         fim = fill_in_middle(config, load_tokenizer(Path(config.paths.data_dir) / (config.data.tokenizer or "")))
-    return build_train_samples(config, entries, dataset_config(config, tokenizer, blend=blend), cache, fim, order)
+    return build_train_samples(config, order, stage_dataset_config(config, order, tokenizer), cache, fim)
 
 
 def build_validation_dataset(
@@ -91,6 +85,11 @@ def build_validation_dataset(
     fixed = dataclasses.replace(config, training=dataclasses.replace(config.training, seed=0))
     settings = dataset_config(fixed, tokenizer, blend=(list(prefixes), None))
     return build_epoch_samples(prefixes, settings, cache)
+
+
+def stage_dataset_config(config: RunConfig, order: StageOrder, tokenizer: DatasetTokenizer) -> GPTDatasetConfig:
+    """Return megatron's configuration of the datasets of a stage's shards."""
+    return dataset_config(config, tokenizer, blend=([entry.prefix for entry in order.stage_entries], None))
 
 
 def dataset_config(config: RunConfig, tokenizer: DatasetTokenizer, **blend: Any) -> GPTDatasetConfig:

@@ -14,7 +14,7 @@ import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_cpt.data.shards.masked import LEARNED, PIECE
+from megatron_cpt.data.shards.masked import LEARNED, PIECE, PROMPT
 
 
 class ShardSamples:
@@ -32,6 +32,8 @@ class ShardSamples:
         self.samples_per_epoch = samples_per_epoch
         self.first_epoch = first_sample // samples_per_epoch
         self.first_sample = first_sample
+        self.prompt_loss_weight = 0.0
+        """Weight of a prompt's labels, where the mask says which are."""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         epoch, sample = self._place(index)
@@ -42,7 +44,7 @@ class ShardSamples:
         length = len(drawn["tokens"])
         bits = np.append(bits, 0)[: length + 1]  # a pack has no token after its last
         return drawn | {
-            "loss_mask": torch.from_numpy(loss_of_bits(bits[1:])),
+            "loss_mask": torch.from_numpy(loss_of_bits(bits[1:], self.prompt_loss_weight)),
             "pieces": torch.from_numpy(np.cumsum(bits[:length] & PIECE != 0)),
         }
 
@@ -67,12 +69,15 @@ class ShardSamples:
         return epoch - self.first_epoch, sample
 
 
-def loss_of_bits(labels: np.ndarray) -> np.ndarray:
-    """Return 1.0 for each label that counts, float32 of the same shape, from the mask bytes of the labels.
+def loss_of_bits(labels: np.ndarray, prompt_weight: float = 0.0) -> np.ndarray:
+    """Return the weight of each label, float32 of the same shape, from their mask bytes: 1 where it is learned.
 
     The first token of a piece never counts: it would be predicted from another piece.
     """
-    return ((labels & (LEARNED | PIECE)) == LEARNED).astype(np.float32)
+    weights = ((labels & (LEARNED | PIECE)) == LEARNED).astype(np.float32)
+    if prompt_weight:
+        weights[(labels & (LEARNED | PIECE | PROMPT)) == PROMPT] = prompt_weight
+    return weights
 
 
 def _over(dataset: GPTDataset, pair: IndexedDataset) -> GPTDataset:

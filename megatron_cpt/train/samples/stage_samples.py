@@ -1,6 +1,6 @@
 """A stage's samples from megatron-core's GPT datasets: exact per shard, without replacement, from a race-free cache.
 
-- Each entry of the data list gives exactly its planned samples (`spread_samples`), in the order of `blend_order`.
+- Each entry of the data list gives exactly its planned samples in the order of a `StageOrder`.
 - A shard is read epoch by epoch, each in an order of its own; no document comes again before the epoch is exhausted.
   `DataEntry.first_sample` continues where earlier stages stopped in the same shard.
 - An index is built once per shard, epoch, seed and sequence length, in a folder named after their hash and the shard's
@@ -28,12 +28,9 @@ from megatron.core.datasets import gpt_dataset
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 
-from megatron_cpt.config.settings.derived import train_samples
 from megatron_cpt.config.settings.schema import RunConfig
-from megatron_cpt.data.blend.continued_order import ContinuedOrder
 from megatron_cpt.data.blend.fim import FillInMiddle
-from megatron_cpt.data.blend.order import blend_order
-from megatron_cpt.data.lists.budget import spread_samples
+from megatron_cpt.data.blend.stage_order import StageOrder
 from megatron_cpt.data.lists.entry import DataEntry
 from megatron_cpt.data.shards.form import packing_problem, read_shard_form
 from megatron_cpt.data.shards.indexed import bin_path, idx_path, manifest_path, read_index
@@ -83,53 +80,37 @@ class BlendedSamples(torch.utils.data.Dataset):
 
 def build_train_samples(
     config: RunConfig,
-    entries: Sequence[DataEntry],
+    order: StageOrder,
     dataset_config: GPTDatasetConfig,
     cache: Path,
     fim: FillInMiddle | None = None,
-    order: ContinuedOrder | None = None,
 ) -> BlendedSamples:
-    """Return the stage's samples in training order, without the documents of `data.skip_list`.
-
-    With `order` they are the next ones of that order, and `entries` are those that it takes them from.
-    """
-    num_samples, skip = train_samples(config.training), stage_skip_list(config)
-    shuffle_seed = config.training.seed if config.data.shuffle_in_corpus else None
-    samples = build_blended_samples(
-        entries, num_samples, dataset_config, cache, skip=skip, shuffle_seed=shuffle_seed, order=order
-    )
+    """Return the stage's samples in its order, without the documents of `data.skip_list`."""
+    samples = build_ordered_samples(order, dataset_config, cache, skip=stage_skip_list(config))
+    for shard in samples.shards:
+        if shard is not None:
+            shard.prompt_loss_weight = config.data.prompt_loss_weight
     if fim is not None:
         samples.fim = fim
         samples.fim_prefixes = {
-            number: entry.prefix for number, entry in enumerate(entries) if fim.applies_to(entry.corpus)
+            number: entry.prefix for number, entry in enumerate(order.stage_entries) if fim.applies_to(entry.corpus)
         }
     return samples
 
 
 def build_train_indexes(
-    config: RunConfig,
-    entries: Sequence[DataEntry],
-    dataset_config: GPTDatasetConfig,
-    cache: Path,
-    workers: int,
-    order: ContinuedOrder | None = None,
+    config: RunConfig, order: StageOrder, dataset_config: GPTDatasetConfig, cache: Path, workers: int
 ) -> None:
     """Build the shards' indexes that `build_train_samples` will read, in `workers` processes.
 
     Raises: what a worker raises.
     """
-    skip, num_samples = stage_skip_list(config), train_samples(config.training)
-    if order is not None:
-        entries, dataset_config = order.entries, dataclasses.replace(dataset_config, random_seed=order.seed)
-    samples = spread_samples(
-        [entry.tokens or 0 for entry in entries], num_samples if order is None else order.num_samples
-    )
-    drawn = [range(count) for count in samples] if order is None else order.drawn(num_samples)
+    skip, dataset_config = stage_skip_list(config), dataclasses.replace(dataset_config, random_seed=order.seed)
     # fork: a process of its own would spend longer on importing torch and megatron than on a shard
     with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
         jobs = [
             pool.submit(_build_indexes_of, entry, count, part, dataset_config, cache, skip)
-            for entry, count, part in zip(entries, samples, drawn, strict=True)
+            for entry, count, part in zip(order.entries, order.samples_per_round, order.drawn, strict=True)
             if part
         ]
         progress = Progress("indexes", len(jobs), "shards")
@@ -165,41 +146,49 @@ def build_blended_samples(
     cache: Path,
     *,
     skip: SkipList | None = None,
-    shuffle_seed: int | None = None,
-    order: ContinuedOrder | None = None,
+    shuffle_in_corpus: bool = False,
 ) -> BlendedSamples:
-    """Return the `num_samples` samples of a stage; index caches are written by rank 0 and read by the others.
-
-    `dataset_config` states sequence length, seed and masks; its blend is not used. With `order` they are its next samples, and
-    entries and seeds are its own.
-    """
-    if order is not None:
-        entries, shuffle_seed = order.entries, order.shuffle_seed
-        dataset_config = dataclasses.replace(dataset_config, random_seed=order.seed)
-    samples = spread_samples(
-        [entry.tokens or 0 for entry in entries], num_samples if order is None else order.num_samples
+    """Return `num_samples` samples of a data list in an order of their own."""
+    order = StageOrder(
+        entries=tuple(entries),
+        num_samples=num_samples,
+        count=num_samples,
+        seq_length=dataset_config.sequence_length,
+        seed=dataset_config.random_seed,
+        shuffle_in_corpus=shuffle_in_corpus,
     )
+    return build_ordered_samples(order, dataset_config, cache, skip=skip)
+
+
+def build_ordered_samples(
+    order: StageOrder, dataset_config: GPTDatasetConfig, cache: Path, *, skip: SkipList | None = None
+) -> BlendedSamples:
+    """Return the samples of an order; index caches are written by rank 0 and read by the others.
+
+    `dataset_config` states sequence length and masks; its blend is not used, and its seed is the order's.
+    """
+    dataset_config = dataclasses.replace(dataset_config, random_seed=order.seed)
     is_distributed = torch.distributed.is_initialized()
     if is_distributed and torch.distributed.get_rank() > 0:
         torch.distributed.barrier()
     _allow_open_files()
-    progress = Progress("indexes", len(entries), "shards")
-    drawn = [range(count) for count in samples] if order is None else order.drawn(num_samples)
-    shards = []
-    for entry, count, part in zip(entries, samples, drawn, strict=True):
+    progress = Progress("indexes", len(order.entries), "shards")
+    shards: list[ShardSamples | None] = []
+    for number, (entry, count, part) in enumerate(
+        zip(order.entries, order.samples_per_round, order.drawn, strict=True)
+    ):
         try:
-            shards.append(_shard_samples(entry, count, part, dataset_config, cache, skip or {}) if part else None)
+            if order.is_listed(number):
+                shards.append(_shard_samples(entry, count, part, dataset_config, cache, skip or {}) if part else None)
         except OSError as problem:
             if problem.errno != errno.EMFILE:
                 raise
             raise DataError(
-                f"open files: {resource.getrlimit(resource.RLIMIT_NOFILE)[1]:,} are allowed; the blend's {len(entries):,} "
+                f"open files: {resource.getrlimit(resource.RLIMIT_NOFILE)[1]:,} are allowed; the blend's {len(order.entries):,} "
                 "shards need about five each. Merge shards with `megatron-cpt data merge`, or raise `ulimit -Hn`."
             ) from None
         progress.add(1)
-    if order is not None:  # what gives nothing stands in no list of the stage's
-        shards = [shard for shard in shards if shard is not None]
-    indices = _cached_order(entries, samples, shuffle_seed, cache, order, num_samples)
+    indices = _cached_indices(order, cache)
     if is_distributed and torch.distributed.get_rank() == 0:
         torch.distributed.barrier()
     return BlendedSamples(shards, *indices)
@@ -266,28 +255,20 @@ def samples_per_epoch(sequence_lengths: np.ndarray, config: GPTDatasetConfig) ->
     return max(num_tokens - config.add_extra_token_to_sequence, 0) // config.sequence_length
 
 
-def _cached_order(
-    entries: Sequence[DataEntry],
-    samples: Sequence[int],
-    shuffle_seed: int | None,
-    cache: Path,
-    order: ContinuedOrder | None,
-    num_samples: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    corpora = [entry.corpus or entry.prefix for entry in entries]
-    key: dict[str, Any] = {"samples": list(samples), "corpora": corpora, "shuffle_seed": shuffle_seed}
-    if order is not None:
-        key |= {"position": order.position, "num_samples": num_samples}
+def _cached_indices(order: StageOrder, cache: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return `order.indices()`, computed once for all ranks and later runs."""
+    samples = order.samples_per_round
+    key: dict[str, Any] = {"samples": samples, "corpora": order.corpora, "shuffle_seed": order.shuffle_seed}
+    if order.is_continued:
+        key |= {"position": order.position, "num_samples": order.count}
     folder = cache / _hash(key)
 
     def build(to: Path) -> None:
-        dataset_index, sample_index = blend_order(samples, corpora, shuffle_seed=shuffle_seed)
-        if order is not None:
-            dataset_index, sample_index = order.window((dataset_index, sample_index), num_samples)
+        dataset_index, sample_index = order.indices()
         np.save(to / "dataset_index.npy", dataset_index)
         np.save(to / "sample_index.npy", sample_index)
 
-    _build_once(folder, build, {"samples": int(sum(samples)), "entries": len(entries)})
+    _build_once(folder, build, {"samples": sum(samples), "entries": len(order.entries)})
     dataset_index, sample_index = (folder / f"{name}_index.npy" for name in ("dataset", "sample"))
     return _plain_array(dataset_index, mmap_mode="r"), _plain_array(sample_index, mmap_mode="r")
 

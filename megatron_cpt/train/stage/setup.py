@@ -20,9 +20,10 @@ from megatron_cpt.config.settings.batch_sizes import BatchSizes, batch_sizes
 from megatron_cpt.config.settings.derived import train_iters, train_samples, train_tokens
 from megatron_cpt.config.settings.iteration_ranges import Ranges
 from megatron_cpt.config.settings.schema import RunConfig
-from megatron_cpt.data.blend.continued_order import ContinuedOrder, write_order
 from megatron_cpt.data.blend.plan import plan_blend
-from megatron_cpt.data.blend.start_position import stage_order
+from megatron_cpt.data.blend.stage_order import StageOrder, write_order
+from megatron_cpt.data.blend.start_position import continued_order
+from megatron_cpt.data.blend.table import BlendPlan
 from megatron_cpt.data.lists.data_list import DataEntry, read_data_list, write_data_list
 from megatron_cpt.data.tokenizer.interface import Tokenizer, load_tokenizer
 from megatron_cpt.errors import ConfigError, DamagedError, DataError
@@ -155,24 +156,23 @@ def _prepare(
 
     if resume and manifest:
         check_position(manifest, config, resume)
-    order = on_rank_0(lambda: _order(config, run, manifest))
     may_change_list = own is None or may_change_data_list(config)
     is_changed = manifest is not None and reads_other_data(manifest["config"], config)
-    if from_start:
-        entries = on_rank_0(lambda: plan_blend(config, begun=run.data_list_path, order=order).entries)
-    else:
-        entries = on_rank_0(
-            lambda: _prepare_run_dir(
-                loaded, run, order, iteration, is_changed=is_changed, may_change_list=may_change_list
-            )
-        )
-    check_data_agree(entries)
+
+    def planned() -> StageOrder:
+        plan = plan_blend(config, begun=run.data_list_path, order=_continued_order(config, run, manifest))
+        if not from_start:
+            _prepare_run_dir(loaded, run, plan, iteration, is_changed=is_changed, may_change_list=may_change_list)
+        return plan.order
+
+    order: StageOrder = on_rank_0(planned)
+    check_data_agree(order.entries)
     data_dir = Path(config.paths.data_dir)
     tokenizer = load_tokenizer(data_dir / config.data.tokenizer) if config.data.tokenizer else None
     if tokenizer is None:
         raise DataError("data.tokenizer: not set. Its end-of-document id is needed. Name the tokenizer's folder.")
     dataset_tokenizer = DatasetTokenizer(tokenizer.eod_id, tokenizer.vocab_size, tokenizer.identity)
-    dataset = build_train_dataset(config, entries, dataset_tokenizer, run.cache, order)
+    dataset = build_train_dataset(config, order, dataset_tokenizer, run.cache)
     validation_sets = build_validation_sets(config, dataset_tokenizer, run.cache)
 
     model, optimizer = build_training_model(config)
@@ -184,7 +184,7 @@ def _prepare(
         run=run,
         sizes=batch_sizes(config.training),
         iterations=iterations,
-        entries=entries,
+        entries=order.stage_entries,
         dataset=dataset,
         tokenizer=tokenizer,
         validation_sets=validation_sets,
@@ -246,13 +246,13 @@ def _load_start(
     return resume or source
 
 
-def _order(config: RunConfig, run: RunDir, manifest: dict[str, Any] | None) -> ContinuedOrder | None:
+def _continued_order(config: RunConfig, run: RunDir, manifest: dict[str, Any] | None) -> StageOrder | None:
     """Return the order that the stage continues, None for one of its own.
 
     A run whose length alone was changed goes on in the order that it began with: one planned for the new length would repeat
     some of what was read and leave out some.
     """
-    order = stage_order(config)
+    order = continued_order(config)
     if manifest is None:
         return order
     if reads_other_data(manifest["config"], config):
@@ -264,10 +264,11 @@ def _order(config: RunConfig, run: RunDir, manifest: dict[str, Any] | None) -> C
     num_samples = int(manifest["train_tokens"]) // config.training.seq_length
     if order is not None or num_samples == train_samples(config.training):
         return order
-    return ContinuedOrder(
+    return StageOrder(
         source=f"{run.path}, planned for {num_samples} samples",
-        position=0,
         num_samples=num_samples,
+        count=train_samples(config.training),
+        seq_length=config.training.seq_length,
         seed=config.training.seed,
         shuffle_in_corpus=config.data.shuffle_in_corpus,
         entries=tuple(read_data_list(run.data_list_path)),
@@ -277,26 +278,25 @@ def _order(config: RunConfig, run: RunDir, manifest: dict[str, Any] | None) -> C
 def _prepare_run_dir(
     loaded: LoadedConfig,
     run: RunDir,
-    order: ContinuedOrder | None,
+    plan: BlendPlan,
     iteration: int,
     *,
     is_changed: bool,
     may_change_list: bool,
-) -> list[DataEntry]:
-    """Write the run directory's configuration, revision, order and data list; return the list's entries.
+) -> None:
+    """Write the run directory's configuration, revision, order and data list.
 
     What the run read in its first `iteration` iterations (None: it does not go on) is kept where another list, or the same
     in another order (`is_changed`), follows.
 
     Raises: DataError when the data of a run that has begun would change.
     """
-    plan = plan_blend(loaded.config, begun=run.data_list_path, order=order)
     run.path.mkdir(parents=True, exist_ok=True)
     is_other = run.data_list_path.exists() and list(read_data_list(run.data_list_path)) != list(plan.entries)
     if may_change_list or not is_other:
         keep_superseded(run, iteration, is_changed=is_changed or is_other)
-    if order is not None:  # before the list, which follows from it
-        write_order(run.data_order_path, order)
+    if plan.order.is_continued:  # before the list, which follows from it
+        write_order(run.data_order_path, plan.order)
     elif may_change_list:
         run.data_order_path.unlink(missing_ok=True)
     if run.data_list_path.exists() and not may_change_list:
@@ -309,4 +309,3 @@ def _prepare_run_dir(
         write_data_list(run.data_list_path, plan.entries)
     write_resolved(loaded, run.config_path)
     run.revision_path.write_text(code_revision() + "\n", encoding="utf-8")
-    return list(plan.entries)

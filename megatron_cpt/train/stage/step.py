@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_cpt.config.settings.schema import RunConfig
@@ -49,6 +51,8 @@ def train_step(
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     biases = _router_biases(model, config)
+    if 0 < config.data.prompt_loss_weight < 1:
+        _divide_by_weights(model, batches)
     iterators = [iter(batches) for _ in model]
     results = get_forward_backward_func()(
         forward_step_func=forward_step,
@@ -95,8 +99,19 @@ def forward_step(iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Callabl
     return output, functools.partial(_loss, batch.loss_mask)
 
 
+def _divide_by_weights(model: list[Any], batches: list[Batch]) -> None:
+    """Let megatron divide the step's gradients by the sum of its weights; it counts tokens itself, in whole numbers."""
+    weights = torch.stack([batch.loss_mask.sum() for batch in batches]).sum()
+
+    def finalize(model: list[Any], num_tokens: Tensor | None = None, **options: Any) -> None:
+        finalize_model_grads(model, weights, **options)
+
+    for chunk in model:
+        get_model_config(chunk).finalize_model_grads_func = finalize
+
+
 def _loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Return the summed loss, its tokens, and both for reporting; megatron divides by the global token count."""
+    """Return the summed loss, its tokens (their weights), and both for reporting; megatron divides by the global token count."""
     total = (losses.float() * loss_mask).sum()
     num_tokens = loss_mask.sum()
     return total, num_tokens.to(torch.int), {"loss_and_tokens": torch.stack([total.detach(), num_tokens]).clone()}

@@ -15,12 +15,12 @@ import numpy as np
 from megatron_cpt.checkpoint.torch_dist.mcore import read_manifest
 from megatron_cpt.config.loading.resolve import read_resolved
 from megatron_cpt.config.settings.batch_sizes import batch_sizes
-from megatron_cpt.config.settings.derived import train_iters
+from megatron_cpt.config.settings.derived import train_iters, train_samples
 from megatron_cpt.config.settings.iteration_ranges import contains
 from megatron_cpt.config.settings.schema import RunConfig
 from megatron_cpt.data.audit.trace import trace_documents
-from megatron_cpt.data.blend.continued_order import ContinuedOrder, read_order
-from megatron_cpt.data.lists.data_list import DataEntry, read_data_list
+from megatron_cpt.data.blend.stage_order import StageOrder, read_order
+from megatron_cpt.data.lists.data_list import read_data_list
 from megatron_cpt.data.shards.form import read_shard_form
 from megatron_cpt.data.shards.indexed import read_shard_manifest
 from megatron_cpt.data.tokenize.shard_writer import provenance_path
@@ -28,7 +28,7 @@ from megatron_cpt.errors import DataError
 from megatron_cpt.run.data_history import reading_of
 from megatron_cpt.run.directory import RunDir
 from megatron_cpt.run.progress import last_checkpoint
-from megatron_cpt.train.samples.batches import DatasetTokenizer, dataset_config
+from megatron_cpt.train.samples.batches import DatasetTokenizer, stage_dataset_config
 from megatron_cpt.train.samples.skipped_iterations import skipped_ranges
 from megatron_cpt.train.samples.stage_samples import BlendedSamples, build_train_samples
 
@@ -74,9 +74,21 @@ class _Reading:
     def __init__(self, folder: RunDir, cache: Path):
         self.config = read_resolved(folder.config_path)
         self.entries = read_data_list(folder.data_list_path)
-        order = read_order(folder.data_order_path) if folder.data_order_path.exists() else None
-        self.dataset = _samples(self.config, self.entries, cache, order)
+        self.dataset = _samples(self.config, self._order(folder), cache)
         self.sizes = batch_sizes(self.config.training)
+
+    def _order(self, folder: RunDir) -> StageOrder:
+        training = self.config.training
+        if folder.data_order_path.exists():
+            return read_order(folder.data_order_path, training)
+        return StageOrder(
+            entries=tuple(self.entries),
+            num_samples=train_samples(training),
+            count=train_samples(training),
+            seq_length=training.seq_length,
+            seed=training.seed,
+            shuffle_in_corpus=self.config.data.shuffle_in_corpus,
+        )
 
 
 class RunTrace:
@@ -134,11 +146,10 @@ class RunTrace:
         return self._readings[folder.path]
 
 
-def _samples(config: RunConfig, entries: list[DataEntry], cache: Path, order: ContinuedOrder | None) -> BlendedSamples:
-    identity = read_shard_manifest(Path(entries[0].prefix))["tokenizer"]  # the blend has one tokenizer
+def _samples(config: RunConfig, order: StageOrder, cache: Path) -> BlendedSamples:
+    identity = read_shard_manifest(Path(order.entries[0].prefix))["tokenizer"]  # the blend has one tokenizer
     tokenizer = DatasetTokenizer(identity["eod_id"], identity["vocab_size"], identity)
-    blend = ([entry.prefix for entry in entries], None)
-    return build_train_samples(config, entries, dataset_config(config, tokenizer, blend=blend), cache, order=order)
+    return build_train_samples(config, order, stage_dataset_config(config, order, tokenizer), cache)
 
 
 def _parts(prefix: Path, document: int, first: int, count: int) -> list[DocumentPart]:

@@ -27,10 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     # heavy: torch and megatron
     from megatron_cpt.data.blend.plan import plan_blend
-    from megatron_cpt.data.blend.start_position import stage_order
+    from megatron_cpt.data.blend.start_position import continued_order
     from megatron_cpt.data.tokenizer.interface import load_tokenizer
     from megatron_cpt.run.directory import run_dir
-    from megatron_cpt.train.samples.batches import DatasetTokenizer, build_train_dataset, dataset_config
+    from megatron_cpt.train.samples.batches import DatasetTokenizer, build_train_dataset, stage_dataset_config
     from megatron_cpt.train.samples.stage_samples import build_train_indexes
     from megatron_cpt.train.stage.validation import build_validation_sets
 
@@ -39,16 +39,16 @@ def run(arguments: argparse.Namespace) -> None:
         raise DataError("data.tokenizer: not set. Its end-of-document id is needed. Name the tokenizer's folder.")
     run = run_dir(config)
     data_dir = Path(config.paths.data_dir)
-    order = stage_order(config)
-    plan = plan_blend(config, run.data_list_path, order)
+    order = plan_blend(config, run.data_list_path, continued_order(config)).order
     found = load_tokenizer(data_dir / config.data.tokenizer)
     tokenizer = DatasetTokenizer(found.eod_id, found.vocab_size, found.identity)
     started = time.monotonic()
     if arguments.workers > 1:
-        blend = ([entry.prefix for entry in plan.entries], None)
-        settings = dataset_config(config, tokenizer, blend=blend)
-        build_train_indexes(config, plan.entries, settings, run.cache, arguments.workers, order)
-    dataset = build_train_dataset(config, plan.entries, tokenizer, run.cache, order)
+        settings = stage_dataset_config(config, order, tokenizer)
+        build_train_indexes(config, order, settings, run.cache, arguments.workers)
+    dataset = build_train_dataset(config, order, tokenizer, run.cache)
     build_validation_sets(config, tokenizer, run.cache)
     seconds = time.monotonic() - started
-    sys.stdout.write(f"{run.cache}: {len(dataset):,} samples of {len(plan.entries):,} shards in {seconds:.1f} s\n")
+    sys.stdout.write(
+        f"{run.cache}: {len(dataset):,} samples of {len(order.stage_entries):,} shards in {seconds:.1f} s\n"
+    )

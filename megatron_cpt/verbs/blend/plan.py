@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from megatron_cpt.data.blend.plan import plan_blend  # heavy: numpy
-    from megatron_cpt.data.blend.start_position import stage_order
+    from megatron_cpt.data.blend.start_position import continued_order
     from megatron_cpt.data.lists.data_list import read_data_list, write_data_list
     from megatron_cpt.run.directory import run_dir
     from megatron_cpt.run.progress import last_checkpoint
@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> None:
     config = load_run(arguments).config
     run = run_dir(config)
     path = run.data_list_path
-    plan = plan_blend(config, path, stage_order(config))
+    plan = plan_blend(config, path, continued_order(config))
     sys.stdout.write(plan.table())
     if not arguments.write:
         return

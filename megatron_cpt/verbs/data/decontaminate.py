@@ -40,7 +40,12 @@ def run(arguments: argparse.Namespace) -> None:
     passages = read_passages(named_corpora(arguments.against), Reading(key=arguments.against_key), options)
     reading = Reading(key=arguments.key, skip_bad_lines=arguments.skip_bad_lines)
     report = decontaminate(
-        named_corpora(arguments.inputs), passages, arguments.output, reading, options, arguments.workers
+        named_corpora(arguments.inputs, keep_bad_files=arguments.skip_bad_lines),
+        passages,
+        arguments.output,
+        reading,
+        options,
+        arguments.workers,
     )
     for corpus, row in report["corpora"].items():
         sys.stdout.write(f"{corpus}: {row['removed']:,} of {row['documents']:,} removed ({row['removed_share']:.2%})\n")

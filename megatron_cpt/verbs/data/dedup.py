@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
         is_prompt=arguments.prompts,
     )
     report = deduplicate(
-        named_corpora(arguments.inputs),
+        named_corpora(arguments.inputs, keep_bad_files=arguments.skip_bad_lines),
         arguments.output,
         Reading(key=arguments.key, skip_bad_lines=arguments.skip_bad_lines),
         DedupOptions(minhash=minhash, scope=arguments.scope, keep=arguments.keep, is_compressed=arguments.compress),

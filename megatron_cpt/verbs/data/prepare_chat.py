@@ -1,8 +1,10 @@
 """Turn conversations into token shards with masks of what is learned: chat template, filters, validation sets, packing.
 
-Records have `conversations` or `messages`: a list of {role, content} or ShareGPT's {from, value}. The template is the
+Records have `conversations` or `messages`: a list of {role, content} or ShareGPT's {from, value}, with tool calls, reasoning,
+tools and documents as the template reads them. Marks of what is learned (weight, train, train_detail, loss, ...) count. What
+holds something said and is not read by the template is refused, anything else counted by name. The template is the
 tokenizer's own or --template. What the assistant says is found by the template itself; the loss counts there and on the
-token that ends its turn. Output: PREFIX_chat_document, PREFIX_held_out_VALUE_chat_document, each with a mask beside it. The
+tokens that end its turn. Output: PREFIX_chat_document, PREFIX_held_out_VALUE_chat_document, each with a mask beside it. The
 same command again keeps what is whole; after a change it is refused.
 
 Conditions of --where (all must hold) and --drop (none may): lang=eu, lang!=eu, score>=3, id^=translation_ (starts with),
@@ -28,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", nargs="+", required=True, help="files, folders or (quoted) globs of records")
     parser.add_argument("--include", nargs="+", default=[], metavar="PATTERN", help="take only files that match")
     parser.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="leave out files that match")
-    parser.add_argument("--format", choices=("jsonl", "txt", "parquet", "arrow"), help="whatever the names say")
+    parser.add_argument("--format", choices=("jsonl", "json", "txt", "parquet", "arrow"), help="whatever the names say")
     parser.add_argument("--max-document-bytes", type=count, default=256 << 20, help="longest line (default: 256 MiB)")
     parser.add_argument("--tokenizer", type=Path, required=True, help="Hugging Face folder or tokenizer.json")
     parser.add_argument("--eod-token", help="end-of-document token, where the tokenizer's eos_token is not the one")
@@ -38,6 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=["conversations", "messages"],
         help="fields with the turns; the first that is there",
+    )
+    parser.add_argument(
+        "--ignore-keys",
+        nargs="+",
+        default=[],
+        metavar="KEY",
+        help="keys of turns and fields of records to leave out: reasoning_content",
     )
     parser.add_argument("--text-key", help="field of completion data, learned whole, in records without turns")
     template = parser.add_argument_group("template")
@@ -59,7 +68,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=datetime.date.fromisoformat,
         help="what a template that asks is told (default: today), 2026-11-21",
     )
-    template.add_argument("--train-on", choices=("assistant", "all"), default="assistant", help="what is learned")
+    template.add_argument(
+        "--train-on",
+        choices=("assistant", "last", "all"),
+        default="assistant",
+        help="learn every answer (default), the last answer only, or all tokens",
+    )
+    template.add_argument(
+        "--unroll",
+        action="store_true",
+        help="make a document of each answer, with the conversation before it: for templates that rewrite earlier turns",
+    )
     template.add_argument(
         "--train-on-eos",
         choices=("turn", "last", "none"),
@@ -81,6 +100,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     choice.add_argument("--seed", type=int, default=42, help="of --number and the order of packs (default: 42)")
     choice.add_argument("--on-bad", choices=("fail", "skip"), default="fail", help="bad conversations (default: fail)")
+    choice.add_argument(
+        "--on-empty-answer",
+        choices=("reject", "learn", "mask"),
+        default="reject",
+        help="an empty answer makes a conversation bad (default), is learned, or is left out of the loss",
+    )
     length = parser.add_argument_group("length")
     length.add_argument(
         "--max-length", type=count, help="longest conversation in tokens (default: that of --pack, or any)"
@@ -115,6 +140,8 @@ def run(arguments: argparse.Namespace) -> None:
             message_keys=tuple(arguments.keys),
             text_key=arguments.text_key,
             max_document_bytes=arguments.max_document_bytes,
+            on_empty_answer=arguments.on_empty_answer,
+            ignored_keys=tuple(arguments.ignore_keys),
         ),
         eod_token=arguments.eod_token,
         template_path=arguments.template,
@@ -125,6 +152,7 @@ def run(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         held_out_by=arguments.held_out_by,
         train_on=arguments.train_on,
+        unroll=arguments.unroll,
         train_on_eos=arguments.train_on_eos,
         max_length=arguments.max_length,
         on_long=arguments.on_long,
@@ -133,7 +161,13 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.pack is not None:
         pack = PackOptions(seq_length=arguments.pack, max_packs=arguments.max_packs, seed=arguments.seed)
     manifests = prepare_chat(
-        list_sources(arguments.input, arguments.include, arguments.exclude, arguments.format),
+        list_sources(
+            arguments.input,
+            arguments.include,
+            arguments.exclude,
+            arguments.format,
+            keep_bad_files=arguments.on_bad == "skip",
+        ),
         arguments.output_prefix,
         job,
         Choice(

@@ -1,12 +1,15 @@
 """Rewrite documents without the bad lines; what cannot be mended goes to OUTPUT.rejects.
 
-Two objects on one line become two lines; byte-order marks and blank lines go; a missing last newline comes.
+Two objects on one line become two lines; byte-order marks and blank lines go; a missing last newline comes; a lone surrogate
+becomes U+FFFD. A file in another encoding becomes UTF-8: UTF-16 and UTF-32 are told by their byte-order mark, others need
+--encoding. Exit code 1 when nothing of a file could be mended; no empty file is written.
 
 Example: megatron-cpt data repair --input corpora/raw --output-dir corpora/clean --compress zst
 """
 
 import argparse
 
+from megatron_cpt.errors import ConfigError
 from megatron_cpt.verbs.data.rewriting_arguments import add_rewriting_arguments, run_rewriting
 
 
@@ -18,7 +21,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=["text"],
         help="keys a record needs; chat records need conversations or messages instead",
     )
+    parser.add_argument(
+        "--encoding",
+        default="auto",
+        help="encoding of text files: latin-1, cp1252, utf-16, ... (default: UTF-8, or by its mark)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int | None:
-    return run_rewriting(arguments, "repair", tuple(arguments.json_keys), "skip")
+    check_encoding(arguments.encoding)
+    return run_rewriting(arguments, "repair", tuple(arguments.json_keys), "skip", encoding=arguments.encoding)
+
+
+def check_encoding(name: str) -> None:
+    """Raise ConfigError unless Python knows the encoding and it is one of text."""
+    try:
+        "a".encode("utf-8" if name == "auto" else name)
+    except (LookupError, UnicodeError):
+        raise ConfigError(
+            f"--encoding {name}: not an encoding of text. Name one such as latin-1, cp1252, shift_jis, utf-16, or auto."
+        ) from None

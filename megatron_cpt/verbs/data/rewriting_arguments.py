@@ -21,14 +21,27 @@ def add_rewriting_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_rewriting(
-    arguments: argparse.Namespace, label: str, keys: tuple[str, ...], on_bad_line: str, target_bytes: int | None = None
+    arguments: argparse.Namespace,
+    label: str,
+    keys: tuple[str, ...],
+    on_bad_line: str,
+    target_bytes: int | None = None,
+    encoding: str | None = None,
 ) -> int:
-    """Rewrite the inputs and write one line per file to stdout."""
+    """Rewrite the inputs and write one line per file to stdout; return 1 if nothing is left of a file that held lines."""
     # reading documents needs compiled libraries; --help must not wait for them
     from megatron_cpt.data.cleaning.rewrite import plan_tree_of_files, rewrite_all
     from megatron_cpt.data.reading.documents import list_sources
 
-    sources = list_sources(arguments.input, arguments.include, arguments.exclude, arguments.format)
+    sources = list_sources(
+        arguments.input,
+        arguments.include,
+        arguments.exclude,
+        arguments.format,
+        encoding=encoding,
+        keep_bad_files=on_bad_line == "skip",
+        mixes_splits=target_bytes is not None,
+    )
     work = plan_tree_of_files(
         sources,
         arguments.output_dir,
@@ -43,4 +56,9 @@ def run_rewriting(
     sys.stdout.write("".join(f"{found}\n" for found in findings))
     documents, bad = sum(found.documents for found in findings), sum(found.problems.total() for found in findings)
     sys.stdout.write(f"{len(findings)} files became {len(work)}: {documents:,} documents, {bad:,} rejected lines\n")
-    return 0
+    lost = [found.path for found in findings if keys and not found.documents and found.problems]
+    for path in lost:
+        sys.stdout.write(
+            f"{path}: no document could be mended; no file is written. Is it in another encoding (--encoding)?\n"
+        )
+    return 1 if lost else 0

@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
     except ValueError as problem:
         raise DataError(f"--number: {problem}.") from None
     report = sample(
-        list_sources(arguments.inputs),
+        list_sources(arguments.inputs, keep_bad_files=arguments.skip_bad_lines),
         arguments.output,
         Reading(key=arguments.key, skip_bad_lines=arguments.skip_bad_lines),
         SampleOptions(

@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
             f"--fraction {arguments.fraction} --name {arguments.name}: a part between 0 and 1 and a file name other than train are needed."
         )
     counts = split_validation(
-        named_corpora(arguments.inputs),
+        named_corpora(arguments.inputs, keep_bad_files=arguments.skip_bad_lines),
         arguments.output,
         Reading(key=arguments.key, skip_bad_lines=arguments.skip_bad_lines),
         name=arguments.name,

@@ -28,7 +28,14 @@ def run(arguments: argparse.Namespace) -> int | None:
     from megatron_cpt.data.cleaning.rewrite import Rewriting, rewrite_all
     from megatron_cpt.data.reading.documents import list_sources
 
-    sources = list_sources(arguments.input, arguments.include, arguments.exclude, arguments.format)
+    sources = list_sources(
+        arguments.input,
+        arguments.include,
+        arguments.exclude,
+        arguments.format,
+        keep_bad_files=True,
+        mixes_splits=False,
+    )
     work = [
         Rewriting(
             sources=(source,),
