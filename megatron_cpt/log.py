@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Sequence
 
 
 def configure_logging(level: int = logging.INFO) -> None:
@@ -89,6 +90,13 @@ def format_bytes(number: float) -> str:
             return f"{number:.0f} B" if suffix == "B" else f"{number:.1f} {suffix}"
         number /= 1024
     raise AssertionError("unreachable")
+
+
+def aligned(rows: Sequence[tuple[str, ...]]) -> str:
+    """Return rows as lines whose columns start at the same place."""
+    widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines) + "\n"
 
 
 def _short(number: float) -> str:

@@ -166,7 +166,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _extension(arguments: argparse.Namespace) -> VocabExtension | None:
     from megatron_cpt.checkpoint.huggingface.vocabulary import VocabExtension, subtokens_of_new_tokens
-    from megatron_cpt.files import read_json
+    from megatron_cpt.files import read_json_object
 
     if arguments.extend_vocab is None:
         return None
@@ -174,6 +174,6 @@ def _extension(arguments: argparse.Namespace) -> VocabExtension | None:
     if arguments.extend_method == "subtokens":
         if arguments.new_tokenizer is None:
             raise ConfigError("--extend-method subtokens: spells new tokens with old ones. Give --new-tokenizer.")
-        old_size = read_json(arguments.hf_dir / "config.json")["vocab_size"]
+        old_size = read_json_object(arguments.hf_dir / "config.json")["vocab_size"]
         subtokens = subtokens_of_new_tokens(arguments.hf_dir, arguments.new_tokenizer, old_size)
     return VocabExtension(vocab_size=arguments.extend_vocab, method=arguments.extend_method, subtokens=subtokens)

@@ -91,10 +91,10 @@ def test_an_unfinished_last_line_is_passed_over_and_a_bad_one_is_named(write_run
     path = run / "metrics.jsonl"
     good = path.read_text()
     path.write_text(good + '{"kind": "tr')
-    assert len(read_metrics(path)) == 2
+    assert len(list(read_metrics(path))) == 2
     path.write_text('{"kind": "tr\n' + good)
     with pytest.raises(DataError, match=r"metrics\.jsonl:1"):
-        read_metrics(path)
+        list(read_metrics(path))
 
 
 def test_a_folder_without_metrics_is_refused(tmp_path):

@@ -6,6 +6,7 @@ file does not. `pytorch_model*.bin` folders are read by `safe.load_safely`, mapp
 """
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -21,7 +22,7 @@ import torch
 from megatron_cpt.checkpoint.torch_dist.dcp_writer import HashingWriter
 from megatron_cpt.checkpoint.torch_dist.pickles import load_safely
 from megatron_cpt.errors import CheckpointError
-from megatron_cpt.files import naming, read_json, write_json
+from megatron_cpt.files import naming, read_json_object, write_json
 
 DTYPES = {
     "F64": torch.float64,
@@ -51,6 +52,8 @@ SIDE_FILES = (
     "tokenization_*.py",
 )
 """What belongs to a tokenizer (globs)."""
+_MOST_HEADER_BYTES = 100_000_000
+"""The safetensors library's own limit."""
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 
 
@@ -59,7 +62,7 @@ class HFFolder:
 
     def __init__(self, path: Path):
         self.path = path
-        self.config: dict[str, Any] = read_json(path / "config.json", CheckpointError)
+        self.config: dict[str, Any] = read_json_object(path / "config.json", CheckpointError)
         self._entries: dict[str, tuple[Path, int, int, torch.dtype, tuple[int, ...]]] = {}
         self._pickled: dict[str, torch.Tensor] = {}
         self.files = _weight_files(path)
@@ -133,7 +136,7 @@ class HFFolder:
 
     def _check_index(self) -> None:
         for index in self.path.glob("*.index.json"):
-            listed = set(read_json(index, CheckpointError).get("weight_map", {}))
+            listed = set(read_json_object(index, CheckpointError).get("weight_map") or {})
             missing = sorted(listed - set(self.names()))
             if missing and index.name.split(".")[0] in {file.name.split("-")[0].split(".")[0] for file in self.files}:
                 raise CheckpointError(
@@ -228,15 +231,22 @@ def _read_header(file: Path) -> dict[str, tuple[Path, int, int, torch.dtype, tup
         length = int.from_bytes(raw.read(8), "little")
         if size < 8 or length > size - 8:
             raise CheckpointError(f"{file}: {size} bytes, its header alone needs {length + 8}. It is truncated.")
+        if length > _MOST_HEADER_BYTES:
+            raise CheckpointError(
+                f"{file}: a header of {length} bytes. {_MOST_HEADER_BYTES} are the most. It is damaged."
+            )
         try:
-            header = json.loads(raw.read(length))
-        except (json.JSONDecodeError, UnicodeDecodeError) as problem:
+            header = json.loads(raw.read(length), object_pairs_hook=_once)
+        except (ValueError, RecursionError) as problem:
             raise CheckpointError(f"{file}: the header is no JSON ({problem}). The file is damaged.") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file}: the header is no JSON object. The file is damaged.")
     start = 8 + length
-    entries = {}
+    entries: dict[str, tuple[Path, int, int, torch.dtype, tuple[int, ...]]] = {}
     for name, entry in header.items():
         if name == "__metadata__":
             continue
+        _check_entry(entry, f"{file}: {name}")
         low, high = entry["data_offsets"]
         dtype = DTYPES.get(entry["dtype"])
         shape = tuple(entry["shape"])
@@ -249,7 +259,35 @@ def _read_header(file: Path) -> dict[str, tuple[Path, int, int, torch.dtype, tup
         if start + high > size:
             raise CheckpointError(f"{file}: {name} ends at byte {start + high} of {size}. The file is truncated.")
         entries[name] = (file, start + low, high - low, dtype, shape)
+    places = sorted((low, length, name) for name, (_, low, length, _, _) in entries.items() if length)
+    for (low, length, name), (following, _, other) in itertools.pairwise(places):
+        if low + length > following:
+            raise CheckpointError(f"{file}: {name} and {other} overlap. The file is damaged.")
     return entries
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name is stated twice")
+    return found
+
+
+def _check_entry(entry: Any, where: str) -> None:
+    """Raise CheckpointError when a tensor's entry is not `{dtype: text, shape: sizes, data_offsets: [low, high]}`."""
+
+    def are_places(values: Any) -> bool:
+        return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 63 for value in values)
+
+    if (
+        not isinstance(entry, dict)
+        or not isinstance(entry.get("dtype"), str)
+        or not are_places(entry.get("shape"))
+        or not are_places(entry.get("data_offsets"))
+        or len(entry["data_offsets"]) != 2
+        or entry["data_offsets"][0] > entry["data_offsets"][1]
+    ):
+        raise CheckpointError(f"{where}: its entry is {str(entry)[:120]}. The file is damaged.")
 
 
 def _read_pickled(file: Path) -> dict[str, torch.Tensor]:

@@ -25,6 +25,7 @@ from megatron_cpt.checkpoint.soup.mean import (
     normalised_weights,
     summary,
 )
+from megatron_cpt.config.loading.sources import read_yaml
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.files import whole_dir, write_json
 
@@ -82,7 +83,7 @@ def run_mergekit(config: dict[str, Any] | Path, output: Path, *, allow: Sequence
 
     Raises: CheckpointError with mergekit's last lines when it fails, or when its output is no model.
     """
-    settings = yaml.safe_load(config.read_text(encoding="utf-8")) if isinstance(config, Path) else config
+    settings = read_yaml(config) if isinstance(config, Path) else config
     paths = [Path(name) for name in _model_names(settings)]
     folders = [HFFolder(path) for path in dict.fromkeys(paths)]
     comparison = compare_models(folders)

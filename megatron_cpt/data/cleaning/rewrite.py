@@ -32,7 +32,7 @@ from megatron_cpt.data.reading.records import Problem
 from megatron_cpt.data.reading.streams import MAX_DOCUMENT_BYTES, PIECE_BYTES, stream_blocks
 from megatron_cpt.data.tokenize.shard_writer import bad_line
 from megatron_cpt.errors import ConfigError, DataError
-from megatron_cpt.files import read_json, whole_file, write_json
+from megatron_cpt.files import read_json_object, whole_file, write_json
 
 COMPRESSIONS = ("none", "gz", "zst")
 _BOM = b"\xef\xbb\xbf"
@@ -143,7 +143,7 @@ def _check_folders(rewritings: Mapping[Path, Rewriting]) -> None:
             output = path.with_name(path.name[1:].removesuffix(".sources.json"))
             if output in rewritings or not output.exists():
                 continue
-            for entry in read_json(path, DataError)["identity"]["sources"]:
+            for entry in read_json_object(path, DataError)["identity"]["sources"]:
                 if entry["path"] in makers:
                     raise DataError(
                         f"{output}: holds {entry['path']} from an earlier run, which would go to "
@@ -173,7 +173,7 @@ def rewrite(work: Rewriting) -> list[Findings]:
         return [_look(source, work, None, None) for source in work.sources]
     record_path, identity = _record_path(work.output), work.identity()
     if work.output.exists() and record_path.exists():
-        record = read_json(record_path, DataError)
+        record = read_json_object(record_path, DataError)
         if record["identity"] == identity and record["size"] == work.output.stat().st_size:
             return [Findings(**(found | _counters(found))) for found in record["findings"]]
     # written first, so that an output of ours is known as such also when the record of its findings is missing

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_cpt.data.shards.indexed import bin_path, idx_path
 from megatron_cpt.errors import DataError
-from megatron_cpt.files import read_json, write_json
+from megatron_cpt.files import read_json_object, write_json
 
 
 class MergeJournal:
@@ -33,7 +33,7 @@ class MergeJournal:
         except BlockingIOError:
             self.lock.close()
             raise DataError(f"{self.output}: another process is merging it. Let it finish.") from None
-        before = read_json(self.path, DataError) if self.path.exists() else None
+        before = read_json_object(self.path, DataError) if self.path.exists() else None
         if before is not None and before["inputs"] == self.inputs:
             self.num_joined = before["num_joined"]
         elif before is None and (bin_path(self.output).exists() or idx_path(self.output).exists()):

@@ -25,7 +25,7 @@ from megatron_cpt.data.tokenize.shard_plan import ShardPlan
 from megatron_cpt.data.tokenize.workers import PieceResult, TaskResult
 from megatron_cpt.data.tokenizer.interface import same_tokenizer
 from megatron_cpt.errors import DataError
-from megatron_cpt.files import naming, read_json, whole_file, write_json
+from megatron_cpt.files import naming, read_json_object, whole_file, write_json
 
 FORMAT = 1
 _LEFTOVER = re.compile(r"\.(.+)\.(?:idx|json|provenance\.npy|rejects\.jsonl)\.[^.]+\.partial")
@@ -189,7 +189,7 @@ def is_finished(plan: ShardPlan, keys: Sequence[str], tokenizer: dict[str, Any],
         if not manifest_path(prefix).exists():
             finished = False
             continue
-        manifest = read_json(manifest_path(prefix), DataError)
+        manifest = read_json_object(manifest_path(prefix), DataError)
         if not same_tokenizer(manifest["tokenizer"], tokenizer):
             raise DataError(
                 f"{prefix}: was tokenized with {_short(manifest['tokenizer'])}, not with {_short(tokenizer)}. "
@@ -232,7 +232,7 @@ def check_neighbours(output_dir: Path, tokenizer: dict[str, Any]) -> None:
     Raises: DataError naming the first.
     """
     for path in sorted(output_dir.rglob("*_document.json")):
-        manifest = read_json(path, DataError)
+        manifest = read_json_object(path, DataError)
         if isinstance(manifest, dict) and not same_tokenizer(manifest.get("tokenizer"), tokenizer):
             raise DataError(
                 f"{path}: is of a shard tokenized with {_short(manifest.get('tokenizer') or {})}, not with "

@@ -4,7 +4,6 @@ Hugging Face tokenizers are read with the `tokenizers` library alone; transforme
 reference tokenizers: an accelerated engine (`data/tokenizer/engines.py`) has to give the same ids.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from megatron_cpt.errors import DataError
-from megatron_cpt.files import file_hash
+from megatron_cpt.files import file_hash, read_json
 
 _USUAL_EOD = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|eos|>", "<eos>", "[EOS]", "<|end▁of▁sentence|>", "<EOD>")
 
@@ -174,12 +173,7 @@ def _configured_eos_id(folder: Path) -> int | None:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as problem:
-        raise DataError(f"{path}: not valid JSON ({problem}).") from None
+    value = read_json(path, DataError) if path.exists() else {}
     return value if isinstance(value, dict) else {}
 
 

@@ -277,13 +277,12 @@ def _position(
 def _before_cooldown(before: Path, lr_max: float) -> int | None:
     """Return the last checkpoint on disk that was saved while the learning rate was held at its peak."""
     run = RunDir(before)
-    held = [
-        record["iteration"]
-        for record in read_metrics(run.metrics_path)
-        if record["kind"] == "train" and record["lr"] >= HELD * lr_max
-    ]
+    held = None
+    for record in read_metrics(run.metrics_path):
+        if record["kind"] == "train" and record["lr"] >= HELD * lr_max:
+            held = record["iteration"]
     saved = [int(path.name.removeprefix("iter_")) for path in run.checkpoints.glob("iter_*") if path.is_dir()]
-    return max((iteration for iteration in saved if held and iteration <= held[-1]), default=None)
+    return max((iteration for iteration in saved if held is not None and iteration <= held), default=None)
 
 
 def _command(run_path: Path, before: Path | None, trial: Trial) -> tuple[str, ...]:

@@ -15,17 +15,21 @@ A value that is no number (NaN, infinity) is null. It is append-only. A stage th
 with `resumed`, every earlier record of a later iteration counts no more.
 """
 
+import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
+import orjson
 
+from megatron_cpt.config.loading.sources import read_yaml
 from megatron_cpt.data.lists.data_list import read_data_list
 from megatron_cpt.errors import DataError
+from megatron_cpt.evaluate.report.steps import Steps
+from megatron_cpt.files import naming
 from megatron_cpt.run.directory import RunDir
 
 
@@ -101,30 +105,45 @@ def read_stage(path: Path) -> Stage:
         for entry in read_data_list(run.data_list_path):
             corpus = entry.corpus or Path(entry.prefix).name
             stage.blend[corpus] = stage.blend.get(corpus, 0) + (entry.tokens or 0)
+    steps = Steps()
     for record in read_metrics(run.metrics_path):
-        _add_record(stage, record)
+        try:
+            _add_record(stage, steps, record)
+        except (KeyError, TypeError, OverflowError):
+            raise DataError(
+                f"{run.metrics_path}: {str(record)[:100]} lacks what a record of its kind has. Remove that line."
+            ) from None
+    stage.train = steps.records()
     return stage
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a metrics file; a last line that a killed process left unfinished is passed over."""
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a metrics file; a last line that a killed process left unfinished is passed over."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        file = path.open("rb")
     except FileNotFoundError:
         raise DataError(f"{path}: no such file. A run directory with metrics.jsonl is needed.") from None
-    records = []
-    for number, line in enumerate(lines, 1):
-        if not line:
-            continue
-        try:
-            record = json.loads(line)
-            record["kind"]
-        except (json.JSONDecodeError, TypeError, KeyError):
-            if number == len(lines):
+    with file, naming(path):
+        for number, line in enumerate(file, 1):
+            if not line.strip():
                 continue
-            raise DataError(f"{path}:{number}: {line[:60]!r} is no record. Remove that line.") from None
-        records.append(record)
-    return records
+            record = _record(line)
+            if record is not None:
+                yield record
+            elif line.endswith(b"\n"):
+                said = line.decode(errors="replace").rstrip()[:60]
+                raise DataError(f"{path}:{number}: {said!r} is no record. Remove that line.")
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        try:
+            record = json.loads(line)  # NaN, which records of another program may hold
+        except (ValueError, RecursionError):
+            return None
+    return record if isinstance(record, dict) and "kind" in record else None
 
 
 def setting(config: dict[str, Any], key: str) -> Any:
@@ -137,18 +156,20 @@ def setting(config: dict[str, Any], key: str) -> Any:
 
 def smoothed(values: Sequence[float], window: int) -> list[float]:
     """Return the mean over `window` values around each one; towards both ends the window shrinks, so nothing is shifted."""
-    means = []
-    for index in range(len(values)):
-        reach = min(index, len(values) - 1 - index, window // 2)
-        means.append(sum(values[index - reach : index + reach + 1]) / (2 * reach + 1))
-    return means
+    sums = list(itertools.accumulate(values, initial=0.0))
+    count = len(values)
+    reaches = (min(index, count - 1 - index, window // 2) for index in range(count))
+    return [
+        (sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1) if reach else values[index]
+        for index, reach in enumerate(reaches)
+    ]
 
 
-def _add_record(stage: Stage, record: dict[str, Any]) -> None:
+def _add_record(stage: Stage, steps: Steps, record: dict[str, Any]) -> None:
     kind = record["kind"]
     if kind == "train":
         if _is_finite(record):
-            stage.train.append(record)
+            steps.add(record)
         else:
             stage.not_finite.append(record["iteration"])
     elif kind == "validation":
@@ -157,35 +178,36 @@ def _add_record(stage: Stage, record: dict[str, Any]) -> None:
     elif kind == "end":
         stage.end_reason = record.get("reason")
     elif kind == "rollback":  # a loss spike was undone: the steps since the checkpoint are trained again
-        _cut(stage, record, "roll-back")
+        _cut(stage, steps, record, "roll-back")
     elif kind == "start":
         if record.get("resumed"):
-            _resume(stage, record)
+            _resume(stage, steps, record)
         elif stage.starts:  # started over from nothing: what was before does not count
-            stage.train, stage.validation, stage.interruptions, stage.not_finite = [], [], [], []
+            steps.cut(-1)
+            stage.validation, stage.interruptions, stage.not_finite = [], [], []
         stage.starts.append(record)
         stage.end_reason = None
 
 
-def _resume(stage: Stage, start: dict[str, Any]) -> None:
-    _cut(stage, start, None if stage.end_reason == "finished" else stage.end_reason or "killed")
+def _resume(stage: Stage, steps: Steps, start: dict[str, Any]) -> None:
+    _cut(stage, steps, start, None if stage.end_reason == "finished" else stage.end_reason or "killed")
 
 
-def _cut(stage: Stage, record: dict[str, Any], reason: str | None) -> None:
+def _cut(stage: Stage, steps: Steps, record: dict[str, Any], reason: str | None) -> None:
     """Go on at the record's iteration: what came after it does not count. With a reason it is an interruption."""
     iteration, tokens = record["iteration"], record.get("consumed_tokens", 0)
     if reason is not None:
         before = stage.starts[-1].get("layout", "") if stage.starts else ""
         stage.interruptions.append(
             Interruption(
-                stopped_tokens=max(stage.tokens, tokens),
+                stopped_tokens=max(steps.tokens, tokens),
                 resumed_tokens=tokens,
                 reason=reason,
                 layout_before=before,
                 layout_after=record.get("layout", before),
             )
         )
-    stage.train = [record for record in stage.train if record["iteration"] <= iteration]
+    steps.cut(iteration)
     stage.validation = [record for record in stage.validation if record["iteration"] <= iteration]
     stage.not_finite = [found for found in stage.not_finite if found <= iteration]
 
@@ -227,5 +249,4 @@ def _parent(from_path: Any) -> tuple[str | None, int | None]:
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return config if isinstance(config, dict) else {}
+    return read_yaml(path)

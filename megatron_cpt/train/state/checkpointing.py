@@ -48,7 +48,7 @@ from megatron_cpt.checkpoint.torch_dist.megatron_arguments import (
 from megatron_cpt.checkpoint.torch_dist.pickles import first_line
 from megatron_cpt.config.settings.schema import ModelConfig
 from megatron_cpt.errors import CheckpointError, storage_error
-from megatron_cpt.files import file_hash, read_json, write_json
+from megatron_cpt.files import file_hash, read_json_object, write_json
 from megatron_cpt.run.lock import fence
 from megatron_cpt.train.backend.parallel import on_every_rank, on_rank_0
 from megatron_cpt.train.model.build import unwrap
@@ -212,7 +212,7 @@ def _hash_files(directory: Path, rank: int) -> None:
 
 def _gathered_hashes(directory: Path, rank: int) -> dict[str, str]:
     path = _hashes_path(directory, rank)
-    hashes = on_every_rank(lambda: read_json(path, CheckpointError))
+    hashes = on_every_rank(lambda: read_json_object(path, CheckpointError))
     path.unlink(missing_ok=True)
     gathered: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(gathered, hashes)
