@@ -16,7 +16,7 @@ from megatron_cpt.checkpoint.soup.mean import average_hf, greedy_soup, uniform_s
 from megatron_cpt.checkpoint.soup.megatron import average_checkpoints
 from megatron_cpt.checkpoint.soup.mergekit import OF_TWO, WEIGHTLESS, WITHOUT_BASE, mergekit_config, run_mergekit
 from megatron_cpt.checkpoint.torch_dist.mcore import read_tracker, verify_checkpoint, write_tracker
-from megatron_cpt.errors import CheckpointError
+from megatron_cpt.errors import CheckpointError, CptError
 from tests.tolerances import assert_bf16_rounding, assert_fp32_rounding
 
 
@@ -232,3 +232,13 @@ def test_checkpoints_of_other_models_do_not_average(checkpoints, hf_models, tmp_
     with pytest.raises(CheckpointError, match="add_qkv_bias: False != True"):
         average_checkpoints([checkpoints[0], other], tmp_path / "soup")
     assert not (tmp_path / "soup").exists()
+
+
+def test_the_same_soup_again_is_kept_and_another_one_is_refused(variants, tmp_path):
+    output = average_hf(variants[:2], tmp_path / "soup")
+    before = {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
+    assert average_hf(variants[:2], output) == output
+    assert {path.name: path.stat().st_mtime_ns for path in output.iterdir()} == before
+    for other in ({"weights": [1.0, 3.0]}, {"dtype": "bf16"}):
+        with pytest.raises(CptError, match="exists already"):
+            average_hf(variants[:2], output, **other)

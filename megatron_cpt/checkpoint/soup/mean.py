@@ -35,7 +35,7 @@ from megatron_cpt.checkpoint.huggingface.folder import (
 from megatron_cpt.checkpoint.huggingface.read_config import architecture_keys
 from megatron_cpt.checkpoint.torch_dist.mcore import check_free_space
 from megatron_cpt.errors import CheckpointError
-from megatron_cpt.files import file_hash, whole_dir, write_json
+from megatron_cpt.files import file_hash, read_json, whole_dir, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +126,11 @@ def average_hf(
 
         return OutputGroup(((name, first.shape(name), target),), build)
 
+    if output.exists() and _is_made(
+        output, merge_info(folders, shares, "linear", comparison, engine="megatron-cpt"), cast
+    ):
+        logger.info("%s: kept, it was made of the same models", output)
+        return output
     groups = [group(name) for name in first.names()]
     check_free_space(output, int(sum(part.num_bytes for part in groups) * 1.01) + (1 << 20))
     remove_partial(output)
@@ -139,6 +144,16 @@ def average_hf(
         write_json(directory / MERGE_INFO, merge_info(folders, shares, "linear", comparison, engine="megatron-cpt"))
     logger.info("%s: %s", output, summary(comparison, len(folders)))
     return output
+
+
+def _is_made(output: Path, info: dict[str, Any], cast: torch.dtype | None) -> bool:
+    """Return whether a folder holds the very soup that is asked for, whole by its headers."""
+    if not (output / MERGE_INFO).is_file() or read_json(output / MERGE_INFO, CheckpointError) != json.loads(
+        json.dumps(info)
+    ):
+        return False
+    made = HFFolder(output)
+    return cast is None or made.config.get("dtype") == NAMES_IN_CONFIG[cast]
 
 
 def weighted_mean(reads: Sequence[Callable[[], torch.Tensor]], weights: Sequence[float]) -> torch.Tensor:

@@ -18,7 +18,7 @@ from megatron_cpt.checkpoint.soup.mean import MERGE_INFO, normalised_weights, we
 from megatron_cpt.checkpoint.torch_dist import mcore
 from megatron_cpt.checkpoint.torch_dist.dcp_writer import Slice, write_dcp
 from megatron_cpt.checkpoint.torch_dist.megatron_arguments import write_megatron_metadata
-from megatron_cpt.checkpoint.torch_dist.release import release_manifest
+from megatron_cpt.checkpoint.torch_dist.release import is_made, release_manifest
 from megatron_cpt.checkpoint.torch_dist.weights import TorchDistWeights
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.files import text_hash, whole_dir, write_json
@@ -109,6 +109,14 @@ def average_checkpoints(
         )
     mcore.check_holds_no_run(output)
     target = mcore.checkpoint_dir(output, "release")
+    made_of = {
+        "kind": "soup",
+        "inputs": [os.fspath(checkpoint) for checkpoint in checkpoints],
+        "content": text_hash(json.dumps(inputs, sort_keys=True)),
+    }
+    if is_made(target, made_of, models[0]):
+        logger.info("%s: kept, it was made of the same checkpoints", target)
+        return target
     slices = [_slice(step, source) for step in steps]
     mcore.check_free_space(output, int(sum(part.num_bytes for part in slices) * 1.01) + (1 << 20))
     remove_partial(target)
@@ -116,7 +124,6 @@ def average_checkpoints(
         hashes = write_dcp(directory, slices, num_workers=num_workers)
         write_megatron_metadata(directory, models[0])
         write_json(directory / MERGE_INFO, info)
-        made_of = {"kind": "soup", "inputs": [os.fspath(checkpoint) for checkpoint in checkpoints]}
         kept = {key: manifests[0].get(key) for key in ("tokenizer", "hf")}
         mcore.write_manifest(directory, release_manifest(manifests[0]["model"], made_of, **kept), hashes)
     mcore.write_tracker(output, "release")

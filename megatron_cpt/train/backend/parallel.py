@@ -16,6 +16,7 @@ from megatron.core.num_microbatches_calculator import (
 from megatron_cpt.config.settings.derived import megatron_virtual_size, model_parallel_size
 from megatron_cpt.config.settings.schema import RunConfig
 from megatron_cpt.errors import ConfigError, CptError, storage_error
+from megatron_cpt.launch.node.hosts import wait_for_name
 from megatron_cpt.train.backend import cpu
 
 
@@ -121,6 +122,8 @@ def _initialize_distributed(timeout_seconds: int) -> None:
     cpu.set_threads()
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, value)
+    if os.environ["WORLD_SIZE"] != "1":
+        wait_for_name(os.environ["MASTER_ADDR"])
     timeout = datetime.timedelta(seconds=timeout_seconds)
     if cpu.is_cpu():
         store = None

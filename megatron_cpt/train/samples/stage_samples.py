@@ -285,7 +285,7 @@ def _plain_array(path: str | Path, *, mmap_mode: Any = None, **_: Any) -> np.nda
     """
     try:
         array: np.ndarray = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as problem:
+    except (ValueError, EOFError) as problem:
         raise DataError(
             f"{path}: cannot be read ({problem}). It is part of an index cache. Remove its folder; it is built anew."
         ) from None

@@ -37,7 +37,7 @@ from megatron_cpt.train.samples.batches import DatasetTokenizer, build_train_dat
 from megatron_cpt.train.samples.skipped_iterations import passed_ranges, skipped_ranges, tokens_per_corpus
 from megatron_cpt.train.samples.stage_samples import BlendedSamples
 from megatron_cpt.train.stage.step import layout_text
-from megatron_cpt.train.stage.validation import ValidationSet, build_validation_sets
+from megatron_cpt.train.stage.validation import ValidationSet, build_validation_sets, check_validation_shards
 from megatron_cpt.train.state.checkpointing import load_checkpoint
 from megatron_cpt.train.state.resume_check import (
     check_model_fits,
@@ -167,6 +167,7 @@ def _prepare(
 
     order: StageOrder = on_rank_0(planned)
     check_data_agree(order.entries)
+    on_rank_0(lambda: check_validation_shards(config))
     data_dir = Path(config.paths.data_dir)
     tokenizer = load_tokenizer(data_dir / config.data.tokenizer) if config.data.tokenizer else None
     if tokenizer is None:
