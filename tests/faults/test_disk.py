@@ -7,17 +7,12 @@ whole disk: it succeeds, and what it writes is byte for byte what an undisturbed
 import errno
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from tests.checkpoint.conftest import build_hf_model
 
-ROOT = Path(__file__).resolve().parents[2]
 WRITE_FAULTS = [
     (operation, number)
     for operation, numbers in (
@@ -33,31 +28,16 @@ READ_FAULTS = [("read", errno.EIO), ("open", errno.EACCES), ("open", errno.ESTAL
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    """Return a folder with documents, a tokenizer of bytes, two models and a Megatron checkpoint."""
+def inputs(tmp_path_factory, verb):
+    """Return a folder with documents, two models and a Megatron checkpoint."""
     folder = tmp_path_factory.mktemp("inputs")
     lines = [json.dumps({"text": f"document {number} " + "word " * (number % 50)}) for number in range(400)]
     (folder / "docs.jsonl").write_text("\n".join(lines) + "\n")
     for seed in (0, 1):
         build_hf_model("llama", seed).save_pretrained(folder / f"model{seed}")
-    save_file({"a": torch.zeros(3)}, folder / "plain.safetensors")
-    done = run(["convert", "hf-to-mcore", folder / "model0", folder / "mcore"], {})
-    assert done.returncode == 0, done.stderr
+    done = verb(["convert", "hf-to-mcore", folder / "model0", folder / "mcore"])
+    assert done["code"] == 0, done["err"]
     return folder
-
-
-def run(arguments, environment):
-    """Run a verb; return the finished process."""
-    command = [sys.executable, "-m", "megatron_cpt", *map(str, arguments)]
-    return subprocess.run(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
 
 
 def verbs(inputs, output):
@@ -86,53 +66,50 @@ def content(folder):
 
 def told(done):
     """Check that a verb ended as it should on a faulty disk."""
-    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr[-2000:])
-    assert "Traceback" not in done.stderr, done.stderr[-3000:]
+    assert done["code"] == 2 and "Traceback" not in done["err"], done["err"][-3000:]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_disk_that_refuses_to_be_written_is_told_and_the_same_command_then_succeeds(
-    name, inputs, tmp_path, faulty_disk
-):
+def test_a_disk_that_refuses_to_be_written_is_told_and_the_same_command_then_succeeds(name, inputs, tmp_path, verb):
     whole = tmp_path / "whole"
-    assert run(verbs(inputs, whole)[name], {}).returncode == 0
+    assert verb(verbs(inputs, whole)[name])["code"] == 0
     expected = content(whole)
     for operation, number in WRITE_FAULTS:
         output = tmp_path / f"{operation}-{number}"
-        done = run(verbs(inputs, output)[name], faulty_disk(f"{operation} {number} /{output.name} 0"))
-        if done.returncode == 0:  # the verb makes no such call
+        done = verb(verbs(inputs, output)[name], f"{operation} {number} /{output.name} 0")
+        if done["code"] == 0:  # the verb makes no such call
             assert content(output) == expected
             continue
         told(done)
-        assert os.strerror(number) in done.stderr and output.name in done.stderr, (operation, done.stderr[-800:])
-        again = run(verbs(inputs, output)[name], {})
-        assert again.returncode == 0, again.stderr[-2000:]
+        assert os.strerror(number) in done["err"] and output.name in done["err"], (operation, done["err"][-800:])
+        again = verb(verbs(inputs, output)[name])
+        assert again["code"] == 0, again["err"][-2000:]
         assert content(output) == expected
         assert not list(output.parent.glob(f".{output.name}*.partial"))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_disk_that_refuses_to_be_read_is_told(name, inputs, tmp_path, faulty_disk):
+def test_a_disk_that_refuses_to_be_read_is_told(name, inputs, tmp_path, verb):
     place = {"dedup": "docs.jsonl", "sample": "docs.jsonl", "mcore-to-hf": "distcp", "copy": "distcp"}.get(
         name, "model0/model"
     )
     for operation, number in READ_FAULTS:
         output = tmp_path / f"{operation}-{number}"
-        done = run(verbs(inputs, output)[name], faulty_disk(f"{operation} {number} {place} 0"))
-        assert "Traceback" not in done.stderr, (operation, done.stderr[-3000:])
-        assert done.returncode in (0, 1, 2)
-        if done.returncode == 0:
-            assert not (operation == "read" and name != "sample"), (operation, done.stdout)
+        done = verb(verbs(inputs, output)[name], f"{operation} {number} {place} 0")
+        assert "Traceback" not in done["err"], (operation, done["err"][-3000:])
+        assert done["code"] in (0, 1, 2)
+        if done["code"] == 0:
+            assert not (operation == "read" and name != "sample"), (operation, done["out"])
 
 
-def test_a_slow_disk_is_waited_for(inputs, tmp_path, faulty_disk):
+def test_a_slow_disk_is_waited_for(inputs, tmp_path, verb):
     output = tmp_path / "slow"
-    done = run(verbs(inputs, output)["copy"], faulty_disk("delay 20 /slow 0"))
-    assert done.returncode == 0, done.stderr
+    done = verb(verbs(inputs, output)["copy"], "delay 20 /slow 0")
+    assert done["code"] == 0, done["err"]
 
 
 @pytest.mark.parametrize("thing", ["file", "folder", "circle", "empty name"])
-def test_another_thing_in_the_outputs_place_is_told(thing, inputs, tmp_path):
+def test_another_thing_in_the_outputs_place_is_told(thing, inputs, tmp_path, verb):
     for name in NAMES:
         output = tmp_path / f"{name}-{thing}"
         place = output
@@ -144,9 +121,9 @@ def test_another_thing_in_the_outputs_place_is_told(thing, inputs, tmp_path):
             (place / "mine").write_text("mine")
         elif thing == "circle":
             place.symlink_to(place.name)
-        done = run(verbs(inputs, output)[name], {})
-        assert "Traceback" not in done.stderr, (name, done.stderr[-3000:])
+        done = verb(verbs(inputs, output)[name])
+        assert "Traceback" not in done["err"], (name, done["err"][-3000:])
         if thing == "file":
-            assert done.returncode != 0 and place.read_text() == "mine", name
+            assert done["code"] != 0 and place.read_text() == "mine", name
         elif thing == "folder":
             assert (place / "mine").read_text() == "mine", name
