@@ -7,7 +7,7 @@ PY := .venv/bin/python
 SHELL_FILES = $(shell git ls-files --cached --others --exclude-standard '*.sh' .ci/run)
 RECIPES = llmjp-v4-midtraining aurora-cpt openseek-cpt snakmodel-danish latxa-instruct
 
-.PHONY: help venv demo demo-clean recipes recipes-clean test test-fast test-full faults check format bench docs doctor clean cluster-packages
+.PHONY: help venv demo demo-clean recipes recipes-clean test test-fast test-full faults check format bench docs doctor clean cluster-packages browser-package
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -27,7 +27,7 @@ recipes: venv  ## the five recipes in small, one after the other, with checks of
 recipes-clean:  ## remove what the recipes wrote
 	@rm -rf runs/mini runs/short $(RECIPES:%=runs/%)
 
-test: venv cluster-packages  ## run the test-suite but for the long matrices of test-full
+test: venv cluster-packages browser-package  ## run the test-suite but for the long matrices of test-full
 	@$(PY) -m pytest -q -m "not full" --durations=25
 
 test-fast: venv  ## run the tests that take seconds
@@ -59,6 +59,9 @@ docs: venv  ## write docs/reference/ from the code
 
 doctor: venv  ## say what is missing or incompatible on this machine
 	@$(PY) -m megatron_cpt doctor
+
+browser-package:
+	@installers/browser_package.sh
 
 cluster-packages:
 	@installers/cluster_packages.sh

@@ -114,7 +114,7 @@ def make_model(path: Path, size: tuple[int, ...]) -> None:
 
     from megatron_cpt.checkpoint.huggingface.folder import OutputGroup, write_safetensors
     from megatron_cpt.checkpoint.huggingface.write_config import hf_config_from_model
-    from megatron_cpt.checkpoint.mapping.rules import family_of, units
+    from megatron_cpt.checkpoint.mapping.units import family_of, units
     from megatron_cpt.config.settings.schema import ModelConfig
 
     hidden, ffn, layers, heads, groups, vocabulary = size

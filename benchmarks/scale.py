@@ -34,7 +34,7 @@ elif what == "status":
 elif what == "report":
     module.write_report([run], folder / "report")
 else:
-    module.read_stage(run)
+    module.read_stage(run, module.STEP_FIELDS)
     module._before_cooldown(run, 1.0)
 print(json.dumps([time.process_time() - before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))
 """

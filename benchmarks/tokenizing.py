@@ -83,7 +83,7 @@ import json, multiprocessing, os, sys, time
 from pathlib import Path
 path, tokenizer, workers, engine = sys.argv[1:]
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
-from megatron_cpt.data.tokenize.workers import ONE_THREAD
+from megatron_cpt.data.tokenizer.threads import ONE_THREAD
 os.environ.update(ONE_THREAD)
 from megatron_cpt.data.tokenizer.engines import load_engine
 from megatron_cpt.data.tokenizer.interface import load_tokenizer

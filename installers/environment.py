@@ -87,7 +87,7 @@ def install_wheels(venv: Path, profile: Profile, bundle: Path | None) -> None:
     requirements.write_text(profile.wheels_text())
     pip = [*pip_command(venv), "install", "--require-hashes", "--no-deps", *only_from(bundle)]
     num_packages = profile.wheels_text().count("==")
-    run_pip([*pip, "-r", str(requirements)], venv, f"installing {num_packages} packages")
+    run_pip([*pip, "-r", str(requirements)], venv, f"installing {num_packages} package{'s' * (num_packages != 1)}")
 
 
 def install_source(venv: Path, profile: Profile, bundle: Path | None) -> None:
@@ -218,7 +218,7 @@ def progress(venv: Path, log: Path) -> str:
     lines = [line for line in log.read_text(errors="replace").splitlines() if not line.startswith("WARNING")]
     last = lines[-1].strip() if lines else "starting"
     last = "unpacking" if last.startswith("Installing collected") else last
-    return f"{packages} packages in place; {last[:70]}"
+    return f"{packages} package{'s' * (packages != 1)} in place; {last[:70]}"
 
 
 @contextlib.contextmanager

@@ -12,9 +12,11 @@ import sys
 from megatron_cpt import __version__
 from megatron_cpt.errors import CptError, storage_error
 from megatron_cpt.log import configure_logging
-from megatron_cpt.verbs.dispatch import load_verb
+from megatron_cpt.verbs.dispatch import load_verb, parse_words
 
 VERBS = {
+    "init": "write a task from a model, some text and a number of tokens",
+    "params": "write the params file of a Hugging Face model",
     "doctor": "say what is missing or incompatible on this machine",
     "train": "train one stage; what each rank of a job runs (see submit)",
     "plan": "say what a run needs before it is queued: tokens, iterations, memory per rank, disk, time, node hours",
@@ -57,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _run_verb(verb: str, argv: list[str]) -> int:
     module, parser = load_verb(verb, f"megatron-cpt {verb}")
-    arguments = parser.parse_args(argv)
+    arguments = parse_words(parser, argv)
     configure_logging()
     try:
         return module.run(arguments) or 0

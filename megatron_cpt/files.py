@@ -1,9 +1,11 @@
 """Files that appear under their final name only when they are whole: write beside, fsync, rename."""
 
 import contextlib
+import fcntl
 import glob
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -13,6 +15,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_cpt.errors import CptError, storage_error
+
+logger = logging.getLogger(__name__)
 
 _LEFTOVER_SECONDS = 86400
 
@@ -141,6 +145,22 @@ def sync_dir(path: Path) -> None:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def take_lock(descriptor: int, path: Path, is_shared: bool = False) -> bool:
+    """Lock an open file or folder until its descriptor is closed; return False where another process holds the lock.
+
+    A shared lock leaves room for others that are shared.
+
+    The kernel drops the lock with the process, however it ends. A file system without locks counts as free, with a warning.
+    """
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as problem:
+        logger.warning("%s: cannot be locked (%s); do not start the command twice", path, problem.strerror)
+    return True
 
 
 def _remove_leftovers(path: Path) -> None:

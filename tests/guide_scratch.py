@@ -46,7 +46,7 @@ sizes:
 variants:
   base:
     data: {mix: {D0: 1.0}}
-    init: {from_path: models/base}
+    init: {from_path: ../models/base}
     schedule: {lr_decay_style: WSD, lr_warmup: 2, lr_cooldown: 8}
   main:
     data: {mix: {D0: 0.1, D1: 0.9}}
@@ -58,8 +58,8 @@ SCHEDULER = """#!/usr/bin/env bash
 case "$(basename "$0")" in
   sbatch) echo $((100 + RANDOM % 800)) ;;
   qsub) echo "$((100 + RANDOM % 800)).pbs1" ;;
-  scontrol) echo "JobId=1 JobState=PENDING Reason=Priority ExitCode=0:0" ;;
-  qstat) echo '{"Jobs": {"1": {"job_state": "Q", "comment": "waits"}}}' ;;
+  squeue) for id in $(grep -o 'jobs=[0-9,]*' <<<"$*" | tr -c '0-9' ' '); do echo "$id $id N/A PENDING 0 Priority"; done ;;
+  qstat) echo "{\"Jobs\": {\"${!#}\": {\"job_state\": \"Q\", \"comment\": \"waits\"}}}" ;;
 esac
 """
 
@@ -162,7 +162,7 @@ def build_scratch(root: Path) -> None:
     (task / "params/llama3-8b.yaml").write_text(PARAMS)
     commands = root / ".bin"
     commands.mkdir()
-    for name in ("sbatch", "scontrol", "scancel", "qsub", "qstat", "qdel"):
+    for name in ("sbatch", "squeue", "scontrol", "scancel", "qsub", "qstat", "qselect", "qdel"):
         (commands / name).write_text(SCHEDULER)
         (commands / name).chmod(0o755)
 

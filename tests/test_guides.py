@@ -27,6 +27,7 @@ from megatron_cpt.run.directory import RunDir
 from megatron_cpt.run.ledger import append_record
 from megatron_cpt.verbs.dispatch import load_verb
 from tests.guide_scratch import build_scratch, train_here, train_stage
+from tests.tiers import in_full
 
 ROOT = Path(__file__).resolve().parent.parent
 GUIDES = sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "migrate").glob("*.md")])
@@ -103,7 +104,6 @@ def scratch(prepared, ranks, tmp_path, monkeypatch) -> Path:
         return 0
 
     monkeypatch.setattr("megatron_cpt.launch.scheduler.local.run_local", run_here)
-    monkeypatch.setattr("megatron_cpt.launch.submission.sweep.run_local", run_here)
     return root
 
 
@@ -152,10 +152,16 @@ def parse_words(words: list[str]) -> None:
             assert not ended.code, f"megatron-cpt {shlex.join(words)}\n{errors.getvalue()}"
 
 
+LONG_GUIDES = {"evaluation.md", "change-the-cluster-size.md", "convert.md", "snakmodel.md"}
+"""Guides whose commands train or evaluate for long."""
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
-    "guide", [guide for guide in GUIDES if blocks(guide)], ids=lambda path: str(path.relative_to(ROOT / "docs"))
+    "guide",
+    [in_full(guide) if guide.name in LONG_GUIDES else guide for guide in GUIDES if blocks(guide)],
+    ids=lambda path: str(path.relative_to(ROOT / "docs")),
 )
 def test_every_command_of_a_guide_runs(guide, scratch):
     for block in blocks(guide):
@@ -166,7 +172,7 @@ def test_every_command_of_a_guide_runs(guide, scratch):
                 parse_line(line)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_advice_on_a_run_that_really_trained_has_numbers_and_commands_that_run(scratch, capsys):
     run_line(
         "megatron-cpt submit train --task tasks/ja --params llama3-8b --size 50B --variant main+held schedule.lr_cooldown=0"

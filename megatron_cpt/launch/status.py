@@ -2,12 +2,10 @@
 
 A job waits or died for a reason, and the table says it: the scheduler's own word, the job's exit code, or the first error
 line in its logs. A job that the ledger believes alive and the scheduler no longer knows was lost; submitting again
-repairs it.
+repairs it. `launch/scheduler/states.py` says how the two are joined.
 """
 
 import math
-import os
-import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +13,10 @@ from typing import Any
 
 from megatron_cpt.config.settings.derived import train_iters, train_tokens
 from megatron_cpt.config.settings.schema import RunConfig
-from megatron_cpt.launch.scheduler import queue
+from megatron_cpt.launch.scheduler.states import job_states
 from megatron_cpt.log import format_count, format_seconds
 from megatron_cpt.run.directory import RunDir
-from megatron_cpt.run.ledger import ACTIVE_STATES, append_record, read_jobs
+from megatron_cpt.run.ledger import read_jobs
 from megatron_cpt.run.progress import first_error, last_checkpoint, read_progress
 
 _ABORTED_SECONDS = 600
@@ -40,19 +38,17 @@ class JobRow:
 def job_rows(run: RunDir, now: float | None = None) -> list[JobRow]:
     """Return the run's jobs, oldest first, with the scheduler's states where it still knows them.
 
-    What the scheduler says about a job that the ledger believed alive is added to the ledger.
+    What the scheduler says of the end of a job that the ledger believed alive is added to the ledger; that it did not answer
+    is shown as `unknown` and never written down.
     """
     now = time.time() if now is None else now
-    jobs = {job: record for job, record in read_jobs(run.jobs).items() if "/" not in job}
+    states = job_states(run)
     rows = []
-    for job, record in jobs.items():
-        state, reason = str(record.get("state", "unknown")), str(record.get("reason", ""))
-        if state in ACTIVE_STATES:
-            seen = _scheduler_state(job, record)
-            state, reason = seen.state, seen.reason
-            if state not in queue.ALIVE:
-                state = "lost" if state == "unknown" else state
-                append_record(run.jobs, job, state=state, exit_code=seen.exit_code, reason=reason)
+    for job, record in read_jobs(run.jobs).items():
+        if "/" in job:
+            continue
+        seen = states[job]
+        state, reason = seen.state, seen.reason
         if state in ("failed", "lost", "cancelled") and not reason.startswith("links"):
             found = first_error(Path(str(record["log_dir"]))) if record.get("log_dir") else None
             reason = found or reason or f"exit code {record.get('exit_code')}"
@@ -110,18 +106,3 @@ def _progress_lines(run: RunDir, config: RunConfig | None, rows: list[JobRow], n
     if is_running and not progress.end_reason and silence > _ABORTED_SECONDS:
         lines.append(f"nothing was logged for {format_seconds(silence)}: the job may hang; look at its logs")
     return lines
-
-
-def _scheduler_state(job: str, record: dict[str, Any]) -> queue.JobState:
-    scheduler = str(record.get("scheduler", "local"))
-    if scheduler != "local":
-        return queue.job_states(scheduler, [job])[job]
-    if record.get("host") != socket.gethostname():
-        return queue.JobState("running", f"on {record.get('host')}, not seen from here")
-    try:
-        os.kill(int(record["pid"]), 0)
-    except (ProcessLookupError, KeyError):
-        return queue.JobState("unknown", "its process is gone")
-    except PermissionError:
-        pass
-    return queue.JobState("running")

@@ -23,6 +23,11 @@ class RunDir:
         return self.path / "revision.txt"
 
     @property
+    def environment_path(self) -> Path:
+        """Versions, device and variables of the last start."""
+        return self.path / "environment.json"
+
+    @property
     def data_list_path(self) -> Path:
         """The token-weighted data list of the stage, with each entry's corpus."""
         return self.path / "train_data.yaml"

@@ -9,6 +9,8 @@ from megatron_cpt import __version__
 def code_revision() -> str:
     """Return `0.1.0 <commit>`, with `+changes` when tracked files differ from it; the version alone outside git."""
     root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():  # an installed package may lie below somebody else's repository
+        return __version__
     try:
         commit = _git(root, "rev-parse", "HEAD")
         is_changed = bool(_git(root, "status", "--porcelain", "--untracked-files=no"))

@@ -6,6 +6,7 @@ Examples:
   megatron-cpt convert hf-to-mcore models/Qwen3-0.6B converted/qwen3-0.6b --verify
   megatron-cpt convert mcore-to-hf runs/t/p/50B/main/checkpoints/iter_0001000 out/hf --tokenizer data/tokenizer
   megatron-cpt convert foreign-to-mcore old/iter_0001000 converted/old --params llama-1b --optimizer needed
+  megatron-cpt convert init --task tasks/demo --params demo-5m --size 8M --variant base
   megatron-cpt convert latest --task tasks/demo --params demo-5m --size 8M --variant base
   megatron-cpt convert all --task tasks/demo --params demo-5m --size 8M --every 1000
   megatron-cpt convert verify models/Qwen3-0.6B converted/qwen3-0.6b --logits --text sample.txt
@@ -19,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_cpt.config.loading.resolve import add_run_arguments, load_from_arguments
-from megatron_cpt.errors import ConfigError
 from megatron_cpt.verbs.model_arguments import params_model, parse_bytes
 
 if TYPE_CHECKING:
@@ -41,7 +41,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     to_mcore.add_argument(
         "--ignore-config", action="append", default=[], metavar="KEY", help="config.json keys that change nothing"
     )
-    to_mcore.add_argument("--extend-vocab", type=int, metavar="ROWS", help="grow the vocabulary to this size")
+    to_mcore.add_argument(
+        "--drop-mtp", action="store_true", help="leave out the layers that predict further tokens (DeepSeek-V3)"
+    )
+    to_mcore.add_argument(
+        "--extend-vocab",
+        type=_rows,
+        metavar="ROWS",
+        help="grow the vocabulary to this size; auto: a row for each id of --new-tokenizer",
+    )
+    to_mcore.add_argument(
+        "--extend-multiple",
+        type=int,
+        default=1,
+        metavar="N",
+        help="round the rows of --extend-vocab up to a multiple (1)",
+    )
     to_mcore.add_argument(
         "--extend-method",
         choices=("mean", "noise", "subtokens"),
@@ -50,12 +65,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     to_mcore.add_argument("--new-tokenizer", type=Path, metavar="DIR", help="tokenizer with the new tokens")
     _add_options(to_mcore)
+    _add_nonfinite(to_mcore)
     to_hf = directions.add_parser("mcore-to-hf", help="a Megatron checkpoint to a Hugging Face folder")
     to_hf.add_argument("checkpoint", type=Path, help="iter_NNNNNNN, release, or the folder above (newest good one)")
     to_hf.add_argument("output", type=Path, help="Hugging Face folder to make")
     to_hf.add_argument("--tokenizer", type=Path, help="tokenizer folder, tokenizer.json or SentencePiece model to copy")
     to_hf.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file (5GB)")
     _add_options(to_hf)
+    _add_nonfinite(to_hf)
     foreign = directions.add_parser(
         "foreign-to-mcore", help="a checkpoint of Megatron-LM or DeepSpeed, optimizer too, to <output>/release"
     )
@@ -82,6 +99,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for run_parser in (latest, every):
         add_run_arguments(run_parser)
         _add_options(run_parser)
+    start = directions.add_parser(
+        "init", help="the checkpoint that a run starts from, to <run>/init, as training itself would make it"
+    )
+    add_run_arguments(start)
     check = directions.add_parser("verify", help="compare a Hugging Face folder with a Megatron checkpoint")
     check.add_argument("hf_dir", type=Path, help="Hugging Face folder")
     check.add_argument("checkpoint", type=Path, help="Megatron checkpoint")
@@ -97,6 +118,8 @@ def run(arguments: argparse.Namespace) -> int | None:
     # torch is imported only when something is converted
     if arguments.direction == "verify":
         return _verify(arguments)
+    if arguments.direction == "init":
+        return _init(arguments)
     from megatron_cpt.checkpoint.convert.hf_mcore import hf_to_mcore, mcore_to_hf
     from megatron_cpt.checkpoint.convert.run_export import export_all, export_latest
 
@@ -110,6 +133,8 @@ def run(arguments: argparse.Namespace) -> int | None:
                 make_vocab_size_divisible_by=arguments.make_vocab_size_divisible_by,
                 skip_tensors=arguments.skip_tensors,
                 ignore_config=arguments.ignore_config,
+                drop_mtp=arguments.drop_mtp,
+                allow_nonfinite=arguments.allow_nonfinite,
                 extension=_extension(arguments),
                 **options,
             )
@@ -121,6 +146,7 @@ def run(arguments: argparse.Namespace) -> int | None:
                 arguments.output,
                 tokenizer=arguments.tokenizer,
                 max_shard_bytes=parse_bytes(arguments.max_shard_size),
+                allow_nonfinite=arguments.allow_nonfinite,
                 **options,
             )
         ]
@@ -146,6 +172,25 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-workers", type=int, default=2, metavar="N", help="threads (2)")
 
 
+def _init(arguments: argparse.Namespace) -> int:
+    """Make what a run starts from; a run that has a checkpoint of its own does not start again."""
+    from megatron_cpt.run.directory import run_dir
+    from megatron_cpt.run.progress import last_checkpoint
+    from megatron_cpt.train.state.start_weights import initial_checkpoint
+
+    config = load_from_arguments(arguments).config
+    run = run_dir(config)
+    if iteration := last_checkpoint(run):
+        sys.stdout.write(f"{run.checkpoints}: at iteration {iteration}, kept: the run does not start again\n")
+        return 0
+    sys.stdout.write(f"{initial_checkpoint(config, run) or 'init.from_path: not set, random weights'}\n")
+    return 0
+
+
+def _add_nonfinite(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--allow-nonfinite", action="store_true", help="let NaN and infinity in weights pass")
+
+
 def _verify(arguments: argparse.Namespace) -> int:
     from megatron_cpt.checkpoint.convert.verify import compare_weights
     from megatron_cpt.checkpoint.torch_dist.mcore import find_checkpoint
@@ -165,15 +210,22 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _extension(arguments: argparse.Namespace) -> VocabExtension | None:
-    from megatron_cpt.checkpoint.huggingface.vocabulary import VocabExtension, subtokens_of_new_tokens
-    from megatron_cpt.files import read_json_object
+    from megatron_cpt.checkpoint.huggingface.vocabulary import extension_for
 
     if arguments.extend_vocab is None:
         return None
-    subtokens: dict[int, list[int]] = {}
-    if arguments.extend_method == "subtokens":
-        if arguments.new_tokenizer is None:
-            raise ConfigError("--extend-method subtokens: spells new tokens with old ones. Give --new-tokenizer.")
-        old_size = read_json_object(arguments.hf_dir / "config.json")["vocab_size"]
-        subtokens = subtokens_of_new_tokens(arguments.hf_dir, arguments.new_tokenizer, old_size)
-    return VocabExtension(vocab_size=arguments.extend_vocab, method=arguments.extend_method, subtokens=subtokens)
+    return extension_for(
+        arguments.hf_dir,
+        arguments.new_tokenizer,
+        rows=None if arguments.extend_vocab == "auto" else arguments.extend_vocab,
+        multiple=arguments.extend_multiple,
+        method=arguments.extend_method,
+    )
+
+
+def _rows(text: str) -> int | str:
+    if text == "auto":
+        return text
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of rows nor auto")
+    return int(text)

@@ -24,6 +24,16 @@ def load_verb(name: str, program: str) -> tuple[ModuleType, argparse.ArgumentPar
     return module, parser
 
 
+def parse_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+    """Return the arguments of a verb; settings (`key=value`) may stand on both sides of an option, which argparse alone refuses."""
+    arguments, rest = parser.parse_known_args(words)
+    if rest:
+        if not hasattr(arguments, "overrides") or any(word.startswith("-") for word in rest):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
+
+
 def verb_module(name: str) -> str:
     """Return the dotted module of a verb; a verb with a folder has its table of sub-verbs in `sub_verbs.py` there."""
     path = name.replace("-", "_").replace(" ", ".")
@@ -41,5 +51,5 @@ def add_sub_verbs(parser: argparse.ArgumentParser, sub_verbs: Mapping[str, str])
 def run_sub_verb(verb: str, sub_verb: str, rest: Sequence[str]) -> int | None:
     """Run `megatron-cpt VERB SUB_VERB REST`."""
     module, parser = load_verb(f"{verb} {sub_verb}", f"megatron-cpt {verb} {sub_verb}")
-    code: int | None = module.run(parser.parse_args(rest))
+    code: int | None = module.run(parse_words(parser, rest))
     return code

@@ -1,7 +1,8 @@
 """measure models on text: bits per byte, what was learned and forgotten, samples, weight divergence
 
 A model is a Hugging Face folder or a Megatron checkpoint (`.../checkpoints`, `.../iter_0001000`), written NAME=PATH. A
-text set is a .jsonl or .txt file (plain or compressed), a folder or a glob, written NAME=PATH.
+text set is a .jsonl or .txt file (plain or compressed), a folder or a glob, written NAME=PATH; a name that comes several
+times is one set of several paths. A result that is on disk already, of the same model and text, is kept.
 
   perplexity   bits per byte with 95 % intervals, per model and text set
   forgetting   the same, compared with the first model: learned, forgotten; a table, a chart, JSON. With --series the
@@ -16,10 +17,13 @@ Example: megatron-cpt evaluate forgetting --model base=hf/base --model cpt=runs/
 """
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
 from megatron_cpt.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 HELP = {
     "perplexity": "bits per byte with 95 %% intervals",
@@ -73,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             part.add_argument("--tokens", type=int, default=64, metavar="N", help="length of a continuation (64)")
             part.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): most likely")
             part.add_argument("--seed", type=int, default=1234, metavar="N", help="of sampling (1234)")
+            part.add_argument("--output", type=Path, metavar="FILE", help="write the texts as JSON, for `report`")
     sweep = subparsers.add_parser("sweep", help=HELP["sweep"])
     sweep.set_defaults(function=_sweep)
     sweep.add_argument("folder", type=Path, metavar="SWEEP", help="folder with sweep.json, VARIANT+sweep")
@@ -88,9 +93,10 @@ def _perplexity(arguments: argparse.Namespace) -> None:
     from megatron_cpt.evaluate.models.forgetting import perplexity_table
     from megatron_cpt.files import write_json
 
-    results = _measure(arguments)
+    results, inputs = _measure(arguments, arguments.output)
     if arguments.output:
-        write_json(arguments.output, {"format": 1, "results": [result.as_json() for result in results]})
+        content = {"format": 1, "inputs": inputs, "results": [result.as_json() for result in results]}
+        write_json(arguments.output, content)
     sys.stdout.write(perplexity_table(results) + "\n")
 
 
@@ -105,10 +111,11 @@ def _forgetting(arguments: argparse.Namespace) -> None:
     from megatron_cpt.evaluate.report.plots import plot_forgetting
     from megatron_cpt.files import write_json, write_text
 
-    results = _measure(arguments)
+    results, inputs = _measure(arguments, arguments.output / "forgetting.json")
     changes = compare_with_first(results)
     table = forgetting_table(changes)
     content, colour = as_json(results, changes), colours(result.model for result in results)
+    content["inputs"] = inputs
     plot_forgetting(changes, colour, arguments.output / "forgetting.png")
     if arguments.series:
         steps = compare_with_previous(results)
@@ -124,6 +131,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     from megatron_cpt.data.chat.template import load_template
     from megatron_cpt.evaluate.models.generation import continuations, side_by_side
     from megatron_cpt.evaluate.models.language_model import loaded_model
+    from megatron_cpt.files import write_json
 
     texts: dict[str, list[str]] = {}
     path_of_template = Path(arguments.chat) if arguments.chat else None
@@ -140,6 +148,8 @@ def _generate(arguments: argparse.Namespace) -> None:
                 seed=arguments.seed,
                 template=template,
             )
+    if arguments.output:
+        write_json(arguments.output, {"format": 1, "prompts": arguments.prompt, "texts": texts})
     sys.stdout.write(side_by_side(arguments.prompt, texts))
 
 
@@ -173,23 +183,42 @@ def _sweep(arguments: argparse.Namespace) -> None:
     sys.stdout.write(write_sweep_report(arguments.folder, arguments.output) + "\n")
 
 
-def _measure(arguments: argparse.Namespace) -> list:
+def _measure(arguments: argparse.Namespace, output: Path | None) -> tuple[list, dict]:
+    """Return every model's result on every text set, and what they were made of; those in `output` that hold are kept."""
+    from megatron_cpt.evaluate.models.kept import kept_results, measured_inputs
     from megatron_cpt.evaluate.models.language_model import loaded_model
     from megatron_cpt.evaluate.models.perplexity import measure_perplexity
     from megatron_cpt.evaluate.models.texts import read_text_set
 
-    models = named_paths(arguments.model, "--model")
-    texts = [
-        read_text_set(name, [path], arguments.max_documents)
-        for name, path in named_paths(arguments.text, "--text").items()
-    ]
-    results = []
+    models, texts = named_paths(arguments.model, "--model"), named_sets(arguments.text)
+    options = {"context": arguments.context, "stride": arguments.stride, "max_documents": arguments.max_documents}
+    inputs = measured_inputs(models, texts, arguments.tokenizer, options)
+    found = kept_results(output, inputs)
+    missing = {name: [text for text in texts if (name, text) not in found] for name in models}
+    needed = dict.fromkeys(text for names in missing.values() for text in names)
+    sets = {text: read_text_set(text, texts[text], arguments.max_documents) for text in needed}
     for name, path in models.items():
+        if not missing[name]:
+            logger.info("%s: %s: kept, measured already on the same texts", output, name)
+            continue
         with loaded_model(name, path, arguments.tokenizer) as model:
-            results += [
-                measure_perplexity(model, text, context=arguments.context, stride=arguments.stride) for text in texts
-            ]
-    return results
+            for text in missing[name]:
+                found[name, text] = measure_perplexity(
+                    model, sets[text], context=arguments.context, stride=arguments.stride
+                )
+    return [found[name, text] for name in models for text in texts], inputs
+
+
+def named_sets(arguments: list[str]) -> dict[str, list[Path]]:
+    """Return name -> paths of `NAME=PATH` arguments; the paths of one name are one set.
+
+    Raises: ConfigError when a name or a path is empty.
+    """
+    sets: dict[str, list[Path]] = {}
+    for argument in arguments:
+        ((name, path),) = named_paths([argument], "--text").items()
+        sets.setdefault(name, []).append(path)
+    return sets
 
 
 def named_paths(arguments: list[str], option: str) -> dict[str, Path]:

@@ -25,19 +25,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan; return 1 when the run does not fit."""
+    from megatron_cpt.data.blend.plan import check_tokenizer_rows  # numpy and the tokenizer's library
     from megatron_cpt.errors import LaunchError
     from megatron_cpt.launch.planning.plan import GIB, plan_run, plan_text
-    from megatron_cpt.launch.planning.search import search_text
+    from megatron_cpt.launch.planning.search import hardware_of, search_text
     from megatron_cpt.launch.scheduler.site import read_site
     from megatron_cpt.verbs.run_arguments import load_run
 
     config = load_run(arguments).config
-    gib = arguments.gpu_memory or read_site(arguments.site).gpu_memory_gib
+    check_tokenizer_rows(config)
+    site = read_site(arguments.site)
+    gib = arguments.gpu_memory or site.gpu_memory_gib
     gpu_memory = None if gib is None else int(gib * GIB)
     if arguments.search:
         if gpu_memory is None:
             raise LaunchError("plan --search: no GPU memory. Give --gpu-memory GIB or site.gpu_memory_gib.")
-        sys.stdout.write(search_text(config, gpu_memory))
+        sys.stdout.write(search_text(config, gpu_memory, hardware=hardware_of(site)))
         return 0
     is_on_cpu = config.launch.scheduler == "local" and gpu_memory is None and not Path("/dev/nvidiactl").exists()
     plan = plan_run(

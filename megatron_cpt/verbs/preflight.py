@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add where to write and what to expect."""
     parser.add_argument("--run-dir", type=Path, required=True, metavar="DIR", help="run directory")
     parser.add_argument("--gpus-per-node", type=int, default=1, metavar="N", help="GPUs that a node should have (1)")
+    parser.add_argument("--device", choices=("cuda", "xpu", "cpu"), help="what every rank must find (launch.device)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -27,7 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
     from megatron_cpt.train.tools.preflight import run_preflight
 
     reports, bandwidth = run_preflight(arguments.run_dir)
-    bad = bad_nodes(reports, gpus_per_node=arguments.gpus_per_node)
+    bad = bad_nodes(reports, gpus_per_node=arguments.gpus_per_node, device=arguments.device)
     if os.environ.get("RANK", "0") == "0":
         sys.stdout.write(report_text(reports, bandwidth, bad))
         if bad:

@@ -13,6 +13,7 @@ Exits with 2 and names every mistake at once when the configuration cannot work.
 import argparse
 import json
 import logging
+import os
 import shlex
 import sys
 
@@ -22,6 +23,7 @@ from megatron_cpt.config.megatron.arguments import megatron_flags, settings_with
 from megatron_cpt.config.settings.fields import plain
 from megatron_cpt.data.blend.epochs import with_iterations
 from megatron_cpt.errors import DataError
+from megatron_cpt.launch.submission.aurora_variables import add_variable_arguments, with_variables
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +31,7 @@ logger = logging.getLogger(__name__)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the run's arguments and what to print of it."""
     add_run_arguments(parser)
+    add_variable_arguments(parser)
     parser.add_argument(
         "--explain",
         nargs="?",
@@ -49,6 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.explain and "=" in arguments.explain:  # an override that followed a bare --explain
         arguments.overrides.append(arguments.explain)
         arguments.explain = ""
+    if arguments.from_environment or arguments.finetune or arguments.universal_checkpoint:
+        arguments.overrides = with_variables(arguments, os.environ if arguments.from_environment else {})
     loaded = load_from_arguments(arguments)
     try:
         loaded = with_iterations(loaded)

@@ -26,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--inputs", nargs="+", type=Path, metavar="DIR", help="Hugging Face folders, or Megatron checkpoints"
     )
-    what.add_argument("--task", type=Path, metavar="DIR", help="task of the run whose checkpoints are merged")
+    what.add_argument(
+        "--task", type=Path, metavar="DIR", help="task of the run whose checkpoints are merged, or the run's directory"
+    )
     what.add_argument("--params", metavar="NAME", help="params file of the run")
     what.add_argument("--size", metavar="SIZE", help="size of the run")
     what.add_argument(
@@ -150,14 +152,15 @@ def _inputs(arguments: argparse.Namespace) -> list[Path]:
 
 
 def _configs(arguments: argparse.Namespace) -> list[Any]:
-    from megatron_cpt.config.loading.resolve import load_config
+    from megatron_cpt.config.loading.resolve import load_from_arguments
 
     if arguments.task is None:
         return []
-    if arguments.params is None or arguments.size is None:
-        raise ConfigError("--task: needs --params and --size too. Give all three.")
-    variants = arguments.variant or ["main"]
-    return [load_config(arguments.task, arguments.params, arguments.size, variant).config for variant in variants]
+    configs = []
+    for variant in arguments.variant or [None]:
+        named = {"task": arguments.task, "params": arguments.params, "size": arguments.size, "variant": variant}
+        configs.append(load_from_arguments(argparse.Namespace(**named, site=None, overrides=[])).config)
+    return configs
 
 
 def _checkpoints(arguments: argparse.Namespace, config: Any) -> list[Path]:

@@ -25,6 +25,7 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from megatron_cpt.launch.submission.chain import Submitted
     from megatron_cpt.launch.submission.submit import Submission
 
 
@@ -32,23 +33,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add one sub-command per stage."""
     # yaml is not needed to list the verbs
     from megatron_cpt.config.loading.resolve import add_run_arguments
+    from megatron_cpt.launch.submission.aurora_variables import add_variable_arguments
     from megatron_cpt.verbs.lr_find import add_range_arguments
 
     stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
     train = stages.add_parser("train", help="train one stage, or continue it from its last checkpoint")
-    train.add_argument("--chain", type=int, default=1, metavar="N", help="N jobs, each continuing the one before (1)")
-    train.add_argument(
-        "--max-failures", type=int, default=2, metavar="K", help="links without progress that break it (2)"
-    )
-    train.add_argument(
-        "--from-environment", action="store_true", help="settings from Aurora's variables (TRAIN_TOKENS, LR, LOAD ...)"
-    )
-    train.add_argument("--universal-checkpoint", action="store_true", help="load optimizer state too (init.load=full)")
-    train.add_argument("--finetune", action="store_true", help="load weights only (init.load=weights)")
+    train.add_argument("--chain", type=int, metavar="N", help="N jobs, each continuing the one before (1)")
+    train.add_argument("--max-failures", type=int, metavar="K", help="links without progress that break it (2)")
+    add_variable_arguments(train)
     pipeline = stages.add_parser("pipeline", help="all stages from documents to report, what is missing of them")
-    pipeline.add_argument("--chain", type=int, default=1, metavar="N", help="jobs of the training stage (1)")
-    pipeline.add_argument("--max-failures", type=int, default=2, metavar="K", help="links without progress (2)")
-    pipeline.add_argument("--array-tasks", type=int, default=1, metavar="N", help="tokenize each corpus in N tasks (1)")
+    pipeline.add_argument("--chain", type=int, metavar="N", help="jobs of the training stage (1)")
+    pipeline.add_argument("--max-failures", type=int, metavar="K", help="links without progress (2)")
+    pipeline.add_argument("--array-tasks", type=int, metavar="N", help="tokenize each corpus in N tasks (1)")
     pipeline.add_argument(
         "--soup-last", type=int, default=0, metavar="K", help="average the last K exports (0: no soup)"
     )
@@ -82,15 +78,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Submit the stage; return its exit code (local) or 0 once it is queued."""
     from megatron_cpt.config.loading.resolve import load_from_arguments
-    from megatron_cpt.config.settings.derived import world_size
-    from megatron_cpt.errors import LaunchError
-    from megatron_cpt.launch.scheduler.local import run_local
     from megatron_cpt.launch.scheduler.site import read_site
     from megatron_cpt.launch.submission.aurora_variables import with_variables
-    from megatron_cpt.launch.submission.pipeline import run_pipeline, submit_pipeline
-    from megatron_cpt.launch.submission.submit import Submission, submit_chain
-    from megatron_cpt.launch.submission.validate import check_training
-    from megatron_cpt.run.directory import run_dir
+    from megatron_cpt.launch.submission.executor import executor_of
+    from megatron_cpt.launch.submission.submit import Submission
     from megatron_cpt.verbs.run_arguments import load_run
 
     if arguments.stage == "train" and (
@@ -99,9 +90,6 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.overrides = with_variables(arguments, os.environ if arguments.from_environment else {})
     # what prepares the tokens runs before a length in epochs can be counted
     loaded = load_from_arguments(arguments) if arguments.stage == "job" else load_run(arguments)
-    config = loaded.config
-    if config.launch.scheduler == "local" and arguments.depend:
-        raise LaunchError(f"--depend {arguments.depend}: launch.scheduler is local. A batch scheduler is needed.")
     submission = Submission(
         loaded=loaded,
         site=read_site(arguments.site, queue=arguments.queue, account=arguments.account),
@@ -109,51 +97,47 @@ def run(arguments: argparse.Namespace) -> int:
         depend=arguments.depend,
         dry_run=arguments.dry_run,
     )
-    if arguments.stage == "sweep":
-        return _sweep(submission, arguments)
-    if arguments.stage == "evaluate":
-        return _evaluate(submission, arguments)
-    if arguments.stage == "lr-find":
-        return _lr_find(submission, arguments)
-    if arguments.stage == "job":
-        return _job(submission, arguments.name, arguments.command, arguments.resources, on_ranks=arguments.ranks)
-    only = [name for name in getattr(arguments, "only", "").split(",") if name]
-    if config.launch.scheduler == "local":
-        if arguments.stage == "pipeline":
-            return run_pipeline(submission, soup_last=arguments.soup_last, only=only)
-        check_training(loaded, run_dir(config))
-        if arguments.dry_run:
-            sys.stdout.write(
-                f"{world_size(config)} local ranks: megatron-cpt train {' '.join(run_arguments(arguments))}\n"
-            )
-            return 0
-        return run_local(
-            run_dir(config),
-            run_arguments(arguments),
-            num_ranks=world_size(config),
-            max_restarts=max(config.launch.max_restarts, arguments.chain - 1),
-        )
-    if arguments.stage == "pipeline":
-        ids = submit_pipeline(
-            submission,
-            num_links=arguments.chain,
-            max_failures=arguments.max_failures,
-            num_array_tasks=arguments.array_tasks,
-            soup_last=arguments.soup_last,
-            only=only,
-        )
-    else:
-        ids = submit_chain(submission, num_links=arguments.chain, max_failures=arguments.max_failures)
-    sys.stdout.write("".join(f"{job}\n" for job in ids))
-    return 0
+    names = ("depend", "queue", "account", "chain", "array_tasks", "max_failures")
+    executor_of(submission).check_options(
+        {f"--{name.replace('_', '-')}": getattr(arguments, name, None) for name in names}
+    )
+    submitted = _STAGES[arguments.stage](submission, arguments)
+    if submission.scheduler != "local":
+        sys.stdout.write("".join(f"{job}\n" for job in submitted.ids))
+    return submitted.exit_code
 
 
-def _sweep(submission: "Submission", arguments: argparse.Namespace) -> int:
+def _train(submission: "Submission", arguments: argparse.Namespace) -> "Submitted":
+    """Start training."""
+    from megatron_cpt.launch.submission.chain import submit_training
+
+    return submit_training(submission, **_chain_options(arguments))
+
+
+def _pipeline(submission: "Submission", arguments: argparse.Namespace) -> "Submitted":
+    """Start the graph."""
+    from megatron_cpt.launch.submission.pipeline import submit_pipeline
+
+    return submit_pipeline(
+        submission,
+        num_array_tasks=1 if arguments.array_tasks is None else arguments.array_tasks,
+        soup_last=arguments.soup_last,
+        only=[name for name in arguments.only.split(",") if name],
+        **_chain_options(arguments),
+    )
+
+
+def _chain_options(arguments: argparse.Namespace) -> dict[str, int]:
+    given = {"num_links": arguments.chain, "max_failures": arguments.max_failures}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _sweep(submission: "Submission", arguments: argparse.Namespace) -> "Submitted":
     """Start a grid: every point is loaded, and so checked, before anything begins."""
     import dataclasses
 
     from megatron_cpt.launch.submission.grid import grid_points, old_corpora, parse_grid
-    from megatron_cpt.launch.submission.sweep import Sweep, run_sweep, submit_sweep, sweep_submission
+    from megatron_cpt.launch.submission.sweep import Sweep, submit_sweep, sweep_submission
     from megatron_cpt.run.variants import labelled
     from megatron_cpt.verbs.run_arguments import load_run
 
@@ -167,21 +151,18 @@ def _sweep(submission: "Submission", arguments: argparse.Namespace) -> int:
         loaded, words = load_run(own), tuple(run_arguments(own))
         submissions.append(dataclasses.replace(submission, loaded=loaded, run_arguments=words))
     whole = sweep_submission(submission, arguments.name)
-    sweep = Sweep(submission=whole, points=points, submissions=submissions, old=old)
-    if config.launch.scheduler == "local":
-        return run_sweep(sweep)
-    sys.stdout.write("".join(f"{job}\n" for job in submit_sweep(sweep)))
-    return 0
+    return submit_sweep(Sweep(submission=whole, points=points, submissions=submissions, old=old))
 
 
-def _lr_find(submission: "Submission", arguments: argparse.Namespace) -> int:
+def _lr_find(submission: "Submission", arguments: argparse.Namespace) -> "Submitted":
     """Start the range test: what it needs is checked as for training."""
     from megatron_cpt.config.checks.lr_find import check_range_test
-    from megatron_cpt.launch.submission.validate import check_training
+    from megatron_cpt.launch.submission.tool_job import submit_tool_job
+    from megatron_cpt.launch.submission.validate import training_problems
 
     config = submission.loaded.config
     check_range_test(config.training, arguments.lr_min, arguments.lr_max, arguments.iterations)
-    check_training(submission.loaded, submission.run)
+    problems = training_problems(submission.loaded, submission.run)
     options = [
         "--lr-min",
         repr(arguments.lr_min),
@@ -191,37 +172,40 @@ def _lr_find(submission: "Submission", arguments: argparse.Namespace) -> int:
         str(arguments.iterations),
     ]
     command = shlex.join(["lr-find", *options, *submission.run_arguments])
-    return _job(submission, "lr-find", command, "train", on_ranks=True)
+    return submit_tool_job(submission, "lr-find", command, "train", on_ranks=True, problems=problems)
 
 
-def _job(submission: "Submission", name: str, command: str, resources: str, *, on_ranks: bool) -> int:
+def _job(submission: "Submission", arguments: argparse.Namespace) -> "Submitted":
     """Start one verb as a job of its own."""
-    from megatron_cpt.launch.submission.tool_job import run_tool_job, submit_tool_job
+    from megatron_cpt.launch.submission.tool_job import submit_tool_job
 
-    if submission.scheduler == "local":
-        return run_tool_job(submission, command, on_ranks=on_ranks)
-    identifier = submit_tool_job(submission, name, command, resources, on_ranks=on_ranks)
-    sys.stdout.write(f"{identifier}\n" if identifier else "")
-    return 0
+    return submit_tool_job(submission, arguments.name, arguments.command, arguments.resources, on_ranks=arguments.ranks)
 
 
-def _evaluate(submission: "Submission", arguments: argparse.Namespace) -> int:
+def _evaluate(submission: "Submission", arguments: argparse.Namespace) -> "Submitted":
     """Measure every kept checkpoint."""
-    from megatron_cpt.launch.submission.checkpoint_jobs import (
-        checkpoint_stages,
-        run_checkpoint_jobs,
-        submit_checkpoint_jobs,
-    )
+    from megatron_cpt.launch.submission.checkpoint_jobs import checkpoint_stages, submit_checkpoint_jobs
 
     stages = checkpoint_stages(submission, [name for name in arguments.harness.split(",") if name], arguments.every)
-    if submission.scheduler == "local":
-        return run_checkpoint_jobs(submission, stages)
-    sys.stdout.write("".join(f"{job}\n" for job in submit_checkpoint_jobs(submission, stages)))
-    return 0
+    return submit_checkpoint_jobs(submission, stages)
+
+
+_STAGES = {
+    "train": _train,
+    "pipeline": _pipeline,
+    "sweep": _sweep,
+    "evaluate": _evaluate,
+    "lr-find": _lr_find,
+    "job": _job,
+}
 
 
 def run_arguments(arguments: argparse.Namespace) -> list[str]:
     """Return the command-line arguments that make another verb load the same configuration."""
+    from megatron_cpt.config.loading.naming import is_run_directory
+
+    if is_run_directory(arguments.task):
+        return ["--task", str(arguments.task), *arguments.overrides]
     options = ["--task", str(arguments.task), "--params", arguments.params, "--size", arguments.size]
     options += ["--variant", arguments.variant]
     if arguments.site:

@@ -20,7 +20,10 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_input_arguments(parser)
     parser.add_argument(
-        "--tokenizer", type=Path, required=True, help="Hugging Face folder, tokenizer.json or SentencePiece .model"
+        "--tokenizer",
+        type=Path,
+        required=True,
+        help="Hugging Face folder (read as transformers reads it), tokenizer.json or SentencePiece .model",
     )
     output = parser.add_mutually_exclusive_group(required=True)
     output.add_argument("--output-prefix", type=Path, help="one shard: prefix without _<key>_document")
@@ -36,13 +39,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--eod-token", help="end-of-document token, where the tokenizer's eos_token is not the one")
     parser.add_argument(
+        "--special-tokens",
+        choices=("text", "token", "reject"),
+        help="a control token that a text spells is text (default), is the token, which ends documents, or makes the document a "
+        "bad line",
+    )
+    parser.add_argument(
+        "--bos",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="begin each document with the token that begins texts: auto does what the tokenizer's post-processor does",
+    )
+    parser.add_argument(
         "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: all cores)"
     )
     parser.add_argument(
         "--shard-tokens", type=parse_count_argument, help="group files into shards of about this many tokens (500M)"
     )
     parser.add_argument(
-        "--shard", type=_part, metavar="I/N", help="do the i-th of n parts of the work, i from 0 to n-1"
+        "--shard", type=parse_part_argument, metavar="I/N", help="do the i-th of n parts of the work, i from 0 to n-1"
     )
     parser.add_argument(
         "--on-bad-line",
@@ -105,6 +120,8 @@ def run(arguments: argparse.Namespace) -> int | None:
         max_document_bytes=arguments.max_document_bytes,
         provenance=arguments.provenance,
         engine=arguments.engine,
+        special_tokens=arguments.special_tokens,
+        bos=arguments.bos,
     )
     sys.stdout.write(str(report))
     return 0
@@ -120,7 +137,8 @@ def parse_count_argument(text: str) -> int:
         raise argparse.ArgumentTypeError(str(problem)) from None
 
 
-def _part(text: str) -> tuple[int, int]:
+def parse_part_argument(text: str) -> tuple[int, int]:
+    """Return (i, n) from `i/n`, for argparse."""
     number, slash, count = text.partition("/")
     if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
         raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 0 to N-1")

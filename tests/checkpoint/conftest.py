@@ -94,6 +94,10 @@ MODELS = {
         "deepseek_v3",
         {**LATENT, "q_lora_rank": 12, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "norm_topk_prob": True},
     ),
+    "moonlight": (
+        "deepseek_v3",
+        {**LATENT, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "norm_topk_prob": True, "rms_norm_eps": 1e-2},
+    ),
     "deepseek-v3-groups": (
         "deepseek_v3",
         {

@@ -1,5 +1,6 @@
 """Hugging Face -> Megatron -> Hugging Face, bit for bit, whole or not at all."""
 
+import dataclasses
 import json
 import shutil
 
@@ -13,6 +14,7 @@ from megatron_cpt.checkpoint.huggingface.folder import HFFolder
 from megatron_cpt.checkpoint.huggingface.read_config import model_config_from_hf
 from megatron_cpt.checkpoint.torch_dist import mcore
 from megatron_cpt.checkpoint.torch_dist.dcp import DcpReader
+from megatron_cpt.config.settings.schema import ModelConfig
 from megatron_cpt.errors import CheckpointError, CptError
 
 
@@ -57,6 +59,8 @@ def test_round_trip_is_bit_exact(architecture, hf_models, tmp_path):
     exported = mcore_to_hf(release, tmp_path / "hf", verify=True)
     assert_same_tensors(source, exported)
     before, after = (json.loads((path / "config.json").read_text()) for path in (source, exported))
+    if "num_nextn_predict_layers" in before:
+        before["num_nextn_predict_layers"] = 0  # the folder has none of their tensors
     assert before.items() <= after.items()
     hashes = [json.loads((path / "conversion.json").read_text())["tensors"] for path in (release, exported)]
     assert hashes[0] == hashes[1] and set(hashes[0]) == set(HFFolder(source).names())
@@ -208,9 +212,9 @@ def test_a_damaged_checkpoint_is_not_exported(hf_models, tmp_path):
 
 
 def test_a_wrong_conversion_is_found_by_verify(hf_models, tmp_path, monkeypatch):
-    from megatron_cpt.checkpoint.mapping import rules as mapping
+    from megatron_cpt.checkpoint.mapping import kinds
 
-    monkeypatch.setattr(mapping, "merge_gate_up", lambda gate, up: torch.cat((up, gate)))
+    monkeypatch.setattr(kinds, "merge_gate_up", lambda gate, up: torch.cat((up, gate)))
     with pytest.raises(CheckpointError, match="gate_proj.weight: differs"):
         hf_to_mcore(hf_models("llama"), tmp_path / "mcore", verify=True)
     assert not (tmp_path / "mcore" / "release").exists()
@@ -256,3 +260,21 @@ def test_pickled_weight_files_are_read_without_running_code(hf_models, tmp_path)
     shutil.copy(source / "config.json", pickled)
     torch.save(load_file(source / "model.safetensors"), pickled / "pytorch_model.bin")
     assert_same_tensors(source, mcore_to_hf(hf_to_mcore(pickled, tmp_path / "mcore"), tmp_path / "hf"))
+
+
+def test_a_description_that_leaves_defaults_open_is_the_same_model(hf_models, architecture, tmp_path):
+    source = hf_models(architecture)
+    release = hf_to_mcore(source, tmp_path / "mcore")
+    made = (release / "manifest.json").stat().st_mtime_ns
+    stated = ModelConfig(**json.loads((release / "manifest.json").read_text())["model"])
+    open_ones = {"hidden_dropout": 0.1, "init_method_std": 0.5}
+    if stated.kv_channels == stated.hidden_size // stated.num_attention_heads:
+        open_ones["kv_channels"] = None
+    if stated.num_query_groups == stated.num_attention_heads:
+        open_ones["num_query_groups"] = None
+    assert hf_to_mcore(source, tmp_path / "mcore", model=dataclasses.replace(stated, **open_ones)) == release
+    assert (release / "manifest.json").stat().st_mtime_ns == made, "kept, not made again"
+    with pytest.raises(CheckpointError, match=r"made of something else .*\(padded vocabulary: 256 != 132\)"):
+        hf_to_mcore(source, tmp_path / "mcore", make_vocab_size_divisible_by=4)
+    with pytest.raises(CheckpointError, match=r"made of something else .*\(dtype of the source\)"):
+        hf_to_mcore(source, tmp_path / "mcore", dtype="bf16")

@@ -27,9 +27,14 @@ from megatron_cpt.errors import CheckpointError, CptError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 ROOT = Path(__file__).resolve().parents[2]
-PRELUDE = "import os, resource, sys\nfrom pathlib import Path\nfrom megatron_cpt.checkpoint import convert, hf\n"
-TO_MCORE = "convert.hf_to_mcore(Path(sys.argv[1]), Path(sys.argv[2]))\n"
-TO_HF = "convert.mcore_to_hf(Path(sys.argv[1]), Path(sys.argv[2]))\n"
+PRELUDE = """
+import os, resource, sys
+from pathlib import Path
+from megatron_cpt.checkpoint.convert.hf_mcore import hf_to_mcore, mcore_to_hf
+from megatron_cpt.checkpoint.huggingface.folder import HFFolder
+"""
+TO_MCORE = "hf_to_mcore(Path(sys.argv[1]), Path(sys.argv[2]))\n"
+TO_HF = "mcore_to_hf(Path(sys.argv[1]), Path(sys.argv[2]))\n"
 LARGE = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -62,7 +67,7 @@ def python(code, *arguments, **options):
 def write_model(path, config):
     """Write a Llama of constant bf16 weights as shards, one layer in memory at a time."""
     from megatron_cpt.checkpoint.huggingface.read_config import model_config_from_hf
-    from megatron_cpt.checkpoint.mapping.rules import family_of, units
+    from megatron_cpt.checkpoint.mapping.units import family_of, units
 
     path.mkdir()
     (path / "config.json").write_text(json.dumps(config))
@@ -264,6 +269,6 @@ def test_memory_stays_below_a_cap_that_is_smaller_than_the_model(tmp_path):
     before, after = HFFolder(source), HFFolder(tmp_path / "hf")
     for name in ("model.embed_tokens.weight", "model.layers.23.mlp.down_proj.weight"):
         assert torch.equal(before.read(name), after.read(name))
-    process = python(limit + "hf.HFFolder(Path(sys.argv[1]))\nimport torch; torch.ones(70_000_000)\n", source)
+    process = python(limit + "HFFolder(Path(sys.argv[1]))\nimport torch; torch.ones(70_000_000)\n", source)
     assert process.wait(timeout=120) != 0  # the cap works
     assert resource.getrlimit(resource.RLIMIT_DATA)[0] == resource.RLIM_INFINITY

@@ -19,7 +19,8 @@ from megatron_cpt.checkpoint.foreign.deepspeed import DeepSpeedUniversalWeights,
 from megatron_cpt.checkpoint.foreign.opening import open_foreign
 from megatron_cpt.checkpoint.foreign.torch_format import TorchFormat
 from megatron_cpt.checkpoint.huggingface.folder import HFFolder
-from megatron_cpt.checkpoint.mapping.rules import Unit
+from megatron_cpt.checkpoint.mapping.kinds import Copy
+from megatron_cpt.checkpoint.mapping.units import Unit
 from megatron_cpt.checkpoint.torch_dist.dcp import DcpReader, read_metadata
 from megatron_cpt.checkpoint.torch_dist.dcp_writer import Slice, write_dcp
 from megatron_cpt.checkpoint.torch_dist.mcore import read_manifest, write_manifest
@@ -33,7 +34,7 @@ RUNNING, MISUSING = list(running(Path())), list(misusing())
 ALL = [*RUNNING, *MISUSING]
 CAP = 4 << 30
 MODEL = ModelConfig(num_layers=1, hidden_size=8, ffn_hidden_size=8, num_attention_heads=1, vocab_size=8)
-UNIT = Unit("a", ("a",), "plain", (2,), ((2,),))
+UNIT = Unit(Copy("a", ("a",), lambda model: (2,)), (2,), ((2,),))
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ print("RESULTS" + json.dumps(results))
 
 ARCHITECTURES = (
     "llama", "llama-tied-llama3", "llama-linear", "mistral", "qwen2", "qwen3", "qwen3-yarn", "mixtral", "qwen3-moe", "deepseek-v2", "deepseek-v2-lite",
-    "deepseek-v3", "deepseek-v3-groups",
+    "deepseek-v3", "deepseek-v3-groups", "moonlight",
 )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,12 +12,20 @@ from safetensors.torch import load_file, save_file
 
 from megatron_cpt.checkpoint.convert.hf_mcore import hf_to_mcore, mcore_to_hf
 from megatron_cpt.checkpoint.huggingface.folder import HFFolder
-from megatron_cpt.checkpoint.soup import mergekit
+from megatron_cpt.checkpoint.soup import mean, mergekit
 from megatron_cpt.checkpoint.soup.mean import average_hf, greedy_soup, uniform_soup, weighted_mean
 from megatron_cpt.checkpoint.soup.megatron import average_checkpoints
-from megatron_cpt.checkpoint.soup.mergekit import OF_TWO, WEIGHTLESS, WITHOUT_BASE, mergekit_config, run_mergekit
+from megatron_cpt.checkpoint.soup.mergekit import (
+    OF_TWO,
+    WEIGHTLESS,
+    WITHOUT_BASE,
+    mergekit_config,
+    model_references,
+    run_mergekit,
+)
 from megatron_cpt.checkpoint.torch_dist.mcore import read_tracker, verify_checkpoint, write_tracker
-from megatron_cpt.errors import CheckpointError, CptError
+from megatron_cpt.errors import CheckpointError
+from tests.checkpoint.conftest import build_hf_model
 from tests.tolerances import assert_bf16_rounding, assert_fp32_rounding
 
 
@@ -110,7 +119,7 @@ def test_other_tokenizers_and_configurations_are_errors_unless_allowed(variants,
     (other / "tokenizer.json").write_text('{"a": 1}')
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
-    with pytest.raises(CheckpointError, match="differs from .* in rms_norm_eps.*tokenizer:"):
+    with pytest.raises(CheckpointError, match="differs from .* in layernorm_epsilon.*tokenizer:"):
         average_hf([variants[0], other], tmp_path / "soup")
     assert not (tmp_path / "soup").exists()
     average_hf([variants[0], other], tmp_path / "soup", allow=["configuration", "tokenizer"])
@@ -142,7 +151,7 @@ def test_greedy_keeps_what_lowers_the_score(variants, tmp_path):
     assert score(uniform) > score(output)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_mergekits_linear_merge_equals_ours(variants, tmp_path):
     config = mergekit_config(variants, method="linear")
     assert all(entry["model"].startswith("/") for entry in config["models"])
@@ -234,11 +243,132 @@ def test_checkpoints_of_other_models_do_not_average(checkpoints, hf_models, tmp_
     assert not (tmp_path / "soup").exists()
 
 
-def test_the_same_soup_again_is_kept_and_another_one_is_refused(variants, tmp_path):
-    output = average_hf(variants[:2], tmp_path / "soup")
-    before = {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
-    assert average_hf(variants[:2], output) == output
-    assert {path.name: path.stat().st_mtime_ns for path in output.iterdir()} == before
-    for other in ({"weights": [1.0, 3.0]}, {"dtype": "bf16"}):
-        with pytest.raises(CptError, match="exists already"):
-            average_hf(variants[:2], output, **other)
+def test_the_same_soup_is_kept_and_another_one_under_its_name_is_refused(hf_models, tmp_path):
+    models = [hf_models("llama"), tmp_path / "other"]
+    build_hf_model("llama", seed=1).save_pretrained(models[1])
+    output = average_hf(models, tmp_path / "soup")
+    made = (output / "model.safetensors").stat().st_mtime_ns
+    assert average_hf(models, output) == output
+    assert (output / "model.safetensors").stat().st_mtime_ns == made
+    for changed in ({"weights": [1, 2]}, {"dtype": "bf16"}):
+        with pytest.raises(CheckpointError, match="made of other models or in another way"):
+            average_hf(models, output, **changed)
+
+
+def mergekit_yaml(path, **settings):
+    """Write a mergekit configuration; return its path."""
+    path.write_text(yaml.safe_dump({"dtype": "float32", "out_dtype": "float32", **settings}))
+    return path
+
+
+def recorded_weights(output):
+    """Return folder name -> weight of a soup's record."""
+    info = json.loads((output / "merge_info.json").read_text())
+    return {Path(entry["path"]).name: entry["weight"] for entry in info["inputs"]}
+
+
+@pytest.mark.full
+def test_mergekits_gradients_and_filters_run_and_are_recorded_as_they_stand(variants, tmp_path, monkeypatch):
+    monkeypatch.chdir(variants[0].parent)
+    a, b, c = (path.name for path in variants)  # relative paths, as mergekit takes them
+    filters = [{"filter": "mlp", "value": 0.25}, {"value": 0.75}]
+    config = mergekit_yaml(
+        tmp_path / "merge.yaml",
+        merge_method="linear",
+        models=[
+            {"model": a, "parameters": {"weight": [0.0, 0.5, 1.0]}},
+            {"model": {"model": {"path": b}}, "parameters": {"weight": filters}},
+            {"model": c, "parameters": {"weight": 1}},
+        ],
+    )
+    output = run_mergekit(config, tmp_path / "out")
+    assert recorded_weights(output) == {a: [0.0, 0.5, 1.0], b: filters, c: 1}
+    assert "rope_theta" in json.loads((output / "config.json").read_text())
+
+
+@pytest.mark.slow
+def test_a_weight_belongs_to_its_input_where_the_base_is_none_of_the_models(variants, tmp_path):
+    base, left, right = variants
+    config = mergekit_yaml(
+        tmp_path / "merge.yaml",
+        merge_method="task_arithmetic",
+        base_model=str(base),
+        models=[
+            {"model": str(left), "parameters": {"weight": 0.25}},
+            {"model": str(right), "parameters": {"weight": 0.75}},
+        ],
+    )
+    output = run_mergekit(config, tmp_path / "out")
+    assert recorded_weights(output) == {base.name: None, left.name: 0.25, right.name: 0.75}
+
+
+@pytest.mark.parametrize(
+    ("settings", "places"),
+    [
+        ({"models": [{"model": "A"}, {"model": {"path": "B"}}]}, ["A", "B"]),
+        ({"models": [{"model": "A+lora"}, {"model": {"model": "B", "lora": "lora"}}]}, ["A", "B"]),
+        ({"base_model": "A", "models": [{"model": "A"}, {"model": "B"}]}, ["A", "B"]),
+        ({"slices": [{"sources": [{"model": "A", "layer_range": [0, 1]}, {"model": "B", "layer_range": [0, 1]}]}]}, ["A", "B"]),
+        ({"modules": {"text": {"models": [{"model": "B"}, {"model": "A"}]}}}, ["B", "A"]),
+        ({"slices": [{"base_model": "A", "sources": [{"model": "B", "layer_range": [0, 2]}]}]}, ["A", "B"]),
+    ],
+)  # fmt: skip
+def test_models_are_found_in_every_form_of_a_configuration(settings, places, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("A", "B", "lora"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in model_references(settings)] == places
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a\n", "holds no mapping"),
+        ("models: [\n", "cannot be read"),
+        ("merge_method: linear\n", "names no models"),
+        ("models: [{model: /nowhere}]\n", "/nowhere is no folder here"),
+        ("models: [a, b]\n", "is not where mergekit has one"),
+    ],
+)
+def test_a_configuration_that_names_no_models_is_refused_in_one_line(text, message, tmp_path):
+    (tmp_path / "merge.yaml").write_text(text)
+    with pytest.raises(CheckpointError, match=message):
+        run_mergekit(tmp_path / "merge.yaml", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_tied_models_average_where_one_folder_repeats_the_output_layer(hf_models, tmp_path):
+    source = hf_models("llama-tied-llama3")
+    tensors = load_file(source / "model.safetensors")
+    other = shutil.copytree(source, tmp_path / "other")
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, other / "model.safetensors")
+    for inputs in ([source, other], [other, source]):
+        output = average_hf(inputs, tmp_path / f"mean-{inputs[0].name}")
+        assert set(HFFolder(output).names()) == set(tensors)
+
+
+def test_models_are_compared_by_meaning_and_written_in_both_styles(hf_models, tmp_path):
+    source = hf_models("llama-tied-llama3")
+    older = shutil.copytree(source, tmp_path / "older")
+    config = json.loads((older / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope, "torch_dtype": config.pop("dtype")}
+    config |= {"use_mrope": False, "_attn_implementation_autoset": True}
+    (older / "config.json").write_text(json.dumps(config))
+    output = average_hf([source, older], tmp_path / "out")
+    written = json.loads((output / "config.json").read_text())
+    assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == 5e5
+    assert written["rope_scaling"]["rope_type"] == "llama3"
+    (older / "config.json").write_text(json.dumps({**config, "rope_theta": 1e4}))
+    with pytest.raises(CheckpointError, match="rotary_base: 500000.0 != 10000.0"):
+        average_hf([source, older], tmp_path / "refused")
+
+
+def test_an_export_that_changed_since_is_hashed_and_one_that_did_not_is_not(hf_models, tmp_path, monkeypatch):
+    exported = mcore_to_hf(hf_to_mcore(hf_models("llama"), tmp_path / "mcore"), tmp_path / "hf")
+    recorded = json.loads((exported / "conversion.json").read_text())["files"]["model.safetensors"]["hash"]
+    weights = [exported / "model.safetensors"]
+    monkeypatch.setattr(mean, "file_hash", lambda path: "read")
+    assert mean.recorded_hashes(exported, weights) == {"model.safetensors": recorded}
+    weights[0].touch()
+    assert mean.recorded_hashes(exported, weights) == {"model.safetensors": "read"}

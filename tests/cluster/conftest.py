@@ -13,7 +13,10 @@ import yaml
 from megatron_cpt.config.loading.resolve import load_config
 from megatron_cpt.launch.scheduler import queue
 from megatron_cpt.launch.scheduler.site import read_site
+from megatron_cpt.launch.submission.chain import submit_training
+from megatron_cpt.launch.submission.executor import executor_of
 from megatron_cpt.launch.submission.submit import Submission
+from megatron_cpt.launch.submission.work import Work
 from megatron_cpt.run.directory import RunDir, run_dir
 from megatron_cpt.run.ledger import read_jobs
 from tests.cluster import loopback_slurm
@@ -99,11 +102,13 @@ class Cluster:
         """Return the states of jobs once none may run any more."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            states = queue.job_states(self.submission.scheduler, ids)
+            states = queue.scheduler_of(self.submission.scheduler).states(ids)
             if all(state.state not in queue.ALIVE for state in states.values()):
                 return [states[job] for job in ids]
             time.sleep(0.2)
-        raise AssertionError(f"still there after {seconds} s: {queue.job_states(self.submission.scheduler, ids)}")
+        raise AssertionError(
+            f"still there after {seconds} s: {queue.scheduler_of(self.submission.scheduler).states(ids)}"
+        )
 
     def until(self, condition, seconds: float = 60) -> None:
         """Wait until `condition()` is true."""
@@ -157,7 +162,7 @@ def stand_in_cluster(tmp_path: Path, monkeypatch, site: dict) -> Cluster:
         f'exec {sys.executable} "$@"\n'
     )
     python.chmod(0o755)
-    monkeypatch.setattr("megatron_cpt.launch.submission.submit.check_training", lambda *_, **__: None)
+    monkeypatch.setattr("megatron_cpt.launch.submission.chain.training_problems", lambda *_, **__: [])
     site_values = read_site(tmp_path / "site.yaml", {})
     submission = Submission(
         loaded=loaded, site=site_values, run_arguments=tuple(names), python=str(python), work_dir=tmp_path
@@ -165,6 +170,17 @@ def stand_in_cluster(tmp_path: Path, monkeypatch, site: dict) -> Cluster:
     cluster = Cluster(submission, run)
     cluster.behave()
     return cluster
+
+
+def submit_chain(submission: Submission, **options) -> list[str]:
+    """Submit training; return the ids."""
+    return list(submit_training(submission, **options).ids)
+
+
+def submit_stage(submission: Submission, stage: str, words: list[str], dependencies=(), num_array_tasks=None) -> str:
+    """Submit one stage that runs once, or as an array; return its id."""
+    work = Work(name=stage, stage=stage, words=tuple(words), num_array_tasks=num_array_tasks)
+    return executor_of(submission).submit(work, dependencies)
 
 
 @pytest.fixture

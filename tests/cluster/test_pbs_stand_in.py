@@ -12,9 +12,8 @@ import pytest
 from megatron_cpt.errors import LaunchError
 from megatron_cpt.launch.scheduler import queue
 from megatron_cpt.launch.scheduler.job import Dependency
-from megatron_cpt.launch.submission.submit import submit_chain, submit_stage
 from tests.cluster import pbs_stand_in
-from tests.cluster.conftest import Cluster, stand_in_cluster
+from tests.cluster.conftest import Cluster, stand_in_cluster, submit_chain, submit_stage
 
 MPIRUN = f"""#!{sys.executable}
 # Starts processes as mpirun does, all on this machine: mpirun -n N [options] --hostfile FILE PROGRAM ...
@@ -59,7 +58,7 @@ def pbs_run(tmp_path, monkeypatch) -> Iterator[Cluster]:
     monkeypatch.setenv("PBS_STAND_IN", str(directory))
     monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
     yield stand_in_cluster(tmp_path / "cpt", monkeypatch, SITE)
-    queue.cancel("pbs", [path.name for path in (directory / "jobs").iterdir()])
+    queue.scheduler_of("pbs").cancel([path.name for path in (directory / "jobs").iterdir()])
 
 
 def test_a_chain_goes_on_after_a_crash_and_ends_when_the_run_is_finished(pbs_run):
@@ -136,7 +135,7 @@ def test_deleting_a_running_link_lets_the_next_one_continue(pbs_run):
     first, second = submit_chain(pbs_run.submission, num_links=2)
     pbs_run.until(lambda: pbs_run.iteration() >= 10)
     pbs_run.behave()
-    queue.cancel("pbs", [first])
+    queue.scheduler_of("pbs").cancel([first])
     assert [state.state for state in pbs_run.wait(first, second)] == ["cancelled", "finished"], pbs_run.logs()
     assert pbs_run.jobs()[second]["iteration_start"] >= 10
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cpt.launch.scheduler.queue import job_states
+from megatron_cpt.launch.scheduler.queue import scheduler_of
 from megatron_cpt.run.directory import RunDir
 from megatron_cpt.run.ledger import read_jobs
 from tests.cluster.conftest import ROOT, Cluster
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.cluster, pytest.mark.full, pytest.mark.timeout(900)]
 
 SITE = {
     "launch": {"scheduler": "slurm", "nodes": 2, "gpus_per_node": 1, "walltime": 600},
@@ -92,4 +92,4 @@ def test_a_pipeline_runs_from_documents_to_soup_and_a_second_submission_finds_no
     repaired = submit(names, *options)
     assert len(repaired.stdout.split()) == 1, repaired.stderr
     subprocess.run(["scancel", *repaired.stdout.split()], check=True)
-    assert job_states("slurm", ids[:1])[ids[0]].state == "finished"
+    assert scheduler_of("slurm").states(ids[:1])[ids[0]].state == "finished"

@@ -6,7 +6,7 @@ import yaml
 from tests.launch.test_sweep import run_sweep_with_a_failing_point, stand_in_for_training, task
 
 __all__ = ["task"]
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.cluster, pytest.mark.full, pytest.mark.timeout(300)]
 
 
 def test_a_sweep_runs_as_an_array_and_a_rerun_submits_what_is_missing(slurm, task, monkeypatch):

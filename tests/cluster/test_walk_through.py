@@ -7,14 +7,14 @@ import sys
 
 import pytest
 
-from megatron_cpt.launch.scheduler.queue import ALIVE, cancel, job_states
+from megatron_cpt.launch.scheduler.queue import ALIVE, scheduler_of
 from megatron_cpt.run.directory import RunDir
 from megatron_cpt.run.ledger import read_jobs
 from tests.cluster.conftest import ROOT
 from tests.guide_scratch import build_scratch
 from tests.test_guides import blocks, command_lines
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.cluster, pytest.mark.full, pytest.mark.timeout(300)]
 
 
 @pytest.fixture
@@ -36,7 +36,9 @@ def login_node(slurm, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
     monkeypatch.chdir(root)
     yield root
-    cancel("slurm", [job for ledger in root.glob("runs/**/jobs") for job in read_jobs(ledger) if job.isdigit()])
+    scheduler_of("slurm").cancel(
+        [job for ledger in root.glob("runs/**/jobs") for job in read_jobs(ledger) if job.isdigit()]
+    )
 
 
 def test_the_walk_through_goes_from_a_site_file_to_a_queued_chain(login_node):
@@ -54,6 +56,6 @@ def test_the_walk_through_goes_from_a_site_file_to_a_queued_chain(login_node):
     run = RunDir(login_node / "runs/demo/demo-5m/300K/base")
     links = [job for job, record in read_jobs(run.jobs).items() if record.get("name") == "train"]
     assert len(links) == 3 and set(links) < set(ids)
-    states = job_states("slurm", links)
+    states = scheduler_of("slurm").states(links)
     assert all(state.state in ALIVE for state in states.values()), states
     assert "train" in outputs["megatron-cpt status --runs runs"]

@@ -242,3 +242,19 @@ def test_the_shell_tools_list_a_tree_and_rescale_it_to_a_size(project):
     assert done.returncode == 2 and "incomplete shard data/tok/D1/a_text_document" in done.stderr
     assert not (project / "other.sh").exists()
     assert tool("update_train_data.sh").returncode == 2
+
+
+def test_lists_of_two_and_of_three_columns_mix(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("papers.txt").write_text("1 a_text_document\n3 b_text_document\n")
+    Path("dolma.txt").write_text("0.5 c_text_document books\n0.5 d_text_document web\n")
+    code, out, err = run(capsys, "mix", "--inputs", "0.9", "papers.txt", "0.1", "dolma.txt")
+    assert code == 0, err
+    assert out == (
+        "0.225 a_text_document papers\n0.675 b_text_document papers\n0.05 c_text_document books\n0.05 d_text_document web\n"
+    )
+    code, out, _ = run(capsys, "mix", "--inputs", "1", "papers.txt", "1", "dolma.txt", "--format", "weights")
+    assert code == 0 and out.splitlines()[0] == "0.125 a_text_document"
+    Path("web.txt").write_text("1 e_text_document\n")
+    code, _, err = run(capsys, "mix", "--inputs", "1", "web.txt", "1", "dolma.txt")
+    assert code == 2 and "its name is that of a corpus in another list" in err

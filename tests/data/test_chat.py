@@ -3,7 +3,12 @@
 import gzip
 import itertools
 import json
+import os
 import re
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -414,3 +419,41 @@ def test_a_sentencepiece_model_is_refused_since_it_has_no_offsets(prepare, tmp_p
     path = write_lines(tmp_path / "in.jsonl", [chat("a?", "a!")])
     code, said = prepare(path, options=["--tokenizer", sentencepiece_model])
     assert code == 2 and "is a SentencePiece model" in said
+
+
+def of_session(session):
+    """Return the processes of a session that run."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, of = path.read_text().rpartition(")")[2].split()[:4]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(of) == session and state != "Z":
+            found.append(int(path.parent.name))
+    return found
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_killed_command(tmp_path, chat_dir, template):
+    """Killed while they load, while they look and while they encode: no process of the command stays."""
+    records = [chat(f"question {n} " * 40, f"answer {n} " * 60) for n in range(20_000)]
+    path = write_lines(tmp_path / "in.jsonl", records)
+    arguments = ["--input", path, "--tokenizer", chat_dir, "--template", template, "--dedup-prompts"]
+    command = [sys.executable, "-m", "megatron_cpt", "data", "prepare-chat", *map(str, arguments), "--workers", "3"]
+    for number, processes in enumerate((3, 5, 5)):
+        output = ["--output-prefix", str(tmp_path / f"tokens{number}/a")]
+        environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+        process = subprocess.Popen(
+            [*command, *output], env=environment, start_new_session=True, stderr=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + 120
+        while len(of_session(process.pid)) < processes and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.5 * number)
+        assert process.poll() is None
+        process.kill()
+        process.wait()
+        while of_session(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not of_session(process.pid)

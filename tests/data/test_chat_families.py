@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import random
 import re
 
 import numpy as np
@@ -156,13 +157,105 @@ def test_ids_and_masks_of_marked_templates_are_those_of_transformers(family, our
         assert learned[-1] == 0
 
 
-@pytest.mark.parametrize("family", HEADER_OUTSIDE)
+MOVED_MARKS = {
+    "thinking": [
+        (r"{%- generation %}{{ '<|start|>assistant\n' }}", r"{{- '<|start|>assistant\n' }}{% generation %}"),
+        (r"{{- '<|end|>\n' }}{% endgeneration %}", r"{{- '<|end|>' }}{% endgeneration %}{{ '\n' }}"),
+    ],
+    "within": [
+        (r"{{ '</turn>\n' }}{% endgeneration %}", r"{{ '</turn>' }}{% endgeneration %}{{ '\n' }}"),
+    ],
+}
+"""Marks of families whose blocks hold more: moved to where the prompt for an answer ends, and to the last special token."""
+
+
+def without_marks(source):
+    return re.sub(r"\{%(-?) *(end)?generation *-?%\}", r"{%\1 if true %}{% endif %}", source)
+
+
+@pytest.mark.parametrize("family", (*HEADER_OUTSIDE, *MOVED_MARKS))
 def test_the_same_templates_without_their_marks_give_the_same_masks(family, ours, theirs):
-    unmarked = re.sub(r"\{%-? *(end)?generation *-?%\}", "", FAMILIES[family])
-    assert unmarked.count("generation") == unmarked.count("add_generation_prompt")
-    records = records_of(family)
+    source = FAMILIES[family]
+    for before, after in MOVED_MARKS.get(family, ()):
+        assert before in source
+        source = source.replace(before, after)
+    unmarked = without_marks(source)
+    assert "endgeneration" not in unmarked
+    # an empty block of reasoning that the prompt holds is the prompt's, which marks within the turn do not say
+    records = [record for record in records_of(family) if "enable_thinking" not in str(record)]
     documents, _, _ = ours(unmarked, records)
     for record, (ids, learned) in zip(records, documents, strict=True):
-        expected_ids, expected = theirs(FAMILIES[family], record)
+        expected_ids, expected = theirs(source, record)
         assert ids[:-1] == expected_ids, record
         assert learned[:-1] == expected, (record, np.flatnonzero(np.array(learned[:-1]) != expected).tolist())
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("family", FAMILIES)
+def test_random_conversations_have_the_masks_of_transformers(family, ours, theirs):
+    """Words that look like heads, tags, white space and JSON, in every place where somebody says something."""
+    records = [random_record(family, random.Random(f"{family} {seed}")) for seed in range(40)]
+    for source in filter(
+        None, (FAMILIES[family], without_marks(FAMILIES[family]) if family in HEADER_OUTSIDE else None)
+    ):
+        documents, _, _ = ours(source, records, prefix="m" if source is FAMILIES[family] else "u")
+        for record, (ids, learned) in zip(records, documents, strict=True):
+            assert (ids[:-1], learned[:-1]) == theirs(FAMILIES[family], record), record
+
+
+def random_record(family, chooser):
+    words = [
+        "assistant",
+        "user\n",
+        "model\n",
+        " ",
+        "\n",
+        "\n\n",
+        "<think>",
+        "</think>",
+        "🦊",
+        "研究",
+        "fox",
+        "It's",
+        "\t",
+        "é",
+    ]
+    words += ["</tool_call>", "<tool_call>", "{", "}", '"', "'", "\\", "assistant\n\n", "[", "]", "0", "<sep"]
+
+    def text():
+        return next(
+            filter(str.strip, ("".join(chooser.choices(words, k=chooser.randint(1, 6))) for _ in range(99))), "a"
+        )
+
+    def call(number):
+        values = [text(), 1, 2.5, True, None, ["x", 1], {"k": text()}, ""]
+        arguments = {name: chooser.choice(values) for name in chooser.sample("abc", chooser.randint(0, 2))}
+        return CALL | {"id": f"abcdefg{number:02d}", "function": {"name": "look_up", "arguments": arguments}}
+
+    def said(turn):
+        thinks = family in WITH_REASONING and chooser.random() < 0.5
+        return turn | ({"reasoning_content": text()} if thinks else {})
+
+    messages = [{"role": "system", "content": text()}] if chooser.random() < 0.4 else []
+    for number in range(chooser.randint(1, 3)):
+        messages.append({"role": "user", "content": text()})
+        for step in range(chooser.randint(0, 2) if family in WITH_TOOLS else 0):
+            calls = [call(number * 10 + step * 3)]
+            if family not in ("channels", "trimmed") and chooser.random() < 0.5:
+                calls.append(call(number * 10 + step * 3 + 1))
+            content = {"content": ""} if family == "outputs" else {}
+            if family in ("chatml", "thinking", "next-speaker") and chooser.random() < 0.4:
+                content = {"content": text()}
+            messages.append(said(calling(*calls, **content)))
+            messages += [RESULT | {"tool_call_id": each["id"], "content": text()} for each in calls]
+        messages.append(said({"role": "assistant", "content": text()}))
+    return {"messages": [parts_of(turn) for turn in messages] if family == "parts" else messages}
+
+
+def test_a_developer_stays_one_where_the_template_tells_him_from_the_system(ours, theirs):
+    record = {"messages": [SYSTEM | {"role": "developer"}, ASK, LAST]}
+    ((ids, learned),), manifest, _ = ours(FAMILIES["channels"], [record])
+    assert (ids[:-1], learned[:-1]) == theirs(FAMILIES["channels"], record)
+    assert manifest["statistics"]["turns"]["system"] == 1
+    ((ids, _),), _, _ = ours(FAMILIES["chatml"], [record], prefix="b")
+    assert ids[:-1] == theirs(FAMILIES["chatml"], {"messages": [SYSTEM, ASK, LAST]})[0]

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from megatron_cpt.data.cleaning.decontaminate import DecontaminationOptions, decontaminate, read_passages
 from megatron_cpt.data.cleaning.dedup import DedupOptions, deduplicate
-from megatron_cpt.data.cleaning.rewrite import Rewriting, plan_tree_of_files, rewrite_all
+from megatron_cpt.data.cleaning.rewrite import Rewriting, rewrite_all
+from megatron_cpt.data.cleaning.rewrite_plan import Grouping, plan_tree_of_files
 from megatron_cpt.data.cleaning.sample import SampleOptions, sample
 from megatron_cpt.data.cleaning.signatures import MinHashOptions
 from megatron_cpt.data.reading import records
@@ -126,17 +127,19 @@ def test_validate_agrees(corpus):
 def test_repair_mends_two_objects_keeps_the_rest_and_leaves_nothing_to_find(corpus, bpe_dir, tmp_path):
     folder, expected = corpus
     settings = {"keys": ("text",), "on_bad_line": "skip"}
-    found = rewrite_all(plan_tree_of_files(list_sources([folder]), tmp_path / "r", None, **settings), 2, "repair")
+    found = rewrite_all(plan_tree_of_files(list_sources([folder]), tmp_path / "r", **settings), 2, "repair")
     for look in found:
         documents, empty, blank, rejects = expected[look.path.rsplit("/", 1)[1]]
         mended = rejects[records.TWO_OBJECTS]
-        assert look.documents == documents + 2 * mended
-        assert look.problems == rejects - Counter({records.TWO_OBJECTS: mended})
+        halves = look.notes[records.SURROGATE]
+        assert look.documents == documents + 2 * mended + halves
+        assert look.problems == rejects - Counter({records.TWO_OBJECTS: mended, records.INVALID_UTF8: halves})
         assert (look.notes[records.EMPTY_TEXT], look.notes[records.BLANK_LINE]) == (empty, blank)
         rejected = [
             json.loads(line) for path in (tmp_path / "r").glob("*.rejects") for line in path.read_text().splitlines()
         ]
         assert look.problems.total() == sum(entry["path"] == str(look.path) for entry in rejected)
+    assert sum(look.notes[records.SURROGATE] for look in found)  # lines with half of a character are mended
     work = [Rewriting(sources=(source,), output=None, keys=("text",)) for source in list_sources([tmp_path / "r"])]
     again = rewrite_all(work, 1, "validate")
     assert sum(look.documents for look in again) == sum(look.documents for look in found)
@@ -201,7 +204,7 @@ def test_a_document_per_file_is_kept_as_it_is(tmp_path):
     (tmp_path / "in/b.txt").write_bytes(b"bad \xff\n\n")
     (tmp_path / "in/c.txt").write_bytes(b"")
     settings = {"keys": ("text",), "on_bad_line": "skip", "txt_documents": "file"}
-    found = rewrite_all(plan_tree_of_files(list_sources([tmp_path / "in"]), tmp_path / "r", None, **settings), 1, "x")
+    found = rewrite_all(plan_tree_of_files(list_sources([tmp_path / "in"]), tmp_path / "r", **settings), 1, "x")
     assert [(look.lines, look.documents, dict(look.problems)) for look in found] == [
         (1, 1, {}),
         (1, 0, {records.INVALID_UTF8: 1}),
@@ -209,7 +212,7 @@ def test_a_document_per_file_is_kept_as_it_is(tmp_path):
     ]
     assert (tmp_path / "r/a.txt").read_bytes() == text[3:]
     with pytest.raises(Exception, match="cannot be merged"):
-        plan_tree_of_files(list_sources([tmp_path / "in"]), tmp_path / "m", 1000, **settings)
+        plan_tree_of_files(list_sources([tmp_path / "in"]), tmp_path / "m", Grouping(target_bytes=1000), **settings)
 
 
 LINES = st.one_of(

@@ -94,6 +94,15 @@ def test_workers_and_partitions_change_nothing(corpora):
         assert (corpora / "one" / name).read_bytes() == (corpora / "two" / name).read_bytes()
 
 
+@pytest.mark.parametrize(("unit", "memory"), [(1, 1 << 30), (7, 1 << 12), (1000, 1)])
+def test_units_and_partitions_of_the_spill_change_nothing(corpora, monkeypatch, unit, memory):
+    one = run(corpora, "one")
+    monkeypatch.setattr("megatron_cpt.data.cleaning.clusters._MIN_UNIT", unit)
+    monkeypatch.setattr("megatron_cpt.data.cleaning.clusters._MAX_UNIT", unit)
+    other = run(corpora, "other", memory_bytes=memory if memory > 1 else 1 << 6)
+    assert {key: one[key] for key in one if key != "task"} == {key: other[key] for key in other if key != "task"}
+
+
 def test_documents_below_the_threshold_stay(corpora):
     rng = random.Random(2)
     document = words(rng, 400)
@@ -303,7 +312,7 @@ def test_two_processes_do_not_work_in_one_folder(corpora, monkeypatch):
         [
             sys.executable,
             "-c",
-            f"import fcntl; f = open({str(lock)!r}, 'r+'); fcntl.lockf(f, 2); print(1, flush=True); input()",
+            f"import fcntl; f = open({str(lock)!r}, 'r+'); fcntl.flock(f, 2); print(1, flush=True); input()",
         ],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -332,3 +341,69 @@ def test_corpora_are_named_by_folder_glob_or_name(tmp_path, monkeypatch):
     ):
         with pytest.raises(DataError, match=message):
             named_corpora(inputs)
+
+
+def near_pairs_around_the_threshold(folder):
+    """Write 200 pairs of documents whose similarities run from 0.7 to 0.95; return the similarities."""
+    rng = random.Random(11)
+    left, right, similarities = [], [], []
+    for index in range(200):
+        document = words(rng, 300)
+        other = list(document)
+        for place in rng.sample(range(300), 2 + index % 9):
+            other[place] = f"x{rng.randrange(10**6)}"
+        left.append(" ".join(document))
+        right.append(" ".join(other))
+        similarities.append(jaccard(document, other))
+    write(folder / "in" / "a.jsonl", left)
+    write(folder / "in" / "b.jsonl", right)
+    return dict(zip(right, similarities, strict=True))
+
+
+def test_verified_duplicates_are_those_whose_exact_similarity_reaches_the_threshold(tmp_path):
+    similarity = near_pairs_around_the_threshold(tmp_path)
+    run(tmp_path, "plain")
+    run(tmp_path, "out", DedupOptions(is_verified=True))
+    kept = {folder: set(texts(tmp_path / folder / "b/b.jsonl")) for folder in ("plain", "out")}
+    removed = {folder: [value for text, value in similarity.items() if text not in kept[folder]] for folder in kept}
+    assert min(removed["out"]) >= 0.85 > min(removed["plain"])  # not one removal by the noise of signatures
+    reached = sum(value >= 0.85 for value in similarity.values())
+    assert len(removed["out"]) > 0.9 * reached  # bands find 9 of 10 at the threshold, and more above
+
+
+def test_a_verified_run_that_was_killed_goes_on(tmp_path, monkeypatch):
+    near_pairs_around_the_threshold(tmp_path)
+    options = DedupOptions(is_verified=True)
+    report = run(tmp_path, "whole", options)
+    monkeypatch.setattr(dedup_module, "similarities", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, "out", options, workers=2)
+    monkeypatch.undo()
+    other = run(tmp_path, "out", options, workers=2)
+    assert {**report, "task": 0} == {**other, "task": 0} or report["corpora"] == other["corpora"]
+    assert (tmp_path / "out/b/b.jsonl").read_bytes() == (tmp_path / "whole/b/b.jsonl").read_bytes()
+
+
+def test_chains_are_reported_and_can_be_broken(tmp_path):
+    """Each document of a chain differs from the next in 2 of 400 words: neighbours are alike (0.95), the ends are not."""
+    rng = random.Random(4)
+    document = words(rng, 400)
+    chain = [document]
+    for step in range(1, 13):
+        document = list(document)
+        for offset in range(2):
+            document[30 * step + 10 * offset] = f"x{step}{offset}"
+        chain.append(document)
+    assert jaccard(chain[0], chain[1]) > 0.9 and jaccard(chain[0], chain[12]) < 0.6
+    write(tmp_path / "in" / "a.jsonl", [" ".join(found) for found in [*chain, chain[12]]])
+    write(tmp_path / "in" / "b.jsonl", ["unlike all of them"])
+    report = run(tmp_path, "out")
+    assert report["corpora"]["a"]["kept"] == 1 and report["largest_cluster"] == 14
+    assert 6 <= report["chained"] <= 12
+    broken = run(tmp_path, "broken", DedupOptions(similar_to="kept"))
+    kept = [text.split() for text in texts(tmp_path / "broken/a/a.jsonl")]
+    assert broken["chained"] == report["chained"] and len(kept) > 1
+    for index, one in enumerate(kept):  # nothing that stays is a copy; what went is like something that stays
+        assert all(jaccard(one, other) < 0.98 for other in kept[:index])
+    assert all(max(jaccard(found, one) for one in kept) > 0.75 for found in chain)
+    assert len(texts(tmp_path / "broken/a/a.jsonl")) == broken["corpora"]["a"]["kept"]

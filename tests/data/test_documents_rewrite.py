@@ -9,7 +9,8 @@ import pytest
 import zstandard
 
 from megatron_cpt.cli import main
-from megatron_cpt.data.cleaning.rewrite import plan_tree_of_files, rewrite_all
+from megatron_cpt.data.cleaning.rewrite import rewrite_all
+from megatron_cpt.data.cleaning.rewrite_plan import Grouping, plan_tree_of_files
 from megatron_cpt.data.reading.documents import list_sources
 from megatron_cpt.data.tokenize.driver import tokenize
 from megatron_cpt.errors import DataError
@@ -31,7 +32,9 @@ def run(*arguments):
 
 def rewrite(sources, output, target_bytes=None, keys=("text",), on_bad_line="skip", compression="none"):
     settings = {"keys": keys, "on_bad_line": on_bad_line, "compression": compression}
-    return rewrite_all(plan_tree_of_files(list_sources(sources), output, target_bytes, **settings), 1, "rewrite")
+    return rewrite_all(
+        plan_tree_of_files(list_sources(sources), output, Grouping(target_bytes=target_bytes), **settings), 1, "rewrite"
+    )
 
 
 def test_validate_reports_bad_lines_and_leaves_with_one(tmp_path, capsys):
@@ -144,7 +147,7 @@ def test_a_run_that_was_killed_before_its_record_goes_on(tmp_path, monkeypatch):
     real = module.write_json
 
     def killed(path, value):
-        if value["size"] is not None:
+        if value["sizes"] is not None:
             raise KeyboardInterrupt
         real(path, value)
 
@@ -212,3 +215,84 @@ def test_the_shell_tool_extracts(tmp_path):
         capture_output=True,
     )
     assert (tmp_path / "out/x.jsonl").read_text() == GOOD
+
+
+def tree(folder, names, lines=10):
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps({"text": f"{name} {number} " + "x" * 40}) + "\n" for number in range(lines)))
+
+
+def test_folders_of_a_tree_become_n_files_with_every_line_in_order(tmp_path, capsys):
+    names = [f"d{folder:03d}/f{number}.jsonl" for folder in range(24) for number in range(2)]
+    tree(tmp_path / "in", names)
+    expected = "".join((tmp_path / "in" / name).read_text() for name in names)
+    words = ["--input", tmp_path / "in", "--output-dir", tmp_path / "out", "--num-files", 5, "--workers", 1]
+    assert run("merge-files", *words, "--dry-run") == 0
+    assert "48 files would become 5" in capsys.readouterr().out and not (tmp_path / "out").exists()
+    assert run("merge-files", *words) == 0
+    outputs = sorted((tmp_path / "out").glob("documents-*.jsonl"))
+    assert [path.name for path in outputs] == [f"documents-{number:05d}.jsonl" for number in range(5)]
+    assert "".join(path.read_text() for path in outputs) == expected
+    sizes = [path.stat().st_size for path in outputs]
+    assert max(sizes) < 1.4 * min(sizes)
+    assert run("merge-files", *words[:-2], "--split") == 2
+    assert "Leave out --target-bytes and --split" in capsys.readouterr().err
+
+
+def test_files_of_several_folders_are_merged_to_a_target_size(tmp_path):
+    tree(tmp_path / "in", [f"d{folder}/f.jsonl" for folder in range(12)])
+    size = (tmp_path / "in/d0/f.jsonl").stat().st_size
+    words = ["--input", tmp_path / "in", "--target-bytes", 4 * size, "--workers", 1]
+    assert run("merge-files", *words, "--output-dir", tmp_path / "within") == 0
+    assert len(list((tmp_path / "within").rglob("*.jsonl"))) == 12
+    assert run("merge-files", *words, "--output-dir", tmp_path / "across", "--across-folders") == 0
+    assert len(list((tmp_path / "across").rglob("*.jsonl"))) == 3
+
+
+@pytest.mark.parametrize("compress", ["none", "zst"])
+def test_large_files_are_cut_behind_a_line_and_small_ones_merged(tmp_path, compress):
+    tree(tmp_path / "in", ["big.jsonl"], lines=1000)
+    tree(tmp_path / "in", ["a.jsonl", "b.jsonl"])
+    (tmp_path / "in/big.jsonl.gz").write_bytes(gzip.compress((tmp_path / "in/big.jsonl").read_bytes()))
+    (tmp_path / "in/big.jsonl").rename(tmp_path / "in/large.jsonl")
+    words = ["--input", tmp_path / "in", "--target-bytes", 2000, "--split", "--compress", compress, "--workers", 1]
+    assert run("merge-files", *words, "--output-dir", tmp_path / "out") == 0
+
+    def lines(pattern):
+        paths = sorted((tmp_path / "out").glob(pattern))
+        read = zstandard.ZstdDecompressor().decompressobj
+        return [path.read_bytes() if compress == "none" else read().decompress(path.read_bytes()) for path in paths]
+
+    parts = lines("large-part-*")
+    assert b"".join(parts) == (tmp_path / "in/large.jsonl").read_bytes()
+    assert all(part.endswith(b"\n") for part in parts)
+    assert all(2000 <= len(part) < 2100 for part in parts[:-1]) and len(parts) > 10
+    assert b"".join(lines("big-part-*")) == (tmp_path / "in/large.jsonl").read_bytes()
+    assert b"".join(lines("documents-*")) == b"".join(
+        (tmp_path / "in" / n).read_bytes() for n in ("a.jsonl", "b.jsonl")
+    )
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("[!.]*")}
+    assert run("merge-files", *words, "--output-dir", tmp_path / "out") == 0  # all is kept
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("[!.]*")} == stamps
+    tree(tmp_path / "in", ["large.jsonl"], lines=600)  # fewer parts: those of before go
+    assert run("merge-files", *words, "--output-dir", tmp_path / "out") == 0
+    assert b"".join(lines("large-part-*")) == (tmp_path / "in/large.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("verb", ["repair", "extract", "merge-files"])
+def test_the_parts_of_a_job_array_do_the_whole_and_each_file_once(tmp_path, verb, capsys):
+    tree(tmp_path / "in", [f"d{folder}/f.jsonl" for folder in range(7)])
+    words = ["--input", tmp_path / "in", "--workers", 1]
+    assert run(verb, *words, "--output-dir", tmp_path / "whole") == 0
+    for number in range(3):
+        assert run(verb, *words, "--output-dir", tmp_path / "parts", "--part", f"{number}/3") == 0
+    capsys.readouterr()
+
+    def found(folder):
+        paths = sorted((tmp_path / folder).rglob("[!.]*.jsonl"))
+        return {path.relative_to(tmp_path / folder): path.read_bytes() for path in paths}
+
+    assert found("whole") == found("parts") and len(found("whole")) == 7
+    assert run(verb, *words, "--output-dir", tmp_path / "whole", "--part", "3/3") == 2

@@ -175,3 +175,15 @@ def test_sentencepiece_tokens_are_found_by_name(sentencepiece_model):
     tokenizer = load_tokenizer(sentencepiece_model)
     assert token_id(tokenizer, "</s>") == tokenizer.eod_id
     assert token_id(tokenizer, "<|no_such_token|>") is None
+
+
+def test_what_begins_a_document_keeps_its_place():
+    bos, body = (7, 8), np.arange(10, 30)
+    ids = np.concatenate([body[:5], [EOD], bos, body, [EOD], bos, body[:7]])
+    found = fim(bos=bos).rearrange(ids, "s", 0)
+    assert len(found) == len(ids)
+    first, second, third = np.split(found, np.flatnonzero(found == EOD) + 1)
+    assert first.tolist() == [*body[:5], EOD]  # the rest of a document that began in another sample, and too short
+    for part in (second, third):
+        assert part[:3].tolist() == [*bos, PRE]
+        assert not {7, 8} & set(part[2:].tolist())

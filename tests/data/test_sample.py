@@ -161,6 +161,17 @@ def test_the_record_of_a_split_counts_and_is_no_document(documents):
     assert split(documents, ["in"])["D0"] == rows
 
 
+def test_the_same_split_again_is_kept_and_one_of_more_documents_or_a_lost_file_is_made_again(documents):
+    rows = split(documents, ["in"])
+    files = sorted((documents / "split").rglob("*.jsonl"))
+    times = [path.stat().st_mtime_ns for path in files]
+    assert split(documents, ["in"]) == rows and [path.stat().st_mtime_ns for path in files] == times
+    files[0].unlink()
+    assert split(documents, ["in"]) == rows and files[0].exists()
+    write(documents / "in" / "a.jsonl", [{"text": f"other {index}", "id": index} for index in range(7)])
+    assert split(documents, ["in"])["D0"]["documents"] != rows["D0"]["documents"]
+
+
 def test_duplicates_of_a_text_are_drawn_in_order_up_to_n(tmp_path):
     write(tmp_path / "in" / "a.jsonl", [{"text": "same", "id": index} for index in range(10)])
     assert draw(tmp_path, number=3)[1] == {0, 1, 2}

@@ -100,3 +100,43 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, tmp_path, mon
     assert message in error
     assert error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_measured_is_kept_until_its_model_its_text_or_the_way_changes(tiny_model, texts, tmp_path, monkeypatch):
+    import shutil
+
+    from megatron_cpt.evaluate.models import perplexity
+
+    measured = []
+    plain = perplexity.measure_perplexity
+    monkeypatch.setattr(
+        perplexity,
+        "measure_perplexity",
+        lambda model, text, **options: (measured.append((model.name, text.name)), plain(model, text, **options))[1],
+    )
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model, other)
+    call_it = ["evaluate", "forgetting", "--model", f"base={tiny_model}", *texts, "--output", tmp_path / "out"]
+
+    def again(*more: object) -> list[tuple[str, str]]:
+        measured.clear()
+        assert call(*call_it, *more) == 0
+        return list(measured)
+
+    assert again() == [("base", "D0"), ("base", "D1")]
+    assert again() == []
+    assert again("--model", f"soup={other}") == [("soup", "D0"), ("soup", "D1")], "the base's results are kept"
+    with (tmp_path / "D1.jsonl").open("a") as file:
+        file.write('{"text": "more"}\n')
+    assert again("--model", f"soup={other}") == [("base", "D1"), ("soup", "D1")]
+    assert len(again("--model", f"soup={other}", "--context", 16)) == 4
+    (tmp_path / "out" / "forgetting.json").write_text("{")
+    assert len(again()) == 2, "a damaged file is measured and written again"
+
+
+def test_paths_of_one_text_set_are_one_set(tiny_model, texts, tmp_path):
+    one = [word.replace("D1=", "D0=") for word in texts]
+    output = tmp_path / "results.json"
+    assert call("evaluate", "perplexity", "--model", f"m={tiny_model}", *one, "--output", output) == 0
+    (result,) = json.loads(output.read_text())["results"]
+    assert (result["text"], result["documents"]) == ("D0", 5)

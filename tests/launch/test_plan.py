@@ -21,7 +21,8 @@ from megatron_cpt.config.settings.schema import (
 from megatron_cpt.launch.planning.memory import stage_memories
 from megatron_cpt.launch.planning.model_size import num_active_parameters, num_parameters, stage_layers
 from megatron_cpt.launch.planning.plan import GIB, measured_tokens_per_second, num_checkpoints, plan_run, plan_text
-from megatron_cpt.launch.planning.search import search_layouts, search_text
+from megatron_cpt.launch.planning.search import Hardware, hardware_of, search_layouts, search_text
+from megatron_cpt.launch.scheduler.site import Site
 from tests.tolerances import assert_about
 
 LLAMA_3_8B = ModelConfig(
@@ -210,6 +211,11 @@ def test_a_search_finds_layouts_that_fit_and_puts_the_plain_ones_first():
     assert 0 < len(tight) < len(layouts)
     assert search_layouts(config, 8 * GIB) == []
     assert "parallel.tensor_model_parallel_size=" in search_text(config, 80 * GIB)
+    tiles = run_config(
+        LLAMA_3_8B, None, {"nodes": 2, "gpus_per_node": 12, "scheduler": "pbs"}, **{**options, "global_batch_size": 192}
+    )
+    sizes = {layout.config.parallel.tensor_model_parallel_size for layout in search_layouts(tiles, 80 * GIB)}
+    assert sizes and all(12 % size == 0 for size in sizes), "no tensor-parallel group lies across two nodes"
     moe = search_layouts(run_config(MIXTRAL_8X7B, None, launch, **options), 80 * GIB)
     assert any(layout.config.parallel.expert_model_parallel_size == 8 for layout in moe)
 
@@ -219,3 +225,35 @@ def test_throughput_is_read_from_the_runs_own_metrics(tmp_path):
     assert measured_tokens_per_second(path) is None
     path.write_text('{"kind": "train", "tokens_per_second": 100}\n{"kind": "save"}\n' * 3 + '{"kind": "tra')
     assert measured_tokens_per_second(path) == 100
+
+
+@pytest.mark.parametrize(
+    ("nodes", "per_node", "tensor", "is_refused"),
+    [(2, 12, 8, True), (2, 12, 4, False), (1, 12, 8, False), (2, 8, 8, False), (2, 2, 4, False), (4, 6, 4, True)],
+)
+def test_a_tensor_parallel_group_that_two_nodes_share_is_refused(nodes, per_node, tensor, is_refused):
+    launch = {"nodes": nodes, "gpus_per_node": per_node, "scheduler": "pbs"}
+    layout = {"tensor_model_parallel_size": tensor, "sequence_parallel": tensor > 1}
+    config = run_config(LLAMA_3_8B, layout, launch, seq_length=4096, global_batch_size=1152)
+    found = [problem for problem in parallel_problems(config) if "lie across two nodes" in problem.text]
+    assert bool(found) == is_refused, list(parallel_problems(config))
+
+
+def test_a_slow_link_and_a_slow_device_of_a_site_file_change_the_order_of_layouts():
+    launch = {"nodes": 2, "gpus_per_node": 8, "scheduler": "slurm"}
+    config = run_config(LLAMA_3_8B, None, launch, seq_length=8192, global_batch_size=128, precision="bf16")
+    fast, slow = Hardware(), hardware_of(Site(gpu_tflops=100, gigabytes_inside_node=10, gigabytes_between_nodes=10))
+    assert slow == Hardware(peak_flops=100e12, inside_node=10e9, between_nodes=10e9) and hardware_of(Site()) == fast
+
+    def penalty(hardware: Hardware) -> float:
+        """Return how much longer TP8 takes than TP1."""
+        layouts = search_layouts(config, 400 * GIB, hardware)
+        seconds = {}
+        for layout in layouts:
+            parallel = layout.config.parallel
+            if parallel.pipeline_model_parallel_size == parallel.context_parallel_size == 1:
+                size = parallel.tensor_model_parallel_size
+                seconds[size] = min(layout.seconds, seconds.get(size, layout.seconds))
+        return seconds[8] / seconds[1]
+
+    assert penalty(Hardware(inside_node=10e9)) > 2 * penalty(fast)

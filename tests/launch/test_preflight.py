@@ -15,6 +15,7 @@ GOOD = RankReport(
     rank=0,
     host="n0",
     device="NVIDIA H100",
+    kind="cuda",
     num_devices=4,
     matmul_flops=600e12,
     disk_bytes_per_second=1e9,
@@ -30,6 +31,16 @@ def job(**changes) -> list[RankReport]:
     ranks = [dataclasses.replace(GOOD, rank=rank, host=f"n{rank // 4}") for rank in range(16)]
     ranks[9] = dataclasses.replace(ranks[9], **changes)
     return ranks
+
+
+def test_a_node_without_the_sites_device_is_named_and_does_not_move_the_median():
+    lost = {"device": "cpu", "kind": "cpu", "num_devices": 0, "matmul_flops": 1e12}
+    bad = bad_nodes(job(**lost), gpus_per_node=4, device="cuda")
+    assert bad == {"n2": ["rank 9: would train on cpu, launch.device is cuda"]}
+    assert bad_nodes(job(), gpus_per_node=4, device="cuda") == {}
+    everywhere = [dataclasses.replace(rank, **lost) for rank in job()]
+    assert list(bad_nodes(everywhere, gpus_per_node=4, device="cuda")) == ["n0", "n1", "n2", "n3"]
+    assert bad_nodes(everywhere, gpus_per_node=4, device="cpu") == bad_nodes(everywhere, gpus_per_node=4) == {}
 
 
 @pytest.mark.parametrize(

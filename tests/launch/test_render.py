@@ -24,10 +24,11 @@ from megatron_cpt.config.settings.schema import (
 )
 from megatron_cpt.errors import ConfigError, LaunchError
 from megatron_cpt.launch.scheduler.job import Dependency, parse_dependency
-from megatron_cpt.launch.scheduler.queue import submit_command
+from megatron_cpt.launch.scheduler.queue import scheduler_of
 from megatron_cpt.launch.scheduler.render import render_job
 from megatron_cpt.launch.scheduler.site import Site, read_site
 from megatron_cpt.launch.submission.submit import Submission, stage_job, training_job
+from megatron_cpt.launch.submission.work import Link, Work
 
 GOLDEN = CHECKOUT / "tests" / "golden"
 SITES = sorted(CHECKOUT.glob("*/sites/*.yaml"))
@@ -97,9 +98,9 @@ def rendered(site_path: Path) -> dict[str, str]:
     chosen = submission(site_path)
     scheduler = chosen.scheduler
     name = f"{scheduler}-{site_path.stem}"
-    train = training_job(chosen, 1, must_finish=True, max_failures=2)
+    train = training_job(chosen, Link(number=1))
     arguments = ("tokenize", "--input", "data/D1", "--shard", "{array_index}/{num_array_tasks}")
-    array = stage_job(chosen, "tokenize", arguments, num_array_tasks=8, name="tokenize-D1")
+    array = stage_job(chosen, Work(name="tokenize-D1", stage="tokenize", words=arguments, num_array_tasks=8))
     return {
         f"{name}-train.sh": render_job(train, scheduler),
         f"{name}-tokenize.sh": render_job(array, scheduler),
@@ -175,14 +176,14 @@ def test_the_strict_parser_refuses_what_schedulers_would_take_silently():
 
 def test_a_value_that_a_directive_cannot_hold_is_refused_by_name():
     chosen = submission(CHECKOUT / "pbs/sites/abci.yaml")
-    job = training_job(chosen, 1, must_finish=False, max_failures=2)
+    job = training_job(chosen, Link(number=1, is_last=False))
     for value in ("two words", "a$b", "a'b", "", "line\nbreak"):
         with pytest.raises(LaunchError, match="queue is"):
             render_job(dataclasses.replace(job, queue=value), "pbs")
 
 
 def test_words_with_spaces_and_quotes_reach_the_program_unharmed(tmp_path):
-    job = training_job(submission(CHECKOUT / "slurm/sites/generic.yaml"), 1, must_finish=False, max_failures=2)
+    job = training_job(submission(CHECKOUT / "slurm/sites/generic.yaml"), Link(number=1, is_last=False))
     words = ("printf", "%s\n", "a b", "it's", "$HOME", "--flag", "--", "data.mix={D0: 1.0}")
     script = tmp_path / "job.sh"
     script.write_text(render_job(dataclasses.replace(job, command=words, work_dir=tmp_path), "slurm"))
@@ -193,8 +194,13 @@ def test_words_with_spaces_and_quotes_reach_the_program_unharmed(tmp_path):
 def test_dependencies_read_alike_in_both_schedulers_and_slurm_cancels_what_can_never_start():
     parents = parse_dependency("afterok:1.pbs1:20[].pbs1", "pbs")
     assert parents == (Dependency("afterok", ("1.pbs1", "20[].pbs1")),)
-    assert submit_command("pbs", Path("/j.sh"), parents) == ["qsub", "-W", "depend=afterok:1.pbs1:20[].pbs1", "/j.sh"]
-    command = submit_command("slurm", Path("/j.sh"), parse_dependency("afterok:1:2,afterany:3", "slurm"))
+    assert scheduler_of("pbs").submit_command(Path("/j.sh"), parents) == [
+        "qsub",
+        "-W",
+        "depend=afterok:1.pbs1:20[].pbs1",
+        "/j.sh",
+    ]
+    command = scheduler_of("slurm").submit_command(Path("/j.sh"), parse_dependency("afterok:1:2,afterany:3", "slurm"))
     assert command[2:4] == ["--dependency=afterok:1:2,afterany:3", "--kill-on-invalid-dep=yes"]
 
 

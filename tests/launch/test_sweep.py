@@ -17,11 +17,11 @@ from megatron_cpt.cli import main
 from megatron_cpt.config.loading.resolve import LoadedConfig
 from megatron_cpt.config.loading.sources import CHECKOUT
 from megatron_cpt.errors import ConfigError, LaunchError
-from megatron_cpt.launch.scheduler.queue import ALIVE, job_states
+from megatron_cpt.launch.scheduler.queue import ALIVE, scheduler_of
 from megatron_cpt.launch.scheduler.render import render_job
 from megatron_cpt.launch.submission.grid import grid_points, parse_grid
-from megatron_cpt.launch.submission.submit import Submission
-from megatron_cpt.launch.submission.sweep import Sweep, array_job, sweep_submission
+from megatron_cpt.launch.submission.submit import Submission, job_of
+from megatron_cpt.launch.submission.sweep import Sweep, array_work, point_table, sweep_submission
 from megatron_cpt.run.directory import RunDir
 from megatron_cpt.run.ledger import read_jobs
 from tests.cluster import pbs_stand_in
@@ -86,7 +86,7 @@ def test_the_array_of_a_sweep_equals_its_golden_file_and_passes_the_strict_parse
     base = submission(CHECKOUT / scheduler / "sites" / "generic.yaml")
     points = grid_points(parse_grid(["optimizer.lr=1e-4,3e-4"]), base.loaded.config, ())
     sweep = Sweep(submission=sweep_submission(base, "sweep"), points=points, submissions=[base, base], old=())
-    job, table = array_job(sweep, [0, 1])
+    job, table = job_of(sweep.submission, array_work(sweep, [0, 1])), point_table(sweep, [0, 1])
     text = without_package_path(render_job(job, scheduler))
     path = GOLDEN / f"{scheduler}-generic-sweep.sh"
     if os.environ.get("UPDATE_GOLDEN"):
@@ -100,7 +100,7 @@ def test_the_array_of_a_sweep_equals_its_golden_file_and_passes_the_strict_parse
     limited = sweep_submission(base, "sweep")
     object.__setattr__(limited.site, "max_array_tasks", 1)
     with pytest.raises(LaunchError, match="2 points. The site allows 1 array tasks"):
-        array_job(Sweep(submission=limited, points=points, submissions=[base, base], old=()), [0, 1])
+        array_work(Sweep(submission=limited, points=points, submissions=[base, base], old=()), [0, 1])
 
 
 @pytest.fixture
@@ -160,7 +160,7 @@ def submit_here(task: Path, *words: str) -> list[str]:
     return output.getvalue().split("\n")[:-1]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_sweep_is_an_array_with_a_report_and_a_rerun_submits_what_is_missing(task, pbs, monkeypatch):
     stand_in_for_training(task.parents[1], monkeypatch)
     shown = run_sweep_with_a_failing_point(task, "pbs")
@@ -212,7 +212,7 @@ def run_sweep_with_a_failing_point(task: Path, scheduler: str) -> str:
 
 def wait(scheduler: str, *ids: str) -> None:
     deadline = time.monotonic() + 100
-    while any(state.state in ALIVE for state in job_states(scheduler, ids).values()):
+    while any(state.state in ALIVE for state in scheduler_of(scheduler).states(ids).values()):
         assert time.monotonic() < deadline
         time.sleep(0.2)
 

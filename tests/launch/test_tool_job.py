@@ -91,4 +91,4 @@ def test_on_this_machine_a_verb_on_every_rank_says_how_many(tmp_path):
         tmp_path, "--dry-run", "--ranks", "--name", "look", "--command", "doctor", "launch.gpus_per_node=2",
         "training.global_batch_size=64",
     )  # fmt: skip
-    assert answer.stdout == "2 local ranks: megatron-cpt doctor\n", answer.stderr
+    assert answer.stdout == "$ megatron-cpt doctor  # on 2 local ranks\n", answer.stderr

@@ -13,6 +13,7 @@ from megatron_cpt.train.model import attention
 from megatron_cpt.train.model import attention_bounds as visibility
 from megatron_cpt.train.model.attention import SdpaCoreAttention, attend_each, attend_varlen
 from megatron_cpt.train.model.attention_bounds import Visibility, apart, document_numbers, is_bounds, reason_for_mask
+from tests.tiers import full_except
 from tests.tolerances import assert_fp32_rounding
 from tests.train.tiny import EOD, SEQ, batches, logits, run_steps, tiny_config
 
@@ -240,14 +241,18 @@ def gradients(config, is_by_bounds):
 
 @pytest.mark.parametrize(
     ("kind", "model", "parallel"),
-    [
-        ("dense", {}, {}),
+    full_except(
+        [
+            ("dense", {}, {}),
+            ("qwen", {"window_size": 16}, {}),
+            ("mla", {}, {}),
+            ("dense", {}, {"recompute_granularity": "full"}),
+            ("mla", {}, {"recompute_granularity": "selective"}),
+            ("dense", {}, {"tensor_model_parallel_size": 2}),
+        ],
         ("qwen", {"window_size": 16}, {}),
-        ("mla", {}, {}),
-        ("dense", {}, {"recompute_granularity": "full"}),
-        ("mla", {}, {"recompute_granularity": "selective"}),
         ("dense", {}, {"tensor_model_parallel_size": 2}),
-    ],
+    ),
 )
 def test_bounds_give_the_loss_and_the_gradients_of_a_mask(ranks, kind, model, parallel):
     world_size = parallel.get("tensor_model_parallel_size", 1)
@@ -269,8 +274,8 @@ def test_bounds_train_through_a_pipeline_as_a_mask_on_one_rank(ranks, tmp_path):
         assert_fp32_rounding(result, expected)
 
 
-@pytest.mark.parametrize("model", [{}, {"window_size": 16}])
-@pytest.mark.parametrize("kind", ["dense", "mla"])
+@pytest.mark.parametrize("model", full_except([{}, {"window_size": 16}], {"window_size": 16}))
+@pytest.mark.parametrize("kind", full_except(["dense", "mla"], "mla"))
 def test_bounds_train_under_context_parallelism_as_a_mask_on_one_rank(ranks, tmp_path, kind, model):
     config = tiny_config(kind, model=model)
     ranks.run(run_steps, 1, config, 0, 1, None, str(tmp_path))

@@ -64,6 +64,16 @@ def test_stages_follow_each_other_and_a_finished_one_does_nothing_more(ranks, af
     assert (run_path(after_base, "replay") / "metrics.jsonl").read_text() == before
 
 
+def test_a_run_writes_the_page_that_shows_it(ranks, after_base):
+    assert ranks.run(run_stage, 2, str(after_base), "replay", TP2) == ["finished"] * 2
+    page = (run_path(after_base, "replay") / "report" / "report.html").read_text()
+    assert "Held-out" in page
+    for part in ("small: replay", "finished", "iter_0000008", "megatron-core", ">1,536<", ">75.00 %<"):
+        assert part in page, part
+    environment = json.loads((run_path(after_base, "replay") / "environment.json").read_text())
+    assert environment["torch"] and environment["device"]
+
+
 def test_a_run_that_was_killed_after_its_last_save_is_finished_by_the_same_command(ranks, after_base):
     metrics = run_path(after_base, "base") / "metrics.jsonl"
     whole = metrics.read_text()

@@ -86,6 +86,7 @@ def submit(experiment, *words: str, at: str = "start") -> subprocess.CompletedPr
     )
 
 
+@pytest.mark.full
 def test_a_rendered_job_script_runs_the_sweep_on_every_rank_of_the_job(experiment):
     """The script that `submit` would hand to Slurm, run by bash, with a launcher that starts the one node's processes here."""
     folder = experiment.parent.parent

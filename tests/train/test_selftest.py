@@ -11,7 +11,7 @@ def test_a_product_on_this_machines_devices_is_right():
     assert "bf16 product right" in selftest.kernel()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_documents_become_a_trained_checkpoint():
     assert selftest.pipeline().endswith("saved a checkpoint")
 

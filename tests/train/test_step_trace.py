@@ -109,6 +109,7 @@ def traced_tokens(run: Path) -> dict[int, list[int]]:
     return found
 
 
+@pytest.mark.full
 def test_ledger_and_trace_follow_a_run_whose_blend_was_changed(ranks, experiment, tmp_path):
     run = run_path(experiment, "base")
     mixes = ("data.mix={D0: 0.25, D1: 0.75}", "data.mix={D0: 0.75, D1: 0.25}", "data.mix={D0: 0.5, D1: 0.5}")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_cpt.files import write_json
+from tests.tiers import full_except
 from tests.tolerances import assert_fp32_rounding, assert_fp64_rounding
 from tests.train.test_masked_training import write_plain
 from tests.train.tiny import EOD, SEQ, run_steps, tiny_config
@@ -67,7 +68,7 @@ def held_out(folder: Path, samples: int) -> str:
     return str(folder / "held_out")
 
 
-@pytest.mark.parametrize(("samples", "eval_iters"), [(3, 10), (11, 10), (11, 1)])
+@pytest.mark.parametrize(("samples", "eval_iters"), full_except([(3, 10), (11, 10), (11, 1)], (3, 10)))
 def test_every_sample_counts_once_whatever_the_batch(ranks, tmp_path, checkpoint, samples, eval_iters):
     shard = held_out(tmp_path, samples)
     ((count, expected, by_hand),) = ranks.run(measured, 1, tiny_config(), checkpoint, shard, eval_iters)

@@ -45,8 +45,8 @@ def test_a_missing_package_is_a_clear_mistake(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"extra wandb \(pip install -e '.\[wandb\]'"):
-        check_wandb(config(wandb_project="p"))
-    check_wandb(config())
+        check_wandb(config(wandb_project="p").logging)
+    check_wandb(config().logging)
 
 
 def test_offline_is_passed_on_and_the_variable_wins(monkeypatch, tmp_path):

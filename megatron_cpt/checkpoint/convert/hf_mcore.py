@@ -6,7 +6,6 @@ and writes the result, so that memory holds a few tensors per worker. An output 
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import json
 import logging
@@ -19,32 +18,42 @@ from typing import Any
 
 import torch
 
+from megatron_cpt.checkpoint.convert.release import is_made, release_manifest
 from megatron_cpt.checkpoint.convert.verify import verify_against_hf
-from megatron_cpt.checkpoint.huggingface.companion_files import copy_tokenizer, tokenizer_hash, write_configs
+from megatron_cpt.checkpoint.huggingface.companion_files import (
+    add_companions,
+    check_tokenizer_fits,
+    keep_companions,
+    tokenizer_hash,
+    usable_companions,
+    write_configs,
+)
 from megatron_cpt.checkpoint.huggingface.folder import HFFolder, OutputGroup, write_safetensors
+from megatron_cpt.checkpoint.huggingface.options import CONVERSION, ImportOptions
 from megatron_cpt.checkpoint.huggingface.read_config import (
     POSITION_FIELDS,
     TRAINING_FIELDS,
-    architecture_name,
     differing_fields,
+    family_of_config,
     model_config_from_hf,
 )
 from megatron_cpt.checkpoint.huggingface.vocabulary import ExtendedFolder, VocabExtension
 from megatron_cpt.checkpoint.huggingface.write_config import hf_config_from_model
-from megatron_cpt.checkpoint.mapping.rules import Unit, check_coverage, family_of, units
+from megatron_cpt.checkpoint.mapping.units import Unit, check_coverage, family_of, units
 from megatron_cpt.checkpoint.torch_dist import mcore
 from megatron_cpt.checkpoint.torch_dist.dcp_writer import Slice, write_dcp
+from megatron_cpt.checkpoint.torch_dist.kept_files import KEPT
 from megatron_cpt.checkpoint.torch_dist.megatron_arguments import write_megatron_metadata
-from megatron_cpt.checkpoint.torch_dist.release import is_made, release_manifest
 from megatron_cpt.checkpoint.torch_dist.weights import MegatronWeights, TorchDistWeights
+from megatron_cpt.config.checks.vocabulary import vocabulary_problem
 from megatron_cpt.config.settings.schema import ModelConfig
+from megatron_cpt.data.tokenizer.interface import load_tokenizer
 from megatron_cpt.errors import CheckpointError
-from megatron_cpt.files import file_hash, read_json_object, text_hash, whole_dir, write_json
+from megatron_cpt.files import file_hash, read_json_object, take_lock, text_hash, whole_dir, write_json
 from megatron_cpt.log import Progress, format_bytes
 
 logger = logging.getLogger(__name__)
 
-CONVERSION = "conversion.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NAMES_IN_CONFIG = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -62,23 +71,28 @@ def hf_to_mcore(
     skip_tensors: Sequence[str] = (),
     ignore_config: Sequence[str] = (),
     extension: VocabExtension | None = None,
+    drop_mtp: bool = False,
+    allow_nonfinite: bool = False,
 ) -> Path:
     """Convert the model in `hf_dir` to `<output>/release`; return that folder.
 
     `model`, when given, must describe the same weights; its vocabulary padding is used. `dtype` is fp32, bf16 or fp16 (None:
     as it is; the router's bias keeps its type). `verify` reads everything back and compares it bit by bit. `extension` adds
-    rows to the vocabulary.
+    rows to the vocabulary. `skip_tensors`, `ignore_config` and `drop_mtp` (the layers that predict further tokens, which are
+    not trained) are remembered in the manifest. `allow_nonfinite` lets NaN and infinity pass.
 
     Raises: CheckpointError when a tensor or a key has no place, when sizes differ, or when there is something else already.
     """
     source = HFFolder(hf_dir) if extension is None else ExtendedFolder(hf_dir, extension)
-    described = model_config_from_hf(source.config, ignore=ignore_config)
+    where = str(hf_dir / "config.json")
+    options = source.options.joined(ignore_config, skip_tensors)
+    described = model_config_from_hf(source.config, ignore=options.ignore_config, where=where)
+    options = _with_mtp(source, described, options, drop=drop_mtp)
     model = _agreed_model(described, model, make_vocab_size_divisible_by, hf_dir)
-    family = family_of(architecture_name(source.config))
+    family = family_of_config(source.config, where)
     steps = units(model, family)
-    skipped = check_coverage(
-        steps, source.names_to_claim(is_tied=not model.untie_embeddings_and_output_weights), str(hf_dir), skip_tensors
-    )
+    names = source.names_to_claim(*family.repeated_output(model))
+    skipped = check_coverage(steps, names, str(hf_dir), options.skip_tensors)
     _check_shapes(source, steps)
     target = mcore.checkpoint_dir(output, "release")
     identity = {"kind": "huggingface", **source.fingerprint(), "dtype": dtype, "skipped": skipped}
@@ -95,16 +109,21 @@ def hf_to_mcore(
         cast = DTYPES[dtype] if dtype else None
         hashes = write_dcp(
             directory,
-            [_slice(step, source, model, cast) for step in steps],
+            [_slice(step, source, model, cast, allow_nonfinite=allow_nonfinite) for step in steps],
             num_workers=num_workers,
             progress=progress,
         )
         write_megatron_metadata(directory, model)
+        keep_companions(hf_dir, directory / KEPT)
         if verify:
             weights = TorchDistWeights(directory)
             tensors = verify_against_hf(source, weights, steps, model, cast, num_workers)
             write_json(directory / CONVERSION, {"direction": "hf_to_mcore", "bit_exact": True, "tensors": tensors})
-        mcore.write_manifest(directory, release_manifest(dataclasses.asdict(model), identity, hf=source.config), hashes)
+        mcore.write_manifest(
+            directory,
+            release_manifest(dataclasses.asdict(model), identity, hf=source.config, **options.record()),
+            hashes,
+        )
     mcore.write_tracker(output, "release")
     logger.info("%s: %s in %d steps", target, format_bytes(source.num_bytes()), len(steps))
     return target
@@ -122,12 +141,14 @@ def mcore_to_hf(
     weights: MegatronWeights | None = None,
     manifest: dict[str, Any] | None = None,
     extra_files: Mapping[str, Any] | None = None,
+    allow_nonfinite: bool = False,
 ) -> Path:
     """Convert the checkpoint `iter_NNNNNNN` or `release` (or the newest good one of a folder of them) to a Hugging Face
     folder `output`; return `output`.
 
     The model and the source's `config.json` come from the manifest. `tokenizer` (a folder, `tokenizer.json` or a
-    SentencePiece model) is copied, with chat template and generation configuration where it has them. `weights` and `manifest`
+    SentencePiece model) is copied, with chat template and generation configuration where it has them; else, and for all other
+    files beside the weights, what the checkpoint kept of its base is. `allow_nonfinite` lets NaN and infinity pass. `weights` and `manifest`
     replace the checkpoint's own (averages, other formats); `checkpoint` then only names them. `extra_files` (name -> JSON
     value) are written beside.
 
@@ -137,8 +158,14 @@ def mcore_to_hf(
         checkpoint = mcore.find_checkpoint(checkpoint)
     manifest = mcore.read_manifest(checkpoint) if manifest is None else manifest
     model = mcore.manifest_model(manifest, checkpoint)
+    if tokenizer is not None and tokenizer.exists():
+        num_ids = load_tokenizer(tokenizer, needs_eod=False).vocab_size
+        if problem := vocabulary_problem(str(tokenizer), num_ids, model, "Export with the tokenizer of the training."):
+            raise CheckpointError(problem)
     weights = weights or TorchDistWeights(checkpoint)
-    options = {"dtype": dtype, "max_shard_bytes": max_shard_bytes, "tokenizer": tokenizer_hash(tokenizer)}
+    kept = usable_companions(checkpoint, manifest, has_tokenizer_of_its_own=tokenizer is not None)
+    imported = ImportOptions.of(manifest)
+    options = {"dtype": dtype, "max_shard_bytes": max_shard_bytes, "tokenizer": tokenizer_hash(tokenizer or kept)}
     identity = {"kind": "megatron", "files": text_hash(json.dumps(manifest.get("files"), sort_keys=True)), **options}
     if _is_exported(output, identity):
         logger.info("%s: converted already from the same weights", output)
@@ -148,7 +175,7 @@ def mcore_to_hf(
         "bos_token_id": None,
         "pad_token_id": None,
     }
-    config = hf_config_from_model(model, manifest.get("hf"), token_ids=token_ids)
+    config = hf_config_from_model(model, manifest.get("hf"), token_ids=token_ids, ignore=imported.ignore_config)
     steps = units(model, family_of(config["architectures"][0]))
     left = weights.unclaimed(steps)
     if left:
@@ -157,7 +184,7 @@ def mcore_to_hf(
             f"{', '.join(left[:3])}. Every weight must be converted. The manifest belongs to another model."
         )
     cast = DTYPES[dtype] if dtype else None
-    groups = [_group(step, weights, model, cast) for step in steps]
+    groups = [_group(step, weights, model, cast, allow_nonfinite=allow_nonfinite) for step in steps]
     config["dtype"] = config["torch_dtype"] = NAMES_IN_CONFIG[groups[0].tensors[0][2]]
     total = sum(group.num_bytes for group in groups)
     mcore.check_free_space(output, int(total * 1.01) + (1 << 20))
@@ -167,11 +194,18 @@ def mcore_to_hf(
         hashes = write_safetensors(
             directory, groups, max_shard_bytes=max_shard_bytes, num_workers=num_workers, progress=progress
         )
-        copied = copy_tokenizer(tokenizer, directory, token_ids["eos_token_id"])
+        copied = add_companions(
+            directory,
+            tokenizer=tokenizer,
+            kept=kept,
+            eod_id=token_ids["eos_token_id"],
+            is_trained=manifest.get("iteration", "release") != "release",
+        )
+        check_tokenizer_fits(directory, model, output)
         write_configs(directory, config, copied)
         for name, value in (extra_files or {}).items():
             write_json(directory / name, value)
-        record: dict[str, Any] = {"direction": "mcore_to_hf", "source": identity}
+        record: dict[str, Any] = {"direction": "mcore_to_hf", "source": identity, **imported.record()}
         if verify:
             folder = HFFolder(directory)
             record |= {
@@ -179,8 +213,12 @@ def mcore_to_hf(
                 "tensors": verify_against_hf(folder, weights, steps, model, None, num_workers, stored_cast=cast),
             }
         record["files"] = {
-            file.name: {"bytes": file.stat().st_size, "hash": hashes.get(file.name) or file_hash(file)}
-            for file in sorted(directory.iterdir())
+            file.relative_to(directory).as_posix(): {
+                "bytes": file.stat().st_size,
+                "hash": hashes.get(file.name) or file_hash(file),
+            }
+            for file in sorted(directory.rglob("*"))
+            if file.is_file()
         }
         write_json(directory / CONVERSION, record)
     logger.info("%s: %s in %d tensors", output, format_bytes(total), sum(len(group.tensors) for group in groups))
@@ -211,35 +249,78 @@ def _check_shapes(source: HFFolder, steps: Sequence[Unit]) -> None:
                 )
 
 
-def _slice(step: Unit, source: HFFolder, model: ModelConfig, cast: torch.dtype | None) -> Slice:
-    dtypes = {source.dtype(name) for name in step.hf}
-    if len(dtypes) > 1 or not next(iter(dtypes)).is_floating_point:
+def _with_mtp(source: HFFolder, model: ModelConfig, options: ImportOptions, *, drop: bool) -> ImportOptions:
+    """Return the options with the layers behind the last one left out, where that was asked for.
+
+    Raises: CheckpointError when the folder has such layers and nothing was said about them.
+    """
+    behind = f"model.layers.{model.num_layers}."
+    count = source.config.get("num_nextn_predict_layers")
+    if not count or not any(name.startswith(behind) for name in source.names()):
+        return options
+    globs = [f"model.layers.{model.num_layers + number}.*" for number in range(int(count))]
+    if not drop and not set(globs) <= set(options.skip_tensors):
         raise CheckpointError(
-            f"{source.path}: {', '.join(step.hf)} have types {dtypes}. One floating-point type is needed."
+            f"{source.path}: {count} layers behind the last predict further tokens (num_nextn_predict_layers). They are not "
+            "trained here and would no longer fit the model. Use --drop-mtp to leave them out; an export then says that there "
+            "are none."
         )
-    dtype = _cast_type(step, dtypes.pop(), cast)
+    return options.joined((), globs)
+
+
+def _slice(
+    step: Unit, source: HFFolder, model: ModelConfig, cast: torch.dtype | None, *, allow_nonfinite: bool
+) -> Slice:
+    dtypes = {source.dtype(name) for name in step.hf}
+    if not all(dtype.is_floating_point for dtype in dtypes) or (len(dtypes) > 1 and cast is None):
+        found = ", ".join(f"{name} {str(source.dtype(name)).removeprefix('torch.')}" for name in step.hf)
+        raise CheckpointError(
+            f"{source.path}: {step.key} is made of {found}. One floating-point type is needed. Name one with --dtype."
+        )
+    dtype = _cast_type(step, next(iter(dtypes)), cast)
 
     def build() -> torch.Tensor:
-        return step.to_mcore([source.read(name) for name in step.hf], model).to(dtype)
+        tensors = [source.read(name) for name in step.hf]
+        if len(dtypes) > 1:
+            tensors = [tensor.to(dtype) for tensor in tensors]
+        values = step.to_mcore(tensors, model).to(dtype)
+        if not allow_nonfinite:
+            check_finite(values, ", ".join(step.hf), str(source.path))
+        return values
 
     experts = () if step.expert is None else (1,)
     return Slice(step.key, (*experts, *step.shape), dtype, step.offsets, step.global_shape, build)
 
 
-def _group(step: Unit, weights: MegatronWeights, model: ModelConfig, cast: torch.dtype | None) -> OutputGroup:
+def _group(
+    step: Unit, weights: MegatronWeights, model: ModelConfig, cast: torch.dtype | None, *, allow_nonfinite: bool
+) -> OutputGroup:
     dtype = _cast_type(step, weights.dtype(step), cast)
     shape = weights.shape(step)
-    rows = model.vocab_size if step.how == "vocab" else None
-    if (shape[0] < model.vocab_size or shape[1:] != step.shape[1:]) if rows else shape != step.shape:
+    if not step.fits(shape, model):
         raise CheckpointError(
             f"{step.key}: {list(shape)} on disk, {list(step.shape)} by the manifest's model. Use its own."
         )
 
     def build() -> Sequence[torch.Tensor]:
-        return [part.to(dtype) for part in step.to_hf(weights.read(step, rows), model)]
+        values = weights.read(step, step.rows(model)).to(dtype)
+        if not allow_nonfinite:
+            check_finite(values, step.key, "the checkpoint")
+        return step.to_hf(values, model)
 
     tensors = tuple((name, shape, dtype) for name, shape in zip(step.hf, step.hf_shapes, strict=True))
     return OutputGroup(tensors, build)
+
+
+def check_finite(values: torch.Tensor, name: str, where: str) -> None:
+    """Raise CheckpointError naming a tensor that holds NaN or infinity."""
+    if values.numel() == 0 or all(torch.isfinite(bound) for bound in torch.aminmax(values)):
+        return
+    nans, others = int(values.isnan().sum()), int((~values.isfinite()).sum())
+    raise CheckpointError(
+        f"{where}: {name} has {nans} NaN and {others - nans} infinite values as {str(values.dtype).removeprefix('torch.')}. "
+        "A model with them computes NaN. Use a wider --dtype (fp16 ends at 65,504), or --allow-nonfinite to keep them."
+    )
 
 
 def _cast_type(step: Unit, stored: torch.dtype, cast: torch.dtype | None) -> torch.dtype:
@@ -285,12 +366,8 @@ def claimed(directory: Path) -> Iterator[None]:
     """
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise
-        except OSError:
-            logger.debug("%s: this file system has no locks", directory)
+        if not take_lock(descriptor, directory):
+            raise BlockingIOError
         yield
     finally:
         os.close(descriptor)

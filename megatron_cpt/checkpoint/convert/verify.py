@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 
 from megatron_cpt.checkpoint.huggingface.folder import HFFolder
+from megatron_cpt.checkpoint.huggingface.options import ImportOptions
 from megatron_cpt.checkpoint.huggingface.read_config import (
     TRAINING_FIELDS,
-    architecture_name,
     differing_fields,
+    family_of_config,
     model_config_from_hf,
 )
-from megatron_cpt.checkpoint.mapping.rules import Unit, check_coverage, family_of, units
+from megatron_cpt.checkpoint.mapping.units import Unit, check_coverage, units
 from megatron_cpt.checkpoint.torch_dist.mcore import manifest_model, read_manifest
 from megatron_cpt.checkpoint.torch_dist.weights import MegatronWeights, TorchDistWeights
 from megatron_cpt.config.settings.schema import ModelConfig
@@ -26,14 +27,18 @@ def compare_weights(hf_dir: Path, checkpoint: Path) -> dict[str, str]:
 
     Raises: CheckpointError naming the first tensor that differs, or is on one side only.
     """
-    folder, weights = HFFolder(hf_dir), TorchDistWeights(checkpoint)
-    model = manifest_model(read_manifest(checkpoint), checkpoint)
-    different = differing_fields(model_config_from_hf(folder.config), model, TRAINING_FIELDS)
+    folder, weights, manifest = HFFolder(hf_dir), TorchDistWeights(checkpoint), read_manifest(checkpoint)
+    model = manifest_model(manifest, checkpoint)
+    imported = ImportOptions.of(manifest)
+    options = folder.options.joined(imported.ignore_config, imported.skip_tensors)
+    where = str(hf_dir / "config.json")
+    described = model_config_from_hf(folder.config, ignore=options.ignore_config, where=where)
+    different = differing_fields(described, model, TRAINING_FIELDS)
     if different:
         raise CheckpointError(f"{hf_dir}: another model than {checkpoint}: {'; '.join(different)}.")
-    steps = units(model, family_of(architecture_name(folder.config)))
-    is_tied = not model.untie_embeddings_and_output_weights
-    check_coverage(steps, folder.names_to_claim(is_tied=is_tied), str(hf_dir))
+    family = family_of_config(folder.config, where)
+    steps = units(model, family)
+    check_coverage(steps, folder.names_to_claim(*family.repeated_output(model)), str(hf_dir), options.skip_tensors)
     return verify_against_hf(folder, weights, steps, model, None)
 
 
@@ -55,9 +60,8 @@ def verify_against_hf(
     """
 
     def compare(step: Unit) -> dict[str, str]:
-        rows = model.vocab_size if step.how == "vocab" else None
         hashes = {}
-        for name, values in zip(step.hf, step.to_hf(weights.read(step, rows), model), strict=True):
+        for name, values in zip(step.hf, step.to_hf(weights.read(step, step.rows(model)), model), strict=True):
             original = folder.read(name)
             is_bias = step.key.endswith("expert_bias")
             left = tensor_bytes(original if hf_cast is None or is_bias else original.to(hf_cast))

@@ -15,23 +15,23 @@ from typing import Any, Literal
 import torch
 
 from megatron_cpt.checkpoint.convert.hf_mcore import (
-    CONVERSION,
     DTYPES,
     claimed,
     mcore_to_hf,
     progress_of,
     remove_partial,
 )
+from megatron_cpt.checkpoint.convert.release import is_made, release_manifest
 from megatron_cpt.checkpoint.convert.verify import tensor_bytes
 from megatron_cpt.checkpoint.foreign.opening import ForeignCheckpoint, model_units, open_foreign
 from megatron_cpt.checkpoint.huggingface.folder import sampled_hash
-from megatron_cpt.checkpoint.mapping.rules import Unit
+from megatron_cpt.checkpoint.huggingface.options import CONVERSION
 from megatron_cpt.checkpoint.mapping.transforms import pad_vocab
+from megatron_cpt.checkpoint.mapping.units import Unit
 from megatron_cpt.checkpoint.torch_dist import mcore
 from megatron_cpt.checkpoint.torch_dist.dcp import DcpReader
 from megatron_cpt.checkpoint.torch_dist.dcp_writer import Slice, write_dcp
 from megatron_cpt.checkpoint.torch_dist.megatron_arguments import write_megatron_metadata
-from megatron_cpt.checkpoint.torch_dist.release import is_made, release_manifest
 from megatron_cpt.checkpoint.torch_dist.weights import MegatronWeights
 from megatron_cpt.config.settings.schema import ModelConfig
 from megatron_cpt.errors import CheckpointError
@@ -154,16 +154,15 @@ def _slices(
 
 
 def _slice(step: Unit, key: str, values: MegatronWeights, model: ModelConfig, dtype: torch.dtype) -> Slice:
-    rows = model.vocab_size if step.how == "vocab" else None
-    shape = values.shape(step)
-    if (shape[0] < model.vocab_size or shape[1:] != step.shape[1:]) if rows else shape != step.shape:
+    rows, shape = step.rows(model), values.shape(step)
+    if not step.fits(shape, model):
         raise CheckpointError(
             f"{key}: {list(shape)} in the checkpoint, {list(step.shape)} by the params file. Use the model's own."
         )
 
     def build() -> torch.Tensor:
         whole = values.read(step, rows)
-        return (pad_vocab(whole, step.shape[0]) if rows else whole).to(dtype)
+        return (pad_vocab(whole, step.shape[0]) if rows is not None else whole).to(dtype)
 
     experts = () if step.expert is None else (1,)
     return Slice(key, (*experts, *step.shape), dtype, step.offsets, step.global_shape, build)

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_cpt.checkpoint.mapping.rules import Unit
 from megatron_cpt.checkpoint.mapping.transforms import merge_gate_up
+from megatron_cpt.checkpoint.mapping.units import Unit
 from megatron_cpt.checkpoint.torch_dist.megatron_arguments import find_step
 from megatron_cpt.checkpoint.torch_dist.pickles import load_safely
 from megatron_cpt.config.settings.schema import ModelConfig
@@ -68,7 +68,7 @@ class DeepSpeedUniversalWeights:
         elif all(name in self._files for name in unit.hf):
             whole = unit.to_mcore([self._load(name) for name in unit.hf], self.model)
             whole = whole if unit.expert is None else whole[0]
-        elif unit.how == "gate_up" and all(f"{unit.key}.{part}" in self._files for part in (0, 1)):
+        elif unit.is_gated and all(f"{unit.key}.{part}" in self._files for part in (0, 1)):
             whole = merge_gate_up(self._load(f"{unit.key}.0"), self._load(f"{unit.key}.1"))
         else:
             raise CheckpointError(

@@ -14,7 +14,7 @@ from pathlib import Path
 from megatron_cpt.checkpoint.foreign.deepspeed import DeepSpeedUniversalWeights, universal_step
 from megatron_cpt.checkpoint.foreign.torch_format import MOMENTS, TorchFormat, Unmappable
 from megatron_cpt.checkpoint.huggingface.write_config import hf_config_from_model
-from megatron_cpt.checkpoint.mapping.rules import FAMILIES, Unit, family_of, units
+from megatron_cpt.checkpoint.mapping.units import FAMILIES, Unit, family_of, units
 from megatron_cpt.checkpoint.torch_dist import mcore
 from megatron_cpt.checkpoint.torch_dist.dcp import METADATA, DcpReader
 from megatron_cpt.checkpoint.torch_dist.megatron_arguments import find_step, read_common

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from megatron_cpt.checkpoint.foreign.deepspeed import megatron_name
-from megatron_cpt.checkpoint.mapping.rules import Unit
 from megatron_cpt.checkpoint.mapping.transforms import concatenate_shards
+from megatron_cpt.checkpoint.mapping.units import Unit
 from megatron_cpt.checkpoint.torch_dist.megatron_arguments import find_step
 from megatron_cpt.checkpoint.torch_dist.pickles import load_safely
 from megatron_cpt.errors import CheckpointError
@@ -67,7 +67,7 @@ class TorchFormatWeights:
             whole = shards[0]
         else:
             dim = 1 if _ROWS_SPLIT.search(unit.key) else 0
-            whole = concatenate_shards(shards, dim, is_gate_up=unit.how == "gate_up")
+            whole = concatenate_shards(shards, dim, is_gate_up=unit.is_gated)
         whole = whole if num_rows is None else whole[:num_rows]
         return whole if unit.expert is None else whole.unsqueeze(0)
 

@@ -1,20 +1,83 @@
-"""What a Hugging Face folder holds beside weights: tokenizer, chat template, configurations, remote code."""
+"""Everything in a model folder but weights: tokenizer, chat templates, generation settings, remote code, licence, model card.
+
+A converted checkpoint keeps a copy (`<checkpoint>/huggingface/`), and the checkpoints of a stage that began with it share one
+(`<checkpoints>/huggingface/`), so that an export years later needs no base folder.
+"""
 
 import contextlib
+import fnmatch
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_cpt.checkpoint.huggingface.folder import SIDE_FILES, copy_side_files
-from megatron_cpt.data.tokenizer.interface import load_tokenizer
+from megatron_cpt.checkpoint.huggingface.folder import SIDE_FILES
+from megatron_cpt.checkpoint.huggingface.options import CONVERSION
+from megatron_cpt.checkpoint.torch_dist.kept_files import kept_companions
+from megatron_cpt.config.checks.vocabulary import vocabulary_problem
+from megatron_cpt.config.settings.schema import ModelConfig
+from megatron_cpt.data.tokenizer.interface import load_tokenizer, same_tokenizer
 from megatron_cpt.errors import CheckpointError, DataError
 from megatron_cpt.files import file_hash, text_hash, write_json
 
 logger = logging.getLogger(__name__)
 
-_BESIDE_TOKENIZER = (*SIDE_FILES, "generation_config.json", "*.model", "configuration_*.py", "modeling_*.py")
+CARD, BASE_CARD = "README.md", "BASE_MODEL_CARD.md"
+GENERATION = "generation_config.json"
+_WEIGHTS = (
+    "*.safetensors *.bin *.pt *.pth *.ckpt *.gguf *.ggml *.onnx *.onnx_data *.msgpack *.h5 *.npz *.index.json *.tflite "
+    "*.mlmodel *.ot *.zip *.tar *.gz"
+).split()
+_NOT_KEPT = (*_WEIGHTS, "config.json", CONVERSION, "merge_info.json", "mergekit_config.yml", ".*")
+_FOLDERS = ("additional_chat_templates",)
+_TOKENIZER = (*SIDE_FILES, "*.model", "*.tiktoken", "*token*.json", "vocab.*", "*.vocab")
+_LARGEST_BYTES = 256 << 20
+"""A larger file is no tokenizer and no text."""
+
+
+def companions(folder: Path) -> list[Path]:
+    """Return the files that belong to a model beside its weights and config.json, relative to `folder`."""
+    found = [file for file in sorted(folder.iterdir()) if file.is_file() and not _matches(file.name, _NOT_KEPT)]
+    found += [file for name in _FOLDERS for file in sorted((folder / name).glob("*")) if file.is_file()]
+    small = [file for file in found if file.stat().st_size <= _LARGEST_BYTES]
+    return [file.relative_to(folder) for file in small]
+
+
+def keep_companions(source: Path, target: Path) -> list[str]:
+    """Copy the companions of `source` that are not in `target` yet; return the names of all that are copied."""
+    copied = []
+    for name in companions(source):
+        if not (target / name).exists():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, target / name)
+            copied.append(name.as_posix())
+    return copied
+
+
+def usable_companions(checkpoint: Path, manifest: Mapping[str, Any], *, has_tokenizer_of_its_own: bool) -> Path | None:
+    """Return the kept companions for an export, None where there are none.
+
+    Raises: CheckpointError when the model was trained with another tokenizer than the kept one, and no other is given.
+    """
+    kept = kept_companions(checkpoint)
+    if kept is None or has_tokenizer_of_its_own or not has_tokenizer(kept) or not manifest.get("tokenizer"):
+        return kept
+    with contextlib.suppress(DataError):
+        if not same_tokenizer(load_tokenizer(kept).identity, manifest["tokenizer"]):
+            raise CheckpointError(
+                f"{checkpoint}: trained with tokenizer {manifest['tokenizer'].get('name')}, which is not that of its base. "
+                "The export needs the one it was trained with. Name it with --tokenizer."
+            )
+    return kept
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a folder holds a tokenizer: a vocabulary, not only its settings."""
+    return any(
+        _matches(file.name, ("tokenizer.json", "*.model", "*.tiktoken", "vocab.json", "vocab.txt"))
+        for file in folder.iterdir()
+    )
 
 
 def tokenizer_hash(tokenizer: Path | None) -> str | None:
@@ -23,6 +86,44 @@ def tokenizer_hash(tokenizer: Path | None) -> str | None:
         return None
     files = sorted(tokenizer.glob("*token*")) if tokenizer.is_dir() else [tokenizer]
     return text_hash("".join(f"{file.name} {file_hash(file)}\n" for file in files if file.is_file()))
+
+
+def add_companions(
+    directory: Path, *, tokenizer: Path | None, kept: Path | None, eod_id: int | None, is_trained: bool
+) -> list[str]:
+    """Copy `tokenizer` (folder, `tokenizer.json`, SentencePiece model) and what the checkpoint `kept` into an export; return
+    the names of all files. A `tokenizer` takes the place of the kept one; the card of the base goes by another name beside
+    a model that was trained since.
+
+    Raises: CheckpointError when there is no such tokenizer.
+    """
+    copied = copy_tokenizer(tokenizer, directory, eod_id)
+    if kept is not None:
+        for name in companions(kept):
+            if tokenizer is not None and (_matches(name.name, _TOKENIZER) or name.parent.name):
+                continue
+            target = directory / (BASE_CARD if is_trained and name.as_posix() == CARD else name)
+            if not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(kept / name, target)
+                copied.append(target.relative_to(directory).as_posix())
+    if not has_tokenizer(directory):
+        logger.warning(
+            "%s: WITHOUT A TOKENIZER. Neither --tokenizer nor the checkpoint has one. Nobody can use the model without it.",
+            directory.name.removeprefix(".").split(".")[0],
+        )
+    return copied
+
+
+def check_tokenizer_fits(directory: Path, model: ModelConfig, where: Path) -> None:
+    """Raise CheckpointError when the tokenizer of an export has ids that the model has no rows for."""
+    try:
+        tokenizer = load_tokenizer(directory, needs_eod=False)
+    except DataError:
+        return  # of a kind that is copied and not read here
+    problem = vocabulary_problem(f"{where}: the tokenizer", tokenizer.vocab_size, model)
+    if problem:
+        raise CheckpointError(problem)
 
 
 def copy_tokenizer(tokenizer: Path | None, directory: Path, eod_id: int | None) -> list[str]:
@@ -36,7 +137,13 @@ def copy_tokenizer(tokenizer: Path | None, directory: Path, eod_id: int | None) 
     if tokenizer is None:
         return []
     if tokenizer.is_dir():
-        copied = copy_side_files(tokenizer, directory, _BESIDE_TOKENIZER)
+        beside = (*_TOKENIZER, GENERATION, "*.py", "LICENSE*", "NOTICE*")
+        copied = []
+        for name in companions(tokenizer):
+            if _matches(name.name, beside) or name.parent.name in _FOLDERS:
+                (directory / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(tokenizer / name, directory / name)
+                copied.append(name.as_posix())
     elif tokenizer.is_file():
         copied = ["tokenizer.json" if tokenizer.suffix == ".json" else "tokenizer.model"]
         shutil.copyfile(tokenizer, directory / copied[0])
@@ -56,7 +163,8 @@ def copy_tokenizer(tokenizer: Path | None, directory: Path, eod_id: int | None) 
 
 def write_configs(directory: Path, config: dict[str, Any], copied: Sequence[str]) -> None:
     """Write `config.json`, without remote code that is not there, and `generation_config.json` where none was copied."""
-    entries = config.get("auto_map", {}).values()
+    auto_map = config.get("auto_map")
+    entries = auto_map.values() if isinstance(auto_map, dict) else ()
     missing = {str(entry).split(".")[0] + ".py" for entry in entries if isinstance(entry, str)} - set(copied)
     if missing:
         logger.warning(
@@ -65,10 +173,14 @@ def write_configs(directory: Path, config: dict[str, Any], copied: Sequence[str]
         )
         config = {key: value for key, value in config.items() if key != "auto_map"}
     write_json(directory / "config.json", config)
-    if "generation_config.json" not in copied:
+    if GENERATION not in copied:
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
         ids = {key: config[key] for key in names if config.get(key) is not None}
-        write_json(directory / "generation_config.json", {"_from_model_config": True, **ids})
+        write_json(directory / GENERATION, {"_from_model_config": True, **ids})
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _end_token(tokenizer: Path, eod_id: int | None) -> dict[str, str]:
@@ -78,5 +190,12 @@ def _end_token(tokenizer: Path, eod_id: int | None) -> dict[str, str]:
     if eod_id is None:
         with contextlib.suppress(DataError):
             eod_id = load_tokenizer(tokenizer).eod_id
-    token = None if eod_id is None else Tokenizer.from_file(str(file)).id_to_token(eod_id)
+    token = None
+    if eod_id is not None:
+        try:
+            token = Tokenizer.from_file(str(file)).id_to_token(eod_id)
+        except Exception as problem:  # tokenizers raises a plain Exception for a file that it cannot read
+            raise CheckpointError(
+                f"{file}: is no tokenizer.json ({' '.join(str(problem).split())[:120]}). Name a tokenizer that loads."
+            ) from None
     return {} if token is None else {"eos_token": token}

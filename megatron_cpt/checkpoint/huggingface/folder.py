@@ -10,8 +10,7 @@ import itertools
 import json
 import math
 import os
-import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,22 @@ from typing import Any
 
 import torch
 
+from megatron_cpt.checkpoint.huggingface.options import CONVERSION, ImportOptions
+from megatron_cpt.checkpoint.huggingface.quantized import (
+    BLOCK_SCALES,
+    BLOCKS,
+    FLOAT8,
+    SCALE,
+    fp8_values,
+    mxfp4_shape,
+    mxfp4_values,
+    quantization,
+)
+from megatron_cpt.checkpoint.huggingface.weight_files import weight_files
 from megatron_cpt.checkpoint.torch_dist.dcp_writer import HashingWriter
 from megatron_cpt.checkpoint.torch_dist.pickles import load_safely
 from megatron_cpt.errors import CheckpointError
-from megatron_cpt.files import naming, read_json_object, write_json
+from megatron_cpt.files import naming, read_json, write_json
 
 DTYPES = {
     "F64": torch.float64,
@@ -58,33 +69,51 @@ _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 
 
 class HFFolder:
-    """A model folder: its configuration and its tensors by name."""
+    """A model folder: its configuration and its tensors by name, quantized ones as ordinary ones."""
 
     def __init__(self, path: Path):
         self.path = path
-        self.config: dict[str, Any] = read_json_object(path / "config.json", CheckpointError)
+        self.config = _read_config(path / "config.json")
         self._entries: dict[str, tuple[Path, int, int, torch.dtype, tuple[int, ...]]] = {}
         self._pickled: dict[str, torch.Tensor] = {}
-        self.files = _weight_files(path)
+        self.files, self._named = weight_files(path)
         for file in self.files:
-            if file.suffix == ".safetensors":
-                self._entries.update(_read_header(file))
-            else:
-                self._pickled.update(_read_pickled(file))
+            content = _read_header(file) if file.suffix == ".safetensors" else _read_pickled(file)
+            for name, value in content.items():
+                self._add(name, value, file)
         self._check_index()
+        self._quantized = quantization(self.config, str(path / "config.json"))
+        if self._quantized:
+            self.config = {key: value for key, value in self.config.items() if key != "quantization_config"}
+
+    @property
+    def options(self) -> ImportOptions:
+        """What a conversion that wrote the folder was told to pass over."""
+        return ImportOptions.of(_read_record(self.path / CONVERSION))
 
     def names(self) -> list[str]:
         """Return the names of all tensors, in file order."""
-        return [*self._entries, *self._pickled]
+        stored = [*self._entries, *self._pickled]
+        if self._quantized is None:
+            return stored
+        names, present = [], set(stored)
+        for name in stored:
+            if name.endswith(BLOCKS) and name.removesuffix(BLOCKS) + BLOCK_SCALES in present:
+                names.append(name.removesuffix(BLOCKS))
+            elif not (
+                (name.endswith(BLOCK_SCALES) and name.removesuffix(BLOCK_SCALES) + BLOCKS in present)
+                or (name.endswith(SCALE) and name.removesuffix(SCALE) in present)
+            ):
+                names.append(name)
+        return names
 
-    def names_to_claim(self, *, is_tied: bool) -> list[str]:
-        """Return the names without an output layer that repeats tied embeddings bit for bit.
+    def names_to_claim(self, output: str | None, embedding: str) -> list[str]:
+        """Return the names without the layer `output` (of a model with tied embeddings) that repeats `embedding` bit for bit.
 
         Raises: CheckpointError when it does not repeat them.
         """
         names = self.names()
-        output, embedding = "lm_head.weight", "model.embed_tokens.weight"
-        if not is_tied or output not in names or embedding not in names:
+        if output is None or output not in names or embedding not in names:
             return names
         if not torch.equal(self.read(output), self.read(embedding)):
             raise CheckpointError(
@@ -95,14 +124,35 @@ class HFFolder:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape."""
-        return tuple(self._pickled[name].shape) if name in self._pickled else self._entry(name)[4]
+        if self._is_packed(name):
+            return mxfp4_shape(self._shape(name + BLOCKS))
+        return self._shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return a tensor's type on disk."""
-        return self._pickled[name].dtype if name in self._pickled else self._entry(name)[3]
+        """Return a tensor's type: that on disk, or that which a quantized tensor is made into."""
+        if self._is_packed(name):
+            return self._unpacked_type()
+        dtype = self._dtype(name)
+        if dtype not in FLOAT8:
+            return dtype
+        if self._quantized is None or not self._has(name + SCALE):
+            raise CheckpointError(
+                f"{self.path}: {name} is float8 without a scale ({name}{SCALE} and quantization_config are needed). Its values "
+                "mean nothing alone. Fetch the folder again, or its weights in bf16."
+            )
+        return self._unpacked_type()
 
     def read(self, name: str) -> torch.Tensor:
         """Return a tensor, read into memory of its own."""
+        if self._is_packed(name):
+            return mxfp4_values(self._read(name + BLOCKS), self._read(name + BLOCK_SCALES), self.dtype(name))
+        if self._dtype(name) not in FLOAT8:
+            return self._read(name)
+        dtype = self.dtype(name)
+        assert self._quantized is not None
+        return fp8_values(self._read(name), self._read(name + SCALE), self._quantized[1], dtype)
+
+    def _read(self, name: str) -> torch.Tensor:
         if name in self._pickled:
             return self._pickled[name].clone()
         file, offset, length, dtype, shape = self._entry(name)
@@ -112,6 +162,22 @@ class HFFolder:
         with file.open("rb", buffering=0) as raw, naming(file):
             _read_fully(raw.fileno(), memoryview(values.numpy()), offset, file)
         return values.view(dtype).view(shape)
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._pickled[name].shape) if name in self._pickled else self._entry(name)[4]
+
+    def _dtype(self, name: str) -> torch.dtype:
+        return self._pickled[name].dtype if name in self._pickled else self._entry(name)[3]
+
+    def _has(self, name: str) -> bool:
+        return name in self._entries or name in self._pickled
+
+    def _is_packed(self, name: str) -> bool:
+        return self._quantized is not None and not self._has(name) and self._has(name + BLOCKS)
+
+    def _unpacked_type(self) -> torch.dtype:
+        name = self.config.get("dtype") or self.config.get("torch_dtype")
+        return {"float32": torch.float32, "float16": torch.float16}.get(str(name), torch.bfloat16)
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what tells this model from another without reading it whole: configuration, and per weight file its size
@@ -134,15 +200,26 @@ class HFFolder:
                 "The folder is incomplete or of another architecture."
             ) from None
 
+    def _add(self, name: str, value: Any, file: Path) -> None:
+        if self._named is not None and self._named.get(name) != file.name:
+            return  # an older tensor in a file that the index names for others
+        if self._has(name):
+            raise CheckpointError(
+                f"{self.path}: {name} is in two files, one of them {file.name}, and no index says which is meant. "
+                "Remove the files that are left over."
+            )
+        if isinstance(value, torch.Tensor):
+            self._pickled[name] = value
+        else:
+            self._entries[name] = value
+
     def _check_index(self) -> None:
-        for index in self.path.glob("*.index.json"):
-            listed = set(read_json_object(index, CheckpointError).get("weight_map") or {})
-            missing = sorted(listed - set(self.names()))
-            if missing and index.name.split(".")[0] in {file.name.split("-")[0].split(".")[0] for file in self.files}:
-                raise CheckpointError(
-                    f"{self.path}: {len(missing)} tensors of {index.name} are in no file, the first is {missing[0]}. "
-                    "The folder is incomplete. Fetch it again."
-                )
+        missing = sorted(name for name in self._named or () if not self._has(name))
+        if missing:
+            raise CheckpointError(
+                f"{self.path}: {len(missing)} tensors of the index are in no file, the first is {missing[0]}. "
+                "The folder is incomplete. Fetch it again."
+            )
 
 
 @dataclass(frozen=True)
@@ -206,23 +283,16 @@ def shards_of(groups: Sequence[OutputGroup], max_shard_bytes: int) -> list[tuple
     return [(f"model-{number:05d}-of-{count:05d}.safetensors", shard) for number, shard in enumerate(shards, 1)]
 
 
-def copy_side_files(source: Path, output: Path, patterns: Iterable[str] = SIDE_FILES) -> list[str]:
-    """Copy the files of `source` that match `patterns` and are not in `output` yet; return their names."""
-    copied = []
-    for pattern in patterns:
-        for file in sorted(source.glob(pattern)):
-            if file.is_file() and not (output / file.name).exists():
-                shutil.copyfile(file, output / file.name)
-                copied.append(file.name)
-    return copied
+def _read_config(path: Path) -> dict[str, Any]:
+    config: Any = read_json(path, CheckpointError)
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: holds no JSON object. A Hugging Face model configuration is needed.")
+    return config
 
 
-def _weight_files(path: Path) -> list[Path]:
-    for pattern in ("model*.safetensors", "*.safetensors", "pytorch_model*.bin"):
-        files = sorted(file for file in path.glob(pattern) if not file.name.startswith("."))
-        if files:
-            return files
-    raise CheckpointError(f"{path}: no *.safetensors and no pytorch_model*.bin. A Hugging Face model folder is needed.")
+def _read_record(path: Path) -> dict[str, Any]:
+    record: Any = read_json(path, CheckpointError) if path.is_file() else {}
+    return record if isinstance(record, dict) else {}
 
 
 def _read_header(file: Path) -> dict[str, tuple[Path, int, int, torch.dtype, tuple[int, ...]]]:
@@ -333,7 +403,7 @@ def _write_shard(path: Path, groups: Sequence[OutputGroup], progress: Callable[[
             offset += length
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as raw, naming(path):
+    with naming(path), path.open("wb") as raw:
         file = HashingWriter(raw)
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)

@@ -25,14 +25,15 @@ from megatron_cpt.checkpoint.convert.hf_mcore import (
     claimed,
     remove_partial,
 )
+from megatron_cpt.checkpoint.huggingface.companion_files import keep_companions
 from megatron_cpt.checkpoint.huggingface.folder import (
-    SIDE_FILES,
     HFFolder,
     OutputGroup,
-    copy_side_files,
     write_safetensors,
 )
-from megatron_cpt.checkpoint.huggingface.read_config import architecture_keys
+from megatron_cpt.checkpoint.huggingface.options import CONVERSION
+from megatron_cpt.checkpoint.huggingface.read_config import config_differences, family_of_config
+from megatron_cpt.checkpoint.huggingface.write_config import portable_config
 from megatron_cpt.checkpoint.torch_dist.mcore import check_free_space
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.files import file_hash, read_json, whole_dir, write_json
@@ -57,9 +58,9 @@ class Comparison:
 
 def compare_models(folders: Sequence[HFFolder]) -> Comparison:
     """Return which tensors can be merged; the order is the first model's."""
-    sets = [set(folder.names()) for folder in folders]
-    everywhere = set.intersection(*sets)
-    names = list(dict.fromkeys(name for folder in folders for name in folder.names()))
+    listed = [model_names(folder) for folder in folders]
+    everywhere = set.intersection(*(set(names) for names in listed))
+    names = list(dict.fromkeys(name for part in listed for name in part))
     one_shape = {name for name in everywhere if len({folder.shape(name) for folder in folders}) == 1}
     return Comparison(
         matched=[name for name in names if name in one_shape],
@@ -68,8 +69,28 @@ def compare_models(folders: Sequence[HFFolder]) -> Comparison:
     )
 
 
-def check_mergeable(folders: Sequence[HFFolder], comparison: Comparison, allow: Sequence[str] = ()) -> None:
-    """Raise CheckpointError for what `allow` (skipped, mismatched, configuration, tokenizer) does not permit."""
+def model_names(folder: HFFolder) -> list[str]:
+    """Return the names of a model's tensors, without an output layer that repeats tied embeddings.
+
+    Raises: CheckpointError when embeddings are tied and the output layer is another.
+    """
+    if not folder.config.get("tie_word_embeddings"):
+        return folder.names()
+    try:
+        family = family_of_config(folder.config)
+        names = family.output_layer[0].hf[0], family.embedding[0].hf[0]
+    except CheckpointError:
+        names = "lm_head.weight", "model.embed_tokens.weight"
+    return folder.names_to_claim(*names)
+
+
+def check_mergeable(
+    folders: Sequence[HFFolder], comparison: Comparison, allow: Sequence[str] = (), *, but: Sequence[str] = ()
+) -> None:
+    """Raise CheckpointError for what `allow` (skipped, mismatched, configuration, tokenizer) does not permit.
+
+    `but`: fields of the model that may differ all the same.
+    """
     first = folders[0]
     problems = []
     if comparison.skipped and "skipped" not in allow:
@@ -79,10 +100,10 @@ def check_mergeable(folders: Sequence[HFFolder], comparison: Comparison, allow: 
         shapes = " and ".join(sorted({str(list(folder.shape(name))) for folder in folders}))
         problems.append(f"{len(comparison.mismatched)} tensors differ in shape, such as {name} with {shapes}")
     for other in folders[1:]:
-        left, right = architecture_keys(first.config), architecture_keys(other.config)
-        keys = sorted(key for key in {*left, *right} if left.get(key) != right.get(key))
-        if keys and "configuration" not in allow:
-            problems.append(f"configuration: {other.path} differs from {first.path} in {', '.join(keys)}")
+        found = config_differences(first.config, other.config)
+        different = [difference for difference in found if difference.split(":")[0] not in but]
+        if different and "configuration" not in allow:
+            problems.append(f"configuration: {other.path} differs from {first.path} in {', '.join(different)}")
         if _differ(_tokenizer_hashes(first.path), _tokenizer_hashes(other.path)) and "tokenizer" not in allow:
             problems.append(f"tokenizer: {other.path} has another one than {first.path}")
     if problems:
@@ -103,7 +124,7 @@ def average_hf(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     num_workers: int = 2,
 ) -> Path:
-    """Write the weighted mean of Hugging Face folders to `output`; return it.
+    """Write the weighted mean of Hugging Face folders to `output`; return it. The same mean, made already, is kept.
 
     `base`, when given, is one more model of the average (OpenSeek's rule) and comes first: the output has its tensors,
     configuration and tokenizer, and tensors that do not match stay as it has them, where `allow` permits that at all.
@@ -126,34 +147,21 @@ def average_hf(
 
         return OutputGroup(((name, first.shape(name), target),), build)
 
-    if output.exists() and _is_made(
-        output, merge_info(folders, shares, "linear", comparison, engine="megatron-cpt"), cast
-    ):
-        logger.info("%s: kept, it was made of the same models", output)
+    info = merge_info(folders, shares, "linear", comparison, engine="megatron-cpt")
+    info["dtype"] = dtype
+    if is_merged(output, info):
         return output
-    groups = [group(name) for name in first.names()]
+    groups = [group(name) for name in model_names(first)]
     check_free_space(output, int(sum(part.num_bytes for part in groups) * 1.01) + (1 << 20))
     remove_partial(output)
     with whole_dir(output) as directory, claimed(directory):
         write_safetensors(directory, groups, max_shard_bytes=max_shard_bytes, num_workers=num_workers)
-        copy_side_files(first.path, directory, (*SIDE_FILES, "generation_config.json", "*.py"))
-        config = dict(first.config)
-        if cast is not None:
-            config["dtype"] = config["torch_dtype"] = NAMES_IN_CONFIG[cast]
-        write_json(directory / "config.json", config)
-        write_json(directory / MERGE_INFO, merge_info(folders, shares, "linear", comparison, engine="megatron-cpt"))
+        keep_companions(first.path, directory)
+        dtypes = [first.dtype(name) for name in model_names(first)] if cast is None else [cast]
+        write_json(directory / "config.json", portable_config(first.config, NAMES_IN_CONFIG.get(dtypes[0])))
+        write_json(directory / MERGE_INFO, info)
     logger.info("%s: %s", output, summary(comparison, len(folders)))
     return output
-
-
-def _is_made(output: Path, info: dict[str, Any], cast: torch.dtype | None) -> bool:
-    """Return whether a folder holds the very soup that is asked for, whole by its headers."""
-    if not (output / MERGE_INFO).is_file() or read_json(output / MERGE_INFO, CheckpointError) != json.loads(
-        json.dumps(info)
-    ):
-        return False
-    made = HFFolder(output)
-    return cast is None or made.config.get("dtype") == NAMES_IN_CONFIG[cast]
 
 
 def weighted_mean(reads: Sequence[Callable[[], torch.Tensor]], weights: Sequence[float]) -> torch.Tensor:
@@ -208,7 +216,7 @@ def greedy_soup(
 
 
 def merge_info(
-    folders: Sequence[HFFolder], weights: Sequence[float], method: str, comparison: Comparison, *, engine: str
+    folders: Sequence[HFFolder], weights: Sequence[Any], method: str, comparison: Comparison, *, engine: str
 ) -> dict[str, Any]:
     """Return what `merge_info.json` holds: inputs with their hashes, method, weights, names and their counts."""
     return {
@@ -218,7 +226,7 @@ def merge_info(
             {
                 "path": os.fspath(folder.path),
                 "weight": weights[index] if index < len(weights) else None,
-                "files": {file.name: file_hash(file) for file in folder.files},
+                "files": recorded_hashes(folder.path, folder.files),
                 "tokenizer": _tokenizer_hashes(folder.path),
             }
             for index, folder in enumerate(folders)
@@ -228,6 +236,44 @@ def merge_info(
         "mismatched": comparison.mismatched,
         "matched": comparison.matched,
     }
+
+
+def is_merged(output: Path, info: dict[str, Any]) -> bool:
+    """Return whether `output` is a whole soup of the models, and made in the way, that `info` describes.
+
+    Folders may have moved: models are compared by their files' hashes.
+
+    Raises: CheckpointError when there is something else.
+    """
+    if not output.exists():
+        return False
+    made = read_json(output / MERGE_INFO, CheckpointError) if (output / MERGE_INFO).exists() else {}
+    HFFolder(output)  # raises where a file is cut short or missing
+    if made and _made_of(made) == _made_of(json.loads(json.dumps(info))):
+        logger.info("%s: kept, merged already of the same models", output)
+        return True
+    raise CheckpointError(
+        f"{output}: exists already and was made of other models or in another way. A result is never overwritten. Remove "
+        "it or choose another folder."
+    )
+
+
+def _made_of(info: dict[str, Any]) -> dict[str, Any]:
+    inputs = [{key: value for key, value in entry.items() if key != "path"} for entry in info["inputs"]]
+    return {key: info.get(key) for key in ("method", "engine", "dtype", "recipe")} | {"inputs": inputs}
+
+
+def recorded_hashes(folder: Path, files: Sequence[Path]) -> dict[str, str]:
+    """Return file name -> hash; that of `conversion.json` where the file has not been written since."""
+    record_path = folder / CONVERSION
+    record = read_json(record_path, CheckpointError) if record_path.is_file() else {}
+    known = record.get("files", {}) if isinstance(record, dict) else {}
+    hashes = {}
+    for file in files:
+        entry, status = known.get(file.name) or {}, file.stat()
+        is_same = entry.get("bytes") == status.st_size and status.st_mtime_ns <= record_path.stat().st_mtime_ns
+        hashes[file.name] = str(entry["hash"]) if is_same else file_hash(file)
+    return hashes
 
 
 def summary(comparison: Comparison, num_models: int) -> str:

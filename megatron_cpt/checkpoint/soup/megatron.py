@@ -11,15 +11,19 @@ from typing import Any
 import torch
 
 from megatron_cpt.checkpoint.convert.hf_mcore import claimed, mcore_to_hf, remove_partial
+from megatron_cpt.checkpoint.convert.release import is_made, release_manifest
+from megatron_cpt.checkpoint.huggingface.companion_files import keep_companions
+from megatron_cpt.checkpoint.huggingface.options import OPTIONS, ImportOptions
 from megatron_cpt.checkpoint.huggingface.read_config import TRAINING_FIELDS, differing_fields
 from megatron_cpt.checkpoint.huggingface.write_config import hf_config_from_model
-from megatron_cpt.checkpoint.mapping.rules import Unit, family_of, units
+from megatron_cpt.checkpoint.mapping.units import Unit, family_of, units
 from megatron_cpt.checkpoint.soup.mean import MERGE_INFO, normalised_weights, weighted_mean
 from megatron_cpt.checkpoint.torch_dist import mcore
 from megatron_cpt.checkpoint.torch_dist.dcp_writer import Slice, write_dcp
+from megatron_cpt.checkpoint.torch_dist.kept_files import KEPT, kept_companions
 from megatron_cpt.checkpoint.torch_dist.megatron_arguments import write_megatron_metadata
-from megatron_cpt.checkpoint.torch_dist.release import is_made, release_manifest
 from megatron_cpt.checkpoint.torch_dist.weights import TorchDistWeights
+from megatron_cpt.config.settings.schema import ModelConfig
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.files import text_hash, whole_dir, write_json
 
@@ -84,7 +88,7 @@ def average_checkpoints(
         for path, share, manifest in zip(checkpoints, shares, manifests, strict=True)
     ]
     manifest = {**manifests[0], "files": {"soup": text_hash(json.dumps([inputs], sort_keys=True))}}
-    steps = units(models[0], family_of(hf_config_from_model(models[0], manifest.get("hf"))["architectures"][0]))
+    steps = units(models[0], family_of(_configuration(models[0], manifest)["architectures"][0]))
     info = {
         "method": "linear",
         "engine": "megatron-cpt",
@@ -124,11 +128,18 @@ def average_checkpoints(
         hashes = write_dcp(directory, slices, num_workers=num_workers)
         write_megatron_metadata(directory, models[0])
         write_json(directory / MERGE_INFO, info)
-        kept = {key: manifests[0].get(key) for key in ("tokenizer", "hf")}
+        kept_files = kept_companions(checkpoints[0])
+        if kept_files is not None:
+            keep_companions(kept_files, directory / KEPT)
+        kept = {key: manifests[0].get(key) for key in ("tokenizer", "hf", OPTIONS) if key in manifests[0]}
         mcore.write_manifest(directory, release_manifest(manifests[0]["model"], made_of, **kept), hashes)
     mcore.write_tracker(output, "release")
     logger.info("%s: mean of %d checkpoints", target, len(checkpoints))
     return target
+
+
+def _configuration(model: ModelConfig, manifest: dict[str, Any]) -> dict[str, Any]:
+    return hf_config_from_model(model, manifest.get("hf"), ignore=ImportOptions.of(manifest).ignore_config)
 
 
 def _slice(step: Unit, source: AveragedWeights) -> Slice:

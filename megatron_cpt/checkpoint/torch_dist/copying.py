@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_cpt.checkpoint.torch_dist import mcore
+from megatron_cpt.checkpoint.torch_dist.kept_files import share_companions
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.files import file_hash, naming, sync_dir
 from megatron_cpt.log import Progress, format_bytes
@@ -42,6 +43,7 @@ def copy_checkpoint(source: Path, target_root: Path) -> Path:
     _copy_bytes(source / mcore.MANIFEST, partial / mcore.MANIFEST)
     mcore.read_manifest(partial)
     os.rename(partial, target)
+    share_companions(source, target_root)
     sync_dir(target_root)
     _advance_tracker(target_root, target)
     logger.info("%s: %s copied and verified", target, format_bytes(total))
@@ -63,7 +65,7 @@ def _copy_file(source: Path, target: Path, entry: dict[str, Any], progress: Prog
 
 def _copy_bytes(source: Path, target: Path, progress: Progress | None = None) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    with source.open("rb") as reader, target.open("wb") as writer, naming(target):
+    with naming(target), source.open("rb") as reader, target.open("wb") as writer:
         while chunk := _read(reader, source):
             digest.update(chunk)
             writer.write(chunk)

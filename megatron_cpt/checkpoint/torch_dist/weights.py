@@ -15,8 +15,8 @@ from typing import Protocol
 
 import torch
 
-from megatron_cpt.checkpoint.mapping.rules import Unit
 from megatron_cpt.checkpoint.mapping.transforms import merge_gate_up
+from megatron_cpt.checkpoint.mapping.units import Unit
 from megatron_cpt.checkpoint.torch_dist.dcp import DcpReader
 from megatron_cpt.errors import CheckpointError
 
@@ -115,7 +115,7 @@ class TorchDistWeights:
         return values if num_rows is None else values[:num_rows]
 
     def _is_halved(self, unit: Unit) -> bool:
-        return unit.how == "gate_up" and self._find(f"{unit.key}_w", unit) is not None
+        return unit.is_gated and self._find(f"{unit.key}_w", unit) is not None
 
     def _part(self, name: str, unit: Unit) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
         """Return the key on disk, the indices in front of the tensor's own axes, and its shape without them."""

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from megatron_cpt.config.checks.problem import Problem
 from megatron_cpt.config.settings.batch_sizes import batch_sizes, ramp_text
-from megatron_cpt.config.settings.schema import RunConfig
+from megatron_cpt.config.settings.schema import RunConfig, TrainingConfig
 from megatron_cpt.config.settings.values import BatchRamp, Duration
 from megatron_cpt.errors import ConfigError
 
@@ -18,7 +18,7 @@ def ramp_problems(config: RunConfig) -> Iterator[Problem]:
     if ramp is None:
         return
     if isinstance(ramp[0], tuple):
-        yield from _step_problems(config, ramp)
+        yield from _step_problems(config.training, ramp)
         return
     start, increment, length = ramp
     assert isinstance(start, int) and isinstance(increment, int) and not isinstance(length, tuple)
@@ -43,8 +43,8 @@ def ramp_problems(config: RunConfig) -> Iterator[Problem]:
         )
 
 
-def _step_problems(config: RunConfig, ramp: BatchRamp) -> Iterator[Problem]:
-    size = config.training.global_batch_size
+def _step_problems(training: TrainingConfig, ramp: BatchRamp) -> Iterator[Problem]:
+    size = training.global_batch_size
     sizes = [batch for batch, _ in ramp]  # type: ignore[misc]
     if min(sizes) < 1:
         yield Problem((RAMP,), f"{RAMP} is {ramp_text(ramp)}. A batch is above 0. Write [[16, 1B], [32, 3B]].")
@@ -58,7 +58,7 @@ def _step_problems(config: RunConfig, ramp: BatchRamp) -> Iterator[Problem]:
             )
             return
     try:
-        stepped = {piece.size for piece in batch_sizes(config.training).pieces}
+        stepped = {piece.size for piece in batch_sizes(training).pieces}
     except ConfigError:  # the stage's length is missing or counted later
         return
     for batch, until in ramp:  # type: ignore[misc]

@@ -152,7 +152,14 @@ def _routing_problems(model: ModelConfig, experts: int) -> Iterator[Problem]:
 
 def _latent_attention_problems(model: ModelConfig) -> Iterator[Problem]:
     if not model.multi_latent_attention:
-        for name in ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"):
+        for name in (
+            "q_lora_rank",
+            "kv_lora_rank",
+            "qk_head_dim",
+            "qk_pos_emb_head_dim",
+            "v_head_dim",
+            "latent_layernorm_epsilon",
+        ):
             yield from _without_effect(model, name, "without multi_latent_attention")
         return
     if not model.qk_layernorm:

@@ -156,6 +156,14 @@ def _world_problems(config: RunConfig) -> Iterator[Problem]:
             f"Use {nearest_multiples(world, copies)} ranks, or another layout.",
         )
         return
+    per_node, tp = config.launch.gpus_per_node, config.parallel.tensor_model_parallel_size
+    if config.launch.nodes > 1 and per_node % tp and tp % per_node:
+        divisors = ", ".join(str(size) for size in range(1, per_node + 1) if per_node % size == 0)
+        yield Problem(
+            (TP, "launch.gpus_per_node"),
+            f"{TP} is {tp} on nodes of {per_node} ranks: some tensor-parallel groups lie across two nodes, whose link is many "
+            f"times slower than that inside a node. A divisor of {per_node} is needed. Use one of {divisors}.",
+        )
     size, micro, dp = config.training.global_batch_size, config.training.micro_batch_size, world // copies
     if size % (micro * dp):
         yield Problem(

@@ -12,7 +12,7 @@ POSITIVE = {
     "rope_high_freq_factor rope_original_max_position_embeddings rope_beta_fast rope_beta_slow layernorm_epsilon "
     "window_size init_method_std num_moe_experts moe_ffn_hidden_size moe_router_topk "
     "moe_shared_expert_intermediate_size moe_router_topk_scaling_factor moe_router_num_groups "
-    "moe_router_group_topk q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim",
+    "moe_router_group_topk q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim latent_layernorm_epsilon",
     "parallel": "tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size "
     "num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage context_parallel_size "
     "expert_model_parallel_size expert_tensor_parallel_size recompute_num_layers",

@@ -7,8 +7,9 @@ from megatron_cpt.config.checks.problem import Problem
 from megatron_cpt.config.checks.samples import sample_problems
 from megatron_cpt.config.settings import derived
 from megatron_cpt.config.settings.fields import nearest, sections, setting_keys
+from megatron_cpt.config.settings.held_out import held_out_documents, held_out_tokens
 from megatron_cpt.config.settings.iteration_ranges import parse_range
-from megatron_cpt.config.settings.schema import WHOLE_STAGE, DataConfig, RunConfig
+from megatron_cpt.config.settings.schema import WHOLE_STAGE, DataConfig, RunConfig, TrainingConfig
 from megatron_cpt.config.settings.values import ALL_SETTINGS, parse_rule
 
 LENGTHS = ("training.train_tokens", "training.train_samples", "training.train_iters", "training.train_epochs")
@@ -18,23 +19,26 @@ STYLES_THAT_DECAY_TO_THE_END = ("cosine", "linear")
 def stage_problems(config: RunConfig) -> Iterator[Problem]:
     """Yield what does not fit together in a stage."""
     yield from _length_problems(config)
-    if _num_lengths(config) == 1 and config.training.train_epochs is None:  # epochs are resolved with data at hand
+    if (
+        _num_lengths(config.training) == 1 and config.training.train_epochs is None
+    ):  # epochs are resolved with data at hand
         yield from _schedule_length_problems(config)
     yield from _learning_rate_problems(config)
     yield from _weight_decay_problems(config)
     yield from _data_problems(config)
+    yield from _held_out_problems(config.data)
     yield from sample_problems(config)
-    yield from _skip_problems(config)
+    yield from _skip_problems(config.data)
     yield from _run_problems(config)
 
 
-def _num_lengths(config: RunConfig) -> int:
-    return sum(getattr(config.training, key.split(".")[1]) is not None for key in LENGTHS)
+def _num_lengths(training: TrainingConfig) -> int:
+    return sum(getattr(training, key.split(".")[1]) is not None for key in LENGTHS)
 
 
 def _length_problems(config: RunConfig) -> Iterator[Problem]:
     training = config.training
-    count = _num_lengths(config)
+    count = _num_lengths(config.training)
     if count != 1:
         found = "the stage has no length" if not count else f"the stage has {count} lengths"
         yield Problem(
@@ -169,6 +173,22 @@ def _weight_decay_problems(config: RunConfig) -> Iterator[Problem]:
         )
 
 
+def _held_out_problems(data: DataConfig) -> Iterator[Problem]:
+    for name, corpus in data.corpora.items():
+        if corpus.held_out is None:
+            continue
+        key = f"data.corpora.{name}.held_out"
+        if not corpus.documents:
+            yield Problem(
+                ("data.corpora",), f"{key} is {corpus.held_out:g} without documents. State documents, or remove it."
+            )
+        if (corpus.validation, corpus.validation_documents) != ((held_out_tokens(name),), (held_out_documents(name),)):
+            yield Problem(
+                ("data.corpora",),
+                f"{key} is {corpus.held_out:g} beside validation or validation_documents. It names both itself. Remove it, or them.",
+            )
+
+
 def _data_problems(config: RunConfig) -> Iterator[Problem]:
     data = config.data
     sources = {"data.mix": data.mix, "data.rules": data.rules, "data.train_data_path": data.train_data_path}
@@ -203,8 +223,8 @@ def _data_problems(config: RunConfig) -> Iterator[Problem]:
         )
 
 
-def _skip_problems(config: RunConfig) -> Iterator[Problem]:
-    for text in config.data.skip_iterations:
+def _skip_problems(data: DataConfig) -> Iterator[Problem]:
+    for text in data.skip_iterations:
         try:
             parse_range(text)
         except ValueError as problem:

@@ -24,6 +24,8 @@ from megatron_cpt.config.checks.all import mistakes as relation_mistakes
 from megatron_cpt.config.checks.all import raise_mistakes
 from megatron_cpt.config.checks.stage import LENGTHS
 from megatron_cpt.config.loading.layers import Layer, MergedLayers
+from megatron_cpt.config.loading.naming import RESOLVED, is_run_directory, name_run
+from megatron_cpt.config.loading.paths import with_paths
 from megatron_cpt.config.loading.sources import find_params, find_site, find_task, parse_inline, read_yaml, shown
 from megatron_cpt.config.settings.fields import IDENTITY, plain, section_fields, sections
 from megatron_cpt.config.settings.schema import RunConfig
@@ -69,6 +71,7 @@ def load_config(
         merged.apply(layer)
     config = merged.build(identity)
     if config:
+        config = with_paths(config, merged.origins)
         merged.mistakes += relation_mistakes(config, merged.origins, merged.unusable)
     raise_mistakes(merged.mistakes)
     assert config is not None  # a missing setting is a mistake
@@ -78,27 +81,59 @@ def load_config(
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that name a run: --task --params --size --variant --site and key=value."""
     parser.add_argument(
-        "--task", required=True, type=Path, metavar="DIR", help="folder of the task, or its name in tasks/"
+        "--task", type=Path, metavar="DIR", help="folder of the task, its name in tasks/, or a run directory"
     )
-    parser.add_argument("--params", required=True, metavar="NAME", help="params file: a name in params/, or a path")
-    parser.add_argument("--size", required=True, metavar="SIZE", help="a key of the task's sizes, such as 50B")
     parser.add_argument(
-        "--variant",
-        default="main",
-        metavar="NAME",
-        help="a key of the task's variants (main); KEY+LABEL: in a run of its own",
+        "--params", metavar="NAME", help="params file: a name in params/, or a path (the task's only one)"
+    )
+    parser.add_argument("--size", metavar="SIZE", help="a key of the task's sizes, such as 50B (the only one)")
+    parser.add_argument(
+        "--variant", metavar="NAME", help="a key of the task's variants (main); KEY+LABEL: in a run of its own"
     )
     parser.add_argument("--site", metavar="NAME", help="site file: a name in pbs/sites or slurm/sites, or a path")
     parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="settings that win, such as training.micro_batch_size=2"
+        "overrides",
+        nargs="*",
+        metavar="TASK | KEY=VALUE",
+        help="the task or run without --task, and settings that win, such as training.micro_batch_size=2",
     )
 
 
 def load_from_arguments(arguments: argparse.Namespace) -> LoadedConfig:
-    """Return the configuration that `add_run_arguments`' arguments name."""
+    """Return the configuration that `add_run_arguments`' arguments name, and state in them what was left out.
+
+    Raises: ConfigError naming what is missing and what there is.
+    """
+    name_run(arguments)
+    config_path = arguments.task / RESOLVED
+    if is_run_directory(arguments.task):
+        return _load_run(config_path, arguments.overrides)
     return load_config(
         arguments.task, arguments.params, arguments.size, arguments.variant, arguments.site, arguments.overrides
     )
+
+
+def _load_run(path: Path, overrides: Sequence[str]) -> LoadedConfig:
+    """Return the configuration of a run directory as it last trained, with settings on top; the directory may have moved."""
+    values, where, folder = read_yaml(path), shown(path), path.parent
+    identity = _identity(path, values)
+    if folder.absolute().parts[-len(identity) :] != tuple(identity.values()):
+        raise ConfigError(
+            f"{where}: of the run {'/'.join(identity.values())}, by which its last {len(identity)} folders are named. "
+            "Name them so again, or give --task."
+        )
+    place = folder if len(folder.parts) >= len(identity) else folder.absolute()
+    merged = MergedLayers()
+    merged.apply(Layer(where, values))
+    merged.apply(Layer(where, {"paths": {"runs_dir": str(place.parents[len(identity) - 1])}}))
+    for layer in _override_layers(overrides, merged.mistakes):
+        merged.apply(layer)
+    config = merged.build(identity)
+    if config:
+        merged.mistakes += relation_mistakes(config, merged.origins, merged.unusable)
+    raise_mistakes(merged.mistakes)
+    assert config is not None
+    return LoadedConfig(config, merged.origins | dict.fromkeys(IDENTITY, where))
 
 
 def write_resolved(loaded: LoadedConfig, path: Path) -> None:
@@ -123,16 +158,21 @@ def read_resolved(path: Path) -> RunConfig:
     Raises: ConfigError when a setting is missing, unknown or of the wrong type.
     """
     values = read_yaml(path)
-    missing = [key for key in IDENTITY if not isinstance(values.get(key), str)]
-    if missing:
-        raise ConfigError(f"{shown(path)}: no {', '.join(missing)}. This is not a run's config.yaml.")
-    identity = {key: values.pop(key) for key in IDENTITY}
+    identity = _identity(path, values)
     merged = MergedLayers()
     merged.apply(Layer(shown(path), values))
     config = merged.build(identity)
     raise_mistakes(merged.mistakes)
     assert config is not None
     return config
+
+
+def _identity(path: Path, values: dict[str, Any]) -> dict[str, str]:
+    """Take what names a run out of the values of its config.yaml."""
+    missing = [key for key in IDENTITY if not isinstance(values.get(key), str)]
+    if missing:
+        raise ConfigError(f"{shown(path)}: no {', '.join(missing)}. This is not a run's config.yaml.")
+    return {key: values.pop(key) for key in IDENTITY}
 
 
 def _inline(value: Any) -> str:

@@ -1,7 +1,7 @@
 """Configuration files: where params, task and site files are found, and YAML without duplicate keys.
 
-Names are looked for from the current folder first, then from the checkout that this package lies in, so that a
-command works from both.
+Names are looked for from the current folder first, so that a user's own params, tasks and sites win, then among those that
+come with this package: the folders of its checkout, or in an installed one their copies.
 """
 
 import re
@@ -12,7 +12,9 @@ import yaml
 
 from megatron_cpt.errors import ConfigError
 
-CHECKOUT = Path(__file__).resolve().parents[3]
+_PACKAGE = Path(__file__).resolve().parents[2]
+CHECKOUT = _PACKAGE / "shipped" if (_PACKAGE / "shipped").is_dir() else _PACKAGE.parent
+"""Folder with the `params/`, `tasks/`, `pbs/` and `slurm/` that come with this package."""
 SITE_DIRS = (Path("pbs/sites"), Path("slurm/sites"))
 
 
@@ -151,7 +153,9 @@ def find_task(task_dir: Path) -> Path:
         if candidate.is_dir():
             raise ConfigError(f"{shown(candidate)}: has no task.yaml. Copy the one in tasks/template.")
     known = sorted({path.parent.name for root in roots() for path in root.glob("tasks/*/task.yaml")})
-    raise ConfigError(f"{task_dir}: no such task folder. Known in tasks/: {', '.join(known) or 'none'}.")
+    raise ConfigError(
+        f"{task_dir}: no such task folder. Known in tasks/: {', '.join(known) or 'none'}. {_looked_in(candidates)}"
+    )
 
 
 def find_params(params: str, task_dir: Path) -> Path:
@@ -182,9 +186,16 @@ def _find(kind: str, name: str, folders: list[Path]) -> Path:
         for root in roots():
             if (root / name).is_file():
                 return root / name
-        raise ConfigError(f"{name}: no such {kind} file.")
+        raise ConfigError(f"{name}: no such {kind} file. {_looked_in([root / name for root in roots()])}")
     for folder in folders:
         if (folder / f"{name}.yaml").is_file():
             return folder / f"{name}.yaml"
     known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
-    raise ConfigError(f"{name}: no such {kind}. Known: {', '.join(known) or 'none'}.")
+    raise ConfigError(f"{name}: no such {kind}. Known: {', '.join(known) or 'none'}. {_looked_in(folders)}")
+
+
+def _looked_in(places: list[Path]) -> str:
+    """Return where a name was looked for, each place as a user can open it."""
+    here = Path.cwd()
+    shown_places = [str(place.relative_to(here)) if place.is_relative_to(here) else str(place) for place in places]
+    return f"Looked in {', '.join(dict.fromkeys(shown_places))}."

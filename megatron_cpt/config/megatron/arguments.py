@@ -10,7 +10,7 @@ from megatron_cpt.config.megatron.rows import ROWS
 from megatron_cpt.config.megatron.values import is_mla, is_mla_with_yarn, is_moe, is_muon, is_yarn
 from megatron_cpt.config.settings import derived
 from megatron_cpt.config.settings.fields import setting_value
-from megatron_cpt.config.settings.schema import WHOLE_STAGE, RunConfig
+from megatron_cpt.config.settings.schema import WHOLE_STAGE, ModelConfig, RunConfig
 
 TARGETS = (
     "TransformerConfig",
@@ -75,7 +75,7 @@ def megatron_arguments(config: RunConfig, target: str) -> dict[str, Any]:
     if target == "OptimizerConfig" and is_muon(config):
         arguments |= MUON_CONSTANTS
     if "TransformerConfig" in kinds and is_moe(config):
-        arguments |= MOE_CONSTANTS | {"moe_router_load_balancing_type": _load_balancing(config)}
+        arguments |= MOE_CONSTANTS | {"moe_router_load_balancing_type": _load_balancing(config.model)}
     return arguments
 
 
@@ -95,9 +95,9 @@ def megatron_flags(config: RunConfig) -> list[str]:
             flags += [row.flag, *map(_flag_text, value)]
         elif value is not None and value is not False:
             flags += [row.flag, _flag_text(value)]
-    flags += _grouped_query_flags(config) + _rope_flags(config)
+    flags += _grouped_query_flags(config.model) + _rope_flags(config)
     if is_moe(config):
-        flags += [*MOE_CONSTANT_FLAGS, "--moe-router-load-balancing-type", _load_balancing(config)]
+        flags += [*MOE_CONSTANT_FLAGS, "--moe-router-load-balancing-type", _load_balancing(config.model)]
     if is_muon(config):
         for name, value in MUON_CONSTANTS.items():
             flag = "--" + name.replace("_", "-")
@@ -144,12 +144,12 @@ def settings_without_flag(config: RunConfig) -> list[str]:
     return sorted(found)
 
 
-def _load_balancing(config: RunConfig) -> str:
-    return "aux_loss" if config.model.moe_aux_loss_coeff > 0 else "none"
+def _load_balancing(model: ModelConfig) -> str:
+    return "aux_loss" if model.moe_aux_loss_coeff > 0 else "none"
 
 
-def _grouped_query_flags(config: RunConfig) -> list[str]:
-    is_grouped = derived.num_query_groups(config.model) != config.model.num_attention_heads
+def _grouped_query_flags(model: ModelConfig) -> list[str]:
+    is_grouped = derived.num_query_groups(model) != model.num_attention_heads
     return ["--group-query-attention"] if is_grouped else []
 
 

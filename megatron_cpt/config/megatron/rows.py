@@ -137,6 +137,7 @@ _MODEL = (
     _mla("rope_beta_slow", argument="beta_slow", flag=None, when=is_mla_with_yarn),
     _mla("rope_mscale", argument="mscale", when=is_mla_with_yarn),
     _mla("rope_mscale_all_dim", argument="mscale_all_dim", when=is_mla_with_yarn),
+    Row("model.latent_layernorm_epsilon", honoured_by="train/model/build.py, set_latent_epsilon"),
     Row("model.layernorm_epsilon", ("TransformerConfig.layernorm_epsilon",), "--norm-epsilon"),
     Row(
         "model.untie_embeddings_and_output_weights",
@@ -390,6 +391,8 @@ _DATA = (
 
 _RUN = (
     Row("init.from_path", flag="--load", honoured_by="train/state/start_weights.py"),
+    Row("init.ignore_config", honoured_by="train/state/start_weights.py"),
+    Row("init.skip_tensors", honoured_by="train/state/start_weights.py"),
     Row(
         "init.load",
         flag="--finetune",
@@ -421,6 +424,7 @@ _RUN = (
     Row("launch.nodes", honoured_by="launch/submission/submit.py"),
     Row("launch.spare_nodes", honoured_by="launch/submission/submit.py, launch/node/hosts.py"),
     Row("launch.gpus_per_node", honoured_by="launch/submission/submit.py"),
+    Row("launch.device", honoured_by="train/backend/parallel.py, launch/submission/submit.py"),
     Row("launch.walltime", honoured_by="launch/scheduler/render.py"),
     Row(
         "launch.exit_before_walltime",

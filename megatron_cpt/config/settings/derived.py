@@ -5,7 +5,7 @@ from fractions import Fraction
 
 from megatron_cpt.config.settings.batch_sizes import batch_sizes
 from megatron_cpt.config.settings.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainingConfig
-from megatron_cpt.config.settings.values import Duration
+from megatron_cpt.config.settings.values import ALL_SETTINGS, Duration
 from megatron_cpt.errors import ConfigError
 
 
@@ -119,3 +119,8 @@ def num_microbatches(config: RunConfig) -> int:
     """Return the micro-batches of one rank in one iteration."""
     training = config.training
     return math.ceil(training.global_batch_size / (training.micro_batch_size * data_parallel_size(config)))
+
+
+def may_change_data_list(config: RunConfig) -> bool:
+    """Return whether a run that has begun may read another data list: it follows from the length and the data."""
+    return any(key.split(".")[0] in (ALL_SETTINGS, "training", "data") for key in config.checkpoint.accept_changes)

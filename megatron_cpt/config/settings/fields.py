@@ -8,6 +8,7 @@ import types
 import typing
 from dataclasses import MISSING, Field, fields, is_dataclass
 from difflib import get_close_matches
+from fractions import Fraction
 from functools import cache, reduce
 from typing import Any, Literal, Union
 
@@ -64,6 +65,8 @@ def parse_field(kind: Any, value: Any, key: str = "") -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (Union, types.UnionType):
         return None if value is None else parse_field(next(a for a in arguments if a is not type(None)), value, key)
+    if key == "held_out":
+        return _parse_part(value)
     if origin is Literal:
         return _parse_choice(arguments, value)
     if key == "checkpoint.accept_changes" and isinstance(value, bool):
@@ -132,7 +135,9 @@ def _parse_corpus(value: Any) -> CorpusConfig:
     for name in value:
         if name not in known:
             raise ValueError(f"{name} is not a setting of a corpus. {nearest(str(name), list(known))}")
-    return CorpusConfig(**{name: parse_field(known[name][0], item) for name, item in value.items() if item is not None})
+    return CorpusConfig(
+        **{name: parse_field(known[name][0], item, name) for name, item in value.items() if item is not None}
+    )
 
 
 def _parse_bool(value: Any) -> bool:
@@ -151,6 +156,17 @@ def _parse_float(value: Any) -> float:
             if math.isfinite(number):
                 return number
     raise ValueError(f"{_shown(value)} is not a number. Write for example 0.1 or 3e-4")
+
+
+def _parse_part(value: Any) -> float:
+    """Return a part of a whole, written 0.01 or 1/100."""
+    try:
+        part = Fraction(str(value))
+    except (ValueError, ZeroDivisionError):
+        part = Fraction(0)
+    if isinstance(value, bool) or not 0 < part < 1:
+        raise ValueError(f"{_shown(value)} is not a part between 0 and 1. Write for example 1/100")
+    return float(part)
 
 
 def _parse_str(value: Any) -> str:

@@ -113,6 +113,9 @@ class ModelConfig:
     """MLA: part of a query/key head with rotary position."""
     v_head_dim: int = 128
     """MLA: dimension of a value head."""
+    latent_layernorm_epsilon: float | None = None
+    """MLA: epsilon of the norms on the latent vectors (1e-6 in transformers, whatever the others have); None:
+    layernorm_epsilon."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,6 +279,9 @@ class CorpusConfig:
     """Prefixes of held-out `.bin/.idx` pairs, folders or globs of them, relative to paths.data_dir."""
     validation_documents: tuple[str, ...] = ()
     """Held-out documents as text, for bits per byte, relative to paths.data_dir."""
+    held_out: float | None = None
+    """Part of the documents to hold out, such as 1/100, chosen by their hashes: a stage of the pipeline splits them, and names
+    tokens, validation and validation_documents itself. None: validation is what the task names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -345,12 +351,18 @@ class InitConfig:
     """Where a stage's weights come from. A run's own checkpoints always come first."""
 
     from_path: str | None = None
-    """A Hugging Face folder, a Megatron checkpoint folder (`.../checkpoints` or `.../iter_0001000`, Megatron-LM's own too, `torch`
+    """Relative to paths.data_dir, as all paths of a task file (on the command line to the current folder):
+    a Hugging Face folder, a Megatron checkpoint folder (`.../checkpoints` or `.../iter_0001000`, Megatron-LM's own too, `torch`
     or `torch_dist`), a DeepSpeed universal checkpoint, or `variant:NAME[@ITERATION]`, the run of another variant of this task;
     None: random weights. What was made elsewhere is converted into `<run>/init` once."""
     load: Literal["weights", "full"] = "weights"
     """weights: a fresh optimizer (Megatron's --finetune); full: optimizer moments too. Iterations and samples start
     at 0 in both."""
+    ignore_config: tuple[str, ...] = ()
+    """Keys of a Hugging Face folder's config.json that do not change what the model computes (`convert hf-to-mcore
+    --ignore-config`). Remembered in the checkpoints, so that an export needs no option."""
+    skip_tensors: tuple[str, ...] = ()
+    """Globs of a Hugging Face folder's tensors that are left out (`convert hf-to-mcore --skip-tensors`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -425,6 +437,10 @@ class LaunchConfig:
     """PBS: nodes that a training job asks for besides. Those that preflight finds bad give their place to them."""
     gpus_per_node: int = 1
     """Ranks per node: GPUs, or processes on CPU."""
+    device: Literal["cuda", "xpu", "cpu"] | None = None
+    """Device that every rank must find, or it refuses to train: on a cluster a broken driver or a wheel for CPU is to be an
+    error and not a run on CPU. `xpu` (Intel GPUs) is refused as long as training does not drive them. None: a CUDA device
+    where there is one, else the CPU."""
     walltime: int = 86400
     """Longest run of one job in seconds (`24:00:00` in YAML)."""
     exit_before_walltime: int = 0

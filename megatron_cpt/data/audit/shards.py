@@ -13,6 +13,7 @@ Sampled conversations are rendered and encoded again (`data/audit/conversations.
 nothing, so audit the shard that they were made of.
 """
 
+import contextlib
 import glob
 import hashlib
 import itertools
@@ -27,20 +28,24 @@ import numpy as np
 
 from megatron_cpt.data.audit.conversations import check_conversations
 from megatron_cpt.data.reading.documents import Source, list_sources
-from megatron_cpt.data.reading.records import BLANK_LINE, EMPTY_TEXT, Parsed
+from megatron_cpt.data.reading.records import BLANK_LINE, CONTROL_TOKEN, EMPTY_TEXT, Parsed
 from megatron_cpt.data.reading.streams import Layout, parse_piece, pieces_of
+from megatron_cpt.data.shards.checksums import as_text, file_sums
 from megatron_cpt.data.shards.indexed import (
     ShardIndex,
+    bin_path,
     document_bounds,
     idx_path,
     read_index,
     read_shard_manifest,
     read_tokens,
+    shard_options,
 )
-from megatron_cpt.data.shards.masked import LEARNED, PIECE, PROMPT, has_mask, is_mask, read_mask
+from megatron_cpt.data.shards.masked import LEARNED, PIECE, PROMPT, has_mask, is_mask, mask_prefix, read_mask
+from megatron_cpt.data.tokenize.document_rules import DocumentRules
 from megatron_cpt.data.tokenize.shard_writer import provenance_path
 from megatron_cpt.data.tokenizer.engines import EncodeFlat, load_engine
-from megatron_cpt.data.tokenizer.interface import Tokenizer, same_tokenizer
+from megatron_cpt.data.tokenizer.interface import Tokenizer, check_same_tokenizer, read_special_tokens
 from megatron_cpt.errors import DataError
 from megatron_cpt.log import Progress
 
@@ -64,6 +69,8 @@ class Audit:
     """Samples of over a million characters, which are encoded again but not decoded: that takes a hundred times their size."""
     inner_eod: int = 0
     """Documents with the end-of-document token before their end, from texts that spell it."""
+    control_tokens: int = 0
+    """Documents that spell a control token."""
     masked: str = ""
     """What was found in a masked shard, whose texts are not encoded again."""
     is_adopted: bool = False
@@ -89,6 +96,8 @@ class Audit:
             f"{self.samples:,} samples encode to the same ids ({self.decoded:,} decode to the same text{not_decoded}), "
             f"{self.duplicates:,} duplicate documents, {self.inner_eod:,} with an inner end-of-document token"
         )
+        if self.control_tokens:
+            line += f", {self.control_tokens:,} spell control tokens"
         return "\n".join([line, *(f"  {problem}" for problem in self.problems)]) + "\n"
 
 
@@ -101,12 +110,9 @@ def audit_shard(prefix: Path, tokenizer: Tokenizer, num_samples: int | None = 20
     """
     index, manifest = read_index(prefix), read_shard_manifest(prefix)
     found = Audit(prefix, index.num_documents, index.num_tokens)
-    if not same_tokenizer(manifest["tokenizer"], tokenizer.identity):
-        raise DataError(
-            f"{prefix}: was tokenized with {manifest['tokenizer']['name']} (hash {manifest['tokenizer']['hash'][:8]}), "
-            f"not with {tokenizer.identity['name']} ({tokenizer.identity['hash'][:8]}). Give the tokenizer that made it."
-        )
+    check_same_tokenizer(prefix, manifest["tokenizer"], tokenizer.identity)
     bounds, tokens = document_bounds(index), read_tokens(index)
+    _check_checksums(index, manifest, tokens, found)
     if "mask" in manifest or has_mask(prefix):
         mask = _check_mask(index, manifest, bounds, tokens, found)
         if mask is not None and "text" in manifest.get("template", {}) and not found.problems:
@@ -121,15 +127,19 @@ def audit_shard(prefix: Path, tokenizer: Tokenizer, num_samples: int | None = 20
             )
             found.problems += problems
         return found
-    _check_offsets(index, found)
+    options = shard_options(manifest)
+    bos_ids = options.get("bos_ids", [])
     _check_ids(tokens, tokenizer, found)
-    if manifest["options"].get("append_eod"):
-        _check_ends(bounds, tokens, tokenizer.eod_id, found)
+    _check_starts(bounds, tokens, bos_ids, found)
+    if options.get("append_eod"):
+        _check_ends(bounds, tokens, tokenizer.eod_id, len(bos_ids), found)
     found.duplicates = _duplicates(bounds, tokens)
     if manifest["options"].get("adopted"):
         found.is_adopted = True
         return found
     _check_counts(index, manifest, found)
+    read_special_tokens(tokenizer, "token" if options["special_tokens"] == "token" else "text")
+    rules = DocumentRules(manifest, tokenizer)
     chosen = set(random.Random(seed).sample(range(index.num_documents), _number_of(num_samples, index)))
     encode = load_engine(tokenizer, "reference").encode
     sidecar = provenance_path(prefix)
@@ -150,16 +160,20 @@ def audit_shard(prefix: Path, tokenizer: Tokenizer, num_samples: int | None = 20
             continue
         documents = text_bytes = rejects = 0
         is_traced = True
+        control = without_tokens = 0
         for before, parsed in read_source(source, source_number, layout_of(manifest)):
-            texts = parsed.texts[manifest["options"]["keys"].index(manifest["key"])]
+            texts, lines = rules.documents(parsed, entry)
             text_bytes += sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
             rejects += len(parsed.problems)
+            control += rules.control.count(texts)[0]
+            without_tokens += rules.num_left_out
             numbers = [first + documents + i for i in range(len(texts)) if first + documents + i in chosen]
             for sample in numbers:
                 ids = tokens[bounds[sample] : bounds[sample + 1]]
-                _check_sample(sample, texts[sample - first - documents], ids, tokenizer, encode, manifest, found)
+                text = texts[sample - first - documents]
+                _check_sample(sample, text, ids[len(bos_ids) :], tokenizer, encode, manifest, found)
             if rows is not None and is_traced:
-                expected = before + 1 + np.array(parsed.lines, dtype=np.int64)
+                expected = before + 1 + np.array(lines, dtype=np.int64)
                 mine = rows[first + documents : first + documents + len(texts)]
                 is_traced = len(mine) == len(expected) and bool(
                     (mine == np.stack([np.full_like(expected, source_number), expected], 1)).all()
@@ -168,7 +182,13 @@ def audit_shard(prefix: Path, tokenizer: Tokenizer, num_samples: int | None = 20
         if not is_traced:
             found.problems.append(f"{sidecar}: tells other lines of {entry['path']} than hold its documents")
         stated = {"documents": entry["documents"], "bytes": entry["bytes"], "rejects": sum(entry["rejects"].values())}
-        for name, count in (("documents", documents), ("bytes", text_bytes), ("rejects", rejects)):
+        counts = [("documents", documents), ("bytes", text_bytes), ("rejects", rejects)]
+        found.control_tokens += control
+        if rules.are_stated:
+            stated |= {"texts without tokens": entry["without_tokens"]}
+            stated |= {"texts with control tokens": entry["notes"].get(CONTROL_TOKEN, 0)}
+            counts += [("texts without tokens", without_tokens), ("texts with control tokens", control)]
+        for name, count in counts:
             if count != stated[name]:
                 found.problems.append(f"{entry['path']}: holds {count:,} {name}; the manifest counts {stated[name]:,}")
         number += entry["documents"]
@@ -244,14 +264,27 @@ def _number_of(num_samples: int | None, index: ShardIndex) -> int:
     return index.num_documents if num_samples is None else min(num_samples, index.num_documents)
 
 
-def _check_offsets(index: ShardIndex, found: Audit) -> None:
-    expected = np.zeros(len(index.sequence_lengths), dtype=np.int64)
-    np.cumsum(index.sequence_lengths[:-1], dtype=np.int64, out=expected[1:])
-    expected *= index.dtype.itemsize
-    if not np.array_equal(expected, index.sequence_pointers):
-        found.problems.append("the offsets of the index do not follow from its lengths; training reads other tokens")
-    if len(index.document_indices) > 1 and int(np.diff(index.document_indices).min()) < 0:
-        found.problems.append("the documents of the index are not in order")
+def _check_checksums(index: ShardIndex, manifest: dict[str, Any], tokens: np.ndarray, found: Audit) -> None:
+    """Compare all tokens with the sums that were taken when they were written; an earlier release took none."""
+    stated = manifest.get("checksums", {}).get("columns")
+    if stated is not None and as_text(file_sums(tokens)) != stated:
+        found.problems.append(f"{bin_path(index.prefix)}: holds other tokens than were written (its checksum differs)")
+    of_mask = manifest.get("checksums", {}).get("mask")
+    if of_mask is not None and has_mask(index.prefix):
+        with contextlib.suppress(DataError):  # a mask that does not fit is told of elsewhere
+            if as_text(file_sums(read_mask(index))) != of_mask:
+                path = bin_path(mask_prefix(index.prefix))
+                found.problems.append(f"{path}: holds another mask than was written (its checksum differs)")
+
+
+def _check_starts(bounds: np.ndarray, tokens: np.ndarray, bos_ids: list[int], found: Audit) -> None:
+    starts = bounds[:-1][np.diff(bounds) > 0]
+    for place, bos in enumerate(bos_ids):
+        at = starts + place
+        without = int(np.count_nonzero(tokens[at[at < len(tokens)]] != bos)) + int(np.count_nonzero(at >= len(tokens)))
+        if without:
+            found.problems.append(f"{without:,} documents do not begin with token {bos}")
+            return
 
 
 def _check_ids(tokens: np.ndarray, tokenizer: Tokenizer, found: Audit) -> None:
@@ -307,7 +340,7 @@ def _check_mask(
         found.problems.append(f"{without:,} documents do not start a piece; they would see those before them")
     eod_id, packed = manifest["tokenizer"]["eod_id"], manifest.get("packed")
     if packed is None:
-        _check_ends(bounds, tokens, eod_id, found)
+        _check_ends(bounds, tokens, eod_id, 0, found)
         return mask
     if wrong := int(np.count_nonzero(np.diff(bounds) != packed["seq_length"])):
         found.problems.append(f"{wrong:,} packs do not hold {packed['seq_length']:,} tokens")
@@ -329,14 +362,16 @@ def _filling(bounds: np.ndarray, tokens: np.ndarray, mask: np.ndarray, eod_id: i
     )
 
 
-def _check_ends(bounds: np.ndarray, tokens: np.ndarray, eod_id: int, found: Audit) -> None:
+def _check_ends(bounds: np.ndarray, tokens: np.ndarray, eod_id: int, num_bos: int, found: Audit) -> None:
+    """Look for documents without an end, and for ends within one; a document without tokens has neither."""
     is_eod = np.flatnonzero(tokens == eod_id)
-    ends = bounds[1:] - 1
+    starts, ends = bounds[:-1][np.diff(bounds) > 0], bounds[1:][np.diff(bounds) > 0] - 1
     without = np.setdiff1d(ends, is_eod, assume_unique=True)
     if len(without):
-        document = int(np.searchsorted(ends, without[0]))
+        document = int(np.searchsorted(bounds, without[0], side="right")) - 1
         found.problems.append(f"{len(without):,} documents do not end with token {eod_id}; the first is {document:,}")
-    inner = np.setdiff1d(is_eod, ends, assume_unique=True)
+    begins = [starts + place for place in range(num_bos)]  # BOS is the same token in some families
+    inner = np.setdiff1d(is_eod, np.concatenate([ends, *begins]))
     found.inner_eod = len(np.unique(np.searchsorted(ends, inner)))
 
 

@@ -35,13 +35,13 @@ def with_iterations(loaded: LoadedConfig) -> LoadedConfig:
         corpus, available, share = _counted_corpus(config)
     samples = int(Fraction(str(config.training.train_epochs)) * available / share / config.training.seq_length)
     if not config.data.rules:
-        iterations = train_iters(_length(config, train_samples=samples))
+        iterations = train_iters(_length(config.training, train_samples=samples))
         # a ramp-up that is a fraction of the stage takes more or less with each iteration
-        while iterations and train_samples(_length(config, train_iters=iterations)) > samples:
+        while iterations and train_samples(_length(config.training, train_iters=iterations)) > samples:
             iterations -= 1
     if not iterations:
         raise _refused(
-            config,
+            config.training,
             f"{available:,} tokens of {corpus} are {samples} samples, not one batch of {config.training.global_batch_size}. "
             "Lower training.global_batch_size, or raise the epochs.",
         )
@@ -68,13 +68,14 @@ def _counted_corpus(config: RunConfig) -> tuple[str, int, Fraction]:
         parts, shares = parts_from_mix(config, {}, problems)
     if problems:
         raise _refused(
-            config, "the token files cannot be counted:" + "".join(f"\n  - {problem}" for problem in problems)
+            config.training, "the token files cannot be counted:" + "".join(f"\n  - {problem}" for problem in problems)
         )
     largest = max(shares.values())
     names = [name for name, share in shares.items() if share == largest]
     if len(names) > 1:
         raise _refused(
-            config, f"{' and '.join(names)} have the same share, so it is not clear whose epochs. State train_tokens."
+            config.training,
+            f"{' and '.join(names)} have the same share, so it is not clear whose epochs. State train_tokens.",
         )
     return names[0], sum(part.available for part in parts[names[0]]), largest
 
@@ -87,14 +88,14 @@ def _longest_by_rules(config: RunConfig) -> tuple[int, str, int, Fraction]:
     parts = available_parts(config, {}, problems)
     if problems:
         raise _refused(
-            config, "the token files cannot be counted:" + "".join(f"\n  - {problem}" for problem in problems)
+            config.training, "the token files cannot be counted:" + "".join(f"\n  - {problem}" for problem in problems)
         )
     epochs = Fraction(str(config.training.train_epochs))
     available = {corpus: sum(part.available for part in group) for corpus, group in parts.items()}
 
     def largest(iterations: int) -> tuple[str, int, Fraction] | str:
         """Return the corpus that has the largest share of a stage of this length, or why there is no such stage."""
-        budget = train_samples(_length(config, train_iters=iterations)) * config.training.seq_length
+        budget = train_samples(_length(config.training, train_iters=iterations)) * config.training.seq_length
         try:
             _, shares = drawn_by_rules(config, parts, budget)
         except DataError as problem:
@@ -106,12 +107,12 @@ def _longest_by_rules(config: RunConfig) -> tuple[int, str, int, Fraction]:
 
     # the corpus with the largest share has a part of at least 1 / corpora
     most = int(len(parts) * epochs * max(available.values(), default=0) / config.training.seq_length)
-    longest = train_iters(_length(config, train_samples=max(most, 1)))
+    longest = train_iters(_length(config.training, train_samples=max(most, 1)))
     # rules may also fit no short stage, so that lengths that do are looked for before the longest of them is
     tried = sorted({1, *(round(longest ** (step / _GRID)) for step in range(_GRID + 1))})
     fitting = [iterations for iterations in tried if not isinstance(largest(iterations), str)]
     if not fitting:
-        raise _refused(config, f"no length fits data.rules. The longest tried: {largest(longest)}")
+        raise _refused(config.training, f"no length fits data.rules. The longest tried: {largest(longest)}")
     first, beyond = fitting[-1], longest + 1
     beyond = next((iterations for iterations in tried if iterations > first), beyond)
     while beyond - first > 1:
@@ -122,9 +123,11 @@ def _longest_by_rules(config: RunConfig) -> tuple[int, str, int, Fraction]:
     return first, *found
 
 
-def _length(config: RunConfig, *, train_samples: int | None = None, train_iters: int | None = None) -> TrainingConfig:
-    return dataclasses.replace(config.training, train_epochs=None, train_samples=train_samples, train_iters=train_iters)
+def _length(
+    training: TrainingConfig, *, train_samples: int | None = None, train_iters: int | None = None
+) -> TrainingConfig:
+    return dataclasses.replace(training, train_epochs=None, train_samples=train_samples, train_iters=train_iters)
 
 
-def _refused(config: RunConfig, why: str) -> DataError:
-    return DataError(f"training.train_epochs is {config.training.train_epochs:g}: {why}")
+def _refused(training: TrainingConfig, why: str) -> DataError:
+    return DataError(f"training.train_epochs is {training.train_epochs:g}: {why}")

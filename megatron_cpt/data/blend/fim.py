@@ -49,6 +49,8 @@ class FillInMiddle:
     """Id of the token before a suffix."""
     eod: int
     """Id of the token that ends a document; it keeps its place."""
+    bos: tuple[int, ...] = ()
+    """Ids that begin a document, where it has them (`tokenize --bos`); they keep their place."""
     seed: int
     """The run's seed."""
     corpora: tuple[str, ...]
@@ -72,7 +74,9 @@ class FillInMiddle:
         for fragment in np.split(ids, np.flatnonzero(ids == self.eod) + 1):
             ends = len(fragment) > 0 and fragment[-1] == self.eod
             document, end = (fragment[:-1], fragment[-1:]) if ends else (fragment, fragment[:0])
-            parts += [self._rearranged(document, random), end]
+            begins = bool(self.bos) and tuple(document[: len(self.bos)]) == self.bos
+            start, document = np.split(document, [len(self.bos) if begins else 0])
+            parts += [start, self._rearranged(document, random), end]
         return np.concatenate(parts)
 
     def _rearranged(self, document: np.ndarray, random: np.random.RandomState) -> np.ndarray:
@@ -130,6 +134,7 @@ def fill_in_middle(config: RunConfig, tokenizer: Tokenizer) -> FillInMiddle | No
         rate=data.fim_rate,
         spm_rate=data.fim_spm_rate,
         eod=tokenizer.eod_id,
+        bos=tuple(tokenizer.prefix_ids()),
         seed=config.training.seed,
         corpora=data.fim_corpora,
         **ids,

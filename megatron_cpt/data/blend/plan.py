@@ -8,9 +8,11 @@ arithmetic is in whole numbers and fractions: sums are exact. Token counts come 
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from megatron_cpt.config.checks.vocabulary import vocabulary_problem
 from megatron_cpt.config.settings import derived
-from megatron_cpt.config.settings.schema import RunConfig
+from megatron_cpt.config.settings.schema import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from megatron_cpt.data.blend.replay import append_stage
 from megatron_cpt.data.blend.sources import (
     Part,
@@ -26,9 +28,10 @@ from megatron_cpt.data.blend.stage_order import StageOrder
 from megatron_cpt.data.blend.table import BlendPlan, CorpusPlan, corpus_plans, is_unnamed
 from megatron_cpt.data.lists.budget import apportion, exact, spread_samples
 from megatron_cpt.data.lists.data_list import DataEntry, read_data_list
-from megatron_cpt.data.shards.discovery import Shard, tokenizer_problems
+from megatron_cpt.data.shards.discovery import Shard, read_shards, tokenizer_problems
 from megatron_cpt.data.shards.form import packing_problem, prompt_problem, read_shard_form
 from megatron_cpt.data.shards.skip_list import unread_prefixes
+from megatron_cpt.data.tokenizer.interface import describe
 from megatron_cpt.errors import DataError
 from megatron_cpt.log import format_count
 
@@ -54,9 +57,12 @@ def plan_blend(config: RunConfig, begun: Path | None = None, order: StageOrder |
         source = parts_from_rules if config.data.rules else parts_from_mix
         parts, shares = source(config, positions, problems)
     shards = [part.shard for group in parts.values() for part in group]
-    problems += tokenizer_problems(shards, _tokenizer_identity(config)) if shards else []
+    expected = _tokenizer_identity(config)
+    held_out = _held_out_shards(config, problems)
+    problems += tokenizer_problems([*shards, *held_out], expected) if shards else []
+    problems += _row_problems(config.model, expected, [*shards, *held_out])
     problems += _sentinel_problems(config)
-    lengths = {shard.prefix: shard.packed_seq_length for shard in shards} | _held_out_lengths(config)
+    lengths = {shard.prefix: shard.packed_seq_length for shard in [*shards, *held_out]}
     problems += [
         f"{prefix} {problem}"
         for prefix, length in lengths.items()
@@ -92,7 +98,7 @@ def plan_blend(config: RunConfig, begun: Path | None = None, order: StageOrder |
         if order is not None:
             continue
         amounts = apportion(taken[corpus], [part.weight for part in group])
-        problems += _shard_problems(config, corpus, group, amounts)
+        problems += _shard_problems(config.data, corpus, group, amounts)
         entries += [
             DataEntry(prefix=part.shard.prefix, tokens=amount, corpus=corpus, first_sample=part.first_sample)
             for part, amount in zip(group, amounts, strict=True)
@@ -130,7 +136,7 @@ def plan_blend(config: RunConfig, begun: Path | None = None, order: StageOrder |
         train_tokens=total,
         train_samples=num_samples,
         train_iters=derived.train_iters(config.training),
-        target=_target(config),
+        target=_target(config.training),
         notes=notes + _replayed(entries, config.training.seq_length, parts),
     )
 
@@ -163,9 +169,9 @@ def _size_problems(config: RunConfig, corpus: str, group: Sequence[Part], taken:
     return problems
 
 
-def _shard_problems(config: RunConfig, corpus: str, group: Sequence[Part], amounts: Sequence[int]) -> list[str]:
+def _shard_problems(data: DataConfig, corpus: str, group: Sequence[Part], amounts: Sequence[int]) -> list[str]:
     """Return what is wrong with single shards of a corpus that is itself not read too often."""
-    most = exact(config.data.max_epochs)
+    most = exact(data.max_epochs)
     if sum(amounts) > most * sum(part.available for part in group):
         return []
     often = [
@@ -176,7 +182,7 @@ def _shard_problems(config: RunConfig, corpus: str, group: Sequence[Part], amoun
     if not often:
         return []
     return [
-        f"corpus {corpus}: {len(often)} shards would be read more than {config.data.max_epochs:g} times: "
+        f"corpus {corpus}: {len(often)} shards would be read more than {data.max_epochs:g} times: "
         f"{', '.join(often[:5])}{', ...' if len(often) > 5 else ''}. Lower their weights, set data.cap_epochs beside "
         "data.rules, or raise data.max_epochs."
     ]
@@ -191,7 +197,7 @@ def _missing_problems(entries: Sequence[DataEntry], shards: Sequence[Shard]) -> 
     ]
 
 
-def _tokenizer_identity(config: RunConfig) -> dict[str, object] | None:
+def _tokenizer_identity(config: RunConfig) -> dict[str, Any] | None:
     if config.data.tokenizer is None:
         return None
     from megatron_cpt.data.tokenizer.interface import load_tokenizer  # heavy: the tokenizer library
@@ -199,12 +205,35 @@ def _tokenizer_identity(config: RunConfig) -> dict[str, object] | None:
     return load_tokenizer(Path(config.paths.data_dir) / config.data.tokenizer).identity
 
 
-def _held_out_lengths(config: RunConfig) -> dict[str, int | None]:
-    """Return the lengths of the packs of the validation sets that a run will measure with."""
+def check_tokenizer_rows(config: RunConfig) -> None:
+    """Compare the tokenizer's ids with the model's rows, where the tokenizer is there already.
+
+    Raises: DataError when an id would have no row.
+    """
+    if config.data.tokenizer is not None and (Path(config.paths.data_dir) / config.data.tokenizer).exists():
+        _refuse(config, _row_problems(config.model, _tokenizer_identity(config), []))
+
+
+def _row_problems(model: ModelConfig, identity: dict[str, Any] | None, shards: Sequence[Shard]) -> list[str]:
+    """Return a line for the tokenizer, or else for the token files, whose ids the model has no rows for."""
+    if identity is not None:
+        problem = vocabulary_problem(f"data.tokenizer ({describe(identity)})", identity["vocab_size"], model)
+        return [problem] if problem else []
+    found: dict[Any, str] = {}
+    for shard in shards:
+        if problem := vocabulary_problem(shard.prefix, shard.tokenizer.get("vocab_size") or 0, model):
+            found.setdefault(shard.tokenizer.get("hash"), problem)
+    return list(found.values())
+
+
+def _held_out_shards(config: RunConfig, problems: list[str]) -> list[Shard]:
+    """Return the validation sets that a run will measure with; what is missing is told where they are read."""
     if not config.evaluation.eval_interval:
-        return {}
+        return []
     prefixes = [prefix for corpus in config.data.corpora for prefix in validation_prefixes(config, corpus, [])]
-    return {prefix: read_shard_form(Path(prefix)).packed_seq_length for prefix in prefixes}
+    shards, damaged = read_shards(prefixes)
+    problems += damaged
+    return shards
 
 
 def _prompt_problems(prefixes: Sequence[str]) -> list[str]:
@@ -256,9 +285,9 @@ def _replayed(entries: Sequence[DataEntry], seq_length: int, parts: Parts) -> li
     ]
 
 
-def _target(config: RunConfig) -> str:
+def _target(training: TrainingConfig) -> str:
     for field in ("train_tokens", "train_samples", "train_iters"):
-        amount = getattr(config.training, field)
+        amount = getattr(training, field)
         if amount is not None:
             return f"{amount:,} {field.removeprefix('train_').replace('iters', 'iterations')}"
     raise AssertionError("derived.train_iters refuses a stage without a length")

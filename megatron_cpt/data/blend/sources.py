@@ -9,7 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from megatron_cpt.config.settings import derived
-from megatron_cpt.config.settings.schema import RunConfig
+from megatron_cpt.config.settings.schema import RunConfig, TrainingConfig
 from megatron_cpt.config.settings.values import parse_rule
 from megatron_cpt.data.blend import replay
 from megatron_cpt.data.lists.budget import exact
@@ -137,7 +137,7 @@ def _corpus_parts(
         problems += [f"corpus {corpus}: {problem}" for problem in incomplete]
         parts[corpus] = []
         for shard, available in _without_skipped(config, shards, problems):
-            position = _position(shard.prefix, config, buffer, begun)
+            position = _position(shard.prefix, config.training, buffer, begun)
             weight = Fraction(available)
             parts[corpus].append(Part(shard=shard, available=available, weight=weight, first_sample=position))
         if prefixes and not incomplete and not parts[corpus]:
@@ -222,11 +222,13 @@ def _corpus_prefixes(config: RunConfig, corpus: str, problems: list[str]) -> lis
     return prefixes
 
 
-def _position(prefix: str, config: RunConfig, buffer: replay.Buffer, begun: Mapping[str, int | None]) -> int | None:
+def _position(
+    prefix: str, training: TrainingConfig, buffer: replay.Buffer, begun: Mapping[str, int | None]
+) -> int | None:
     if prefix in begun:
         return begun[prefix]
     held = buffer.shards.get(prefix)
-    return None if held is None else held.first_sample(config.training.seq_length)
+    return None if held is None else held.first_sample(training.seq_length)
 
 
 def _without_skipped(config: RunConfig, shards: Sequence[Shard], problems: list[str]) -> list[tuple[Shard, int]]:

@@ -198,12 +198,6 @@ def _identity(
 ) -> dict[str, Any]:
     """Return what a shard is made of: the same again means the same shard."""
     template, turn_end = encoder.template, encoder.turn_end()
-    if turn_end == "":
-        logger.warning(
-            "%s: ends no answer with a special token of the tokenizer, so that a model learns to stop only at the end of a "
-            "conversation (end-of-document token). Use a tokenizer with the template's control tokens",
-            template.name,
-        )
     bounds = choice.bounds_path
     return {
         "tokenizer": encoder.tokenizer.identity,

@@ -6,6 +6,7 @@ end-of-document token included, as in pre-training.
 """
 
 import datetime
+import logging
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -21,7 +22,6 @@ from megatron_cpt.data.chat.masks import (
     is_history_rewritten,
     lost_reasoning,
     render_with_spans,
-    strings_of,
 )
 from megatron_cpt.data.chat.template import ChatTemplate, TemplateRefusal, load_template
 from megatron_cpt.data.chat.tokens import Learned, Tokenized, tokens_of
@@ -37,10 +37,22 @@ from megatron_cpt.data.reading.conversations import (
 )
 from megatron_cpt.data.reading.records import Problem
 from megatron_cpt.data.reading.streams import Piece
-from megatron_cpt.data.reading.turns import ASSISTANT, REASONING, Mark, Turn, is_empty, text_of
+from megatron_cpt.data.reading.turns import (
+    ASSISTANT,
+    REASONING,
+    ROLES,
+    TOO_DEEP,
+    Mark,
+    Turn,
+    is_empty,
+    strings_of,
+    text_of,
+)
 from megatron_cpt.data.shards.masked import LEARNED, PIECE
 from megatron_cpt.data.tokenizer.interface import HuggingFaceTokenizer, load_tokenizer
 from megatron_cpt.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 ON_LONG = ("truncate", "drop", "fail")
 REFUSED = "refused by the template"
@@ -152,15 +164,30 @@ class ChatEncoder:
         self._named = {part for name in named for part in (name, name.partition(".")[0])}
 
     def turn_end(self) -> str | None:
-        """Return what ends an assistant's turn: empty where no special token does, None where a trial is refused."""
+        """Return what ends an assistant's turn: empty where no special token does, None where a trial is refused.
+
+        Warns where a model would not learn to end its turns.
+        """
         trial: list[Turn] = [{"role": "user", "content": "a"}, {"role": ASSISTANT, "content": "b"}]
         try:
             page = self._render(self.template.fitted(trial), {})
         except _Unfit:
             return None
         if not page.answers or not page.is_ended:
+            logger.warning(
+                "%s: ends no answer with a special token of the tokenizer, so that a model learns to stop only at the end of a "
+                "conversation (end-of-document token). Use a tokenizer with the template's control tokens",
+                self.template.name,
+            )
             return ""
-        return "".join(page.text[start:end] for start, end in page.answers[-1].ends)
+        said = page.answers[-1]
+        if not said.ends:
+            logger.warning(
+                "%s: its generation blocks leave out what ends an answer (%r), so that a model does not learn to stop. Move "
+                "the end into the block",
+                *(self.template.name, page.text[said.end :].strip()),
+            )
+        return "".join(page.text[start:end] for start, end in said.ends)
 
     def survey(self, piece: Piece) -> Survey:
         """Return what decides where the records of a piece go."""
@@ -210,7 +237,10 @@ class ChatEncoder:
         planned: list[list[_Page]] = []
         for _, conversation in batch:
             try:
-                planned.append(self._pages(conversation, found.notes) if conversation.turns else [])
+                try:
+                    planned.append(self._pages(conversation, found.notes) if conversation.turns else [])
+                except RecursionError:
+                    raise _Unfit(TOO_DEEP, "what the record gives the template") from None
             except _Unfit as problem:
                 planned.append([])
                 found.problems.append(
@@ -451,7 +481,7 @@ def _completion(ids: Sequence[int], eod_id: int) -> Tokenized:
 def _add(part: EncodedPart, conversation: Conversation, documents: Sequence[_Document]) -> None:
     last = documents[-1]
     part.counts["conversations" if last.turns else "texts"] += 1
-    part.counts.update(f"turns {turn['role']}" for turn in last.turns)
+    part.counts.update(f"turns {ROLES[turn['role']]}" for turn in last.turns)
     for document in documents:
         part.ids.append(document.tokens.ids)
         part.masks.append(document.tokens.mask)

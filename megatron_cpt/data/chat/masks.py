@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any
 
 from megatron_cpt.data.chat.template import CLOSE, OPEN, STAND_IN, ChatTemplate, Reads
-from megatron_cpt.data.reading.turns import ASSISTANT, REASONING, Turn, reasoning_of, text_of
+from megatron_cpt.data.reading.turns import ASSISTANT, REASONING, Turn, reasoning_of, strings_of, text_of
 
 Span = tuple[int, int]
 
@@ -80,13 +80,14 @@ def render_with_spans(
 
     Raises: UnclearTemplate; TemplateRefusal from the template.
     """
-    if any(mark in leaf for turn in turns for leaf in strings_of(turn) for mark in (OPEN, CLOSE, STAND_IN)):
+    said = itertools.chain.from_iterable(map(strings_of, [*turns, dict(variables or {})]))
+    if any(mark in text for text in said for mark in (OPEN, CLOSE, STAND_IN)):
         raise UnclearTemplate("a message holds a noncharacter of Unicode (U+FDD0 to U+FDD2)")
     render = partial(template.render, variables=variables)
     reads = Reads()
     raw = render(turns, reads=reads)
     page = _Page(render, turns, raw.replace(OPEN, "").replace(CLOSE, ""), tuple(special))
-    answers = _marked(raw, turns, reads.blocks, page) if template.marks_generation else _unmarked(page)
+    answers = _marked(raw, turns, reads, page) if template.marks_generation else _unmarked(page)
     tail = page.text[answers[-1].spans[-1][1] :] if answers else ""
     return Rendered(
         turns=turns,
@@ -121,15 +122,6 @@ def lost_reasoning(turn: Turn, text: str) -> bool:
     return bool(reasoning.strip()) and reasoning.strip() not in text
 
 
-def strings_of(value: Any) -> list[str]:
-    """Return every text within a value, keys of objects included."""
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, Mapping):
-        return [text for pair in value.items() for item in pair for text in strings_of(item)]
-    return [text for item in value for text in strings_of(item)] if isinstance(value, list) else []
-
-
 @dataclass
 class _Page:
     """A conversation under work: how to render variants of it, its text, the special tokens."""
@@ -145,7 +137,7 @@ class _Page:
         return text.replace(OPEN, "").replace(CLOSE, "")
 
 
-def _marked(raw: str, turns: Sequence[Turn], blocks: Sequence[int], page: _Page) -> list[Said]:
+def _marked(raw: str, turns: Sequence[Turn], reads: Reads, page: _Page) -> list[Said]:
     """Return what the template marks, the blocks of an answer together."""
     head, *marked = raw.split(OPEN)
     length, found = len(head), []
@@ -155,17 +147,17 @@ def _marked(raw: str, turns: Sequence[Turn], blocks: Sequence[int], page: _Page)
             raise UnclearTemplate("generation blocks are nested")
         found.append((length, length + len(inside)))
         length += len(inside) + len(outside)
-    answers = [number for number, turn in enumerate(turns) if turn["role"] == ASSISTANT]
-    owners = list(blocks)
-    if len(owners) != len(found):
+    if len(reads.blocks) != len(found):
         raise UnclearTemplate("generation blocks are written more than once")
-    if len(found) == len(answers) and not all(turns[owner]["role"] == ASSISTANT for owner in owners if owner >= 0):
-        owners = answers
-    if wrong := [owner for owner in owners if owner < 0 or turns[owner]["role"] != ASSISTANT]:
+    answers = [number for number, turn in enumerate(turns) if turn["role"] == ASSISTANT]
+    owners = [_owner(turns, reads, first, last) for first, last in reads.blocks]
+    if len(found) == len(answers) and None in owners:
+        owners = list(answers)
+    if None in owners:
         raise UnclearTemplate(
-            f"{len(found)} generation blocks for {len(answers)} assistant turns, one of turn {wrong[0] + 1}"
+            f"{len(found)} generation blocks for {len(answers)} assistant turns, one of them with what another says"
         )
-    if owners != sorted(owners):
+    if owners != sorted(owner for owner in owners if owner is not None):
         raise UnclearTemplate("generation blocks are in another order than the turns")
     said = []
     for number in answers:
@@ -173,6 +165,20 @@ def _marked(raw: str, turns: Sequence[Turn], blocks: Sequence[int], page: _Page)
         if spans:
             said.append(_without_ends(Said(number, spans), page))
     return said
+
+
+def _owner(turns: Sequence[Turn], reads: Reads, first: int, last: int) -> int | None:
+    """Return the assistant's turn that a generation block writes: the first that it looks at, else the last one before.
+
+    None where it writes what somebody else says; the role alone of another turn is only a look at who comes next.
+    """
+    within = reads.touched[first:last]
+    found = next((number for number, _ in within if turns[number]["role"] == ASSISTANT), None)
+    if found is not None:
+        return found
+    if any(key not in ("", "role") for _, key in within):
+        return None
+    return next((number for number, _ in reversed(reads.touched[:first]) if turns[number]["role"] == ASSISTANT), None)
 
 
 def _without_ends(said: Said, page: _Page) -> Said:

@@ -23,7 +23,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from megatron_cpt.data.reading.turns import REASONING, Turn, text_of
+from megatron_cpt.data.reading.turns import DEVELOPER, REASONING, SYSTEM, Turn, text_of
 from megatron_cpt.errors import DataError
 from megatron_cpt.files import read_json_object, text_hash
 
@@ -54,18 +54,18 @@ class TemplateRefusal(Exception):
 
 @dataclass
 class Reads:
-    """What a rendering read of each turn, and which turn each generation block is of."""
+    """What a rendering read of each turn, and when it did so."""
 
     keys: list[set[str]] = field(default_factory=list)
     """Keys whose value was read, per turn."""
-    touched: list[int] = field(default_factory=list)
-    """The turns in the order in which they were looked at."""
-    blocks: list[int] = field(default_factory=list)
-    """Turn of each generation block: the first that is looked at within it, else the last one before it."""
+    touched: list[tuple[int, str]] = field(default_factory=list)
+    """Turn and key of each look at a turn, in order; an empty key where only its presence was asked for."""
+    blocks: list[tuple[int, int]] = field(default_factory=list)
+    """Of each generation block the part of `touched` that was looked at within it, [first, last)."""
 
     def see(self, number: int, *keys: str) -> None:
         """Note that a turn was looked at, and which of its values."""
-        self.touched.append(number)
+        self.touched.extend((number, key) for key in keys or ("",))
         self.keys[number].update(keys)
 
 
@@ -134,8 +134,7 @@ class _Generation(Extension):
             return f"{OPEN}{caller()}{CLOSE}"
         before = len(reads.touched)
         said = caller()
-        within = reads.touched[before : before + 1] or reads.touched[before - 1 : before]
-        reads.blocks.append(within[0] if within else -1)
+        reads.blocks.append((before, len(reads.touched)))
         return f"{OPEN}{said}{CLOSE}"
 
 
@@ -205,7 +204,11 @@ class ChatTemplate:
 
     def fitted(self, turns: Sequence[Turn]) -> list[Turn]:
         """Return turns in the forms that the template takes: text or parts of text, arguments as objects or as JSON."""
-        return [self._with_arguments(self._with_content(turn)) for turn in turns]
+        return [self._with_arguments(self._with_content(self._with_role(turn))) for turn in turns]
+
+    def _with_role(self, turn: Turn) -> Turn:
+        is_other = turn["role"] == DEVELOPER and DEVELOPER not in self.source
+        return turn | {"role": SYSTEM} if is_other else turn
 
     def _with_content(self, turn: Turn) -> Turn:
         content = turn.get("content")

@@ -53,7 +53,7 @@ def tokens_of(rendered: Rendered, encoding: Any, eod_id: int, learned: Learned) 
     turn_ends = []
 
     def over(spans: list[Span]) -> np.ndarray:
-        found = np.zeros(len(ids), dtype=bool)
+        found = np.zeros(len(starts), dtype=bool)
         for start, end in spans:
             found |= (starts < end) & (ends > start)
         return found

@@ -1,24 +1,29 @@
 """Clusters of duplicates from signatures: exact hashes and LSH bands, spilled to disk, joined by union-find.
 
-Each document puts (bucket hash, document) for its exact hash and for every band of its MinHash into one of many partition
-files; a partition is small enough to be sorted in memory. Members of a bucket are compared by their full signatures:
-those at or above the threshold are joined. Every file is written whole, so a killed run goes on.
+Each document puts (bucket hash, document) for its exact hash and for every band of its MinHash. A unit, a run of documents, is
+written as one file with its entries in the order of partitions, so that units are spilled in parallel and the number of
+partitions costs nothing; a partition, a range of bucket hashes, is gathered from all units and is small enough to be sorted in
+memory. Members of a bucket are compared by their full signatures: those at or above the threshold are joined. Every file is
+written whole, so a killed run goes on.
 
 Source of the banding: Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, section 3.4.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from megatron_cpt.data.cleaning.signatures import MinHashOptions, read_signatures
+from megatron_cpt.data.cleaning.signatures import MinHashOptions, read_signatures, signature_dtype
 from megatron_cpt.data.reading.file_pool import map_files
-from megatron_cpt.files import whole_file, write_text
+from megatron_cpt.errors import DataError
+from megatron_cpt.files import read_json, whole_file, write_json
 
 _ENTRY = np.dtype([("bucket", "<u8"), ("document", "<u8")])
 _RECALL = 0.9
 _MAX_LEADERS = 64
+_MIN_UNIT, _MAX_UNIT = 1 << 12, 1 << 20
+"""Documents that are spilled together."""
 _GATHERED = 1 << 18
 """Signatures of one bucket that are in memory at a time."""
 
@@ -42,76 +47,165 @@ def find_clusters(
     folder: Path,
     memory_bytes: int = 1 << 30,
     workers: int = 1,
+    verify: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return (root, exact root) of each document over all files, int64 [documents].
 
     A cluster's root is its first document; the exact root counts equal texts only. `groups` holds a number per file:
-    documents of different groups are never joined.
+    documents of different groups are never joined. `verify` is given all pairs of near-duplicates, [pairs, 2], and returns
+    their exact similarities, which then decide; candidates are looser by two standard errors of their signatures.
     """
     sizes = [len(read_signatures(path, options)) for path in signatures]
     starts = np.cumsum([0, *sizes])
-    partitions = _spill(signatures, starts, groups, options, folder, memory_bytes // max(workers, 1))
+    plan = _spill_plan(int(starts[-1]), options, folder, memory_bytes // max(workers, 1))
+    units = _spill(plan, signatures, starts, groups, options, folder, workers)
+    results = [folder / f"pairs_{number:05d}.npy" for number in range(1 << plan["bits"])]
     pairs = map_files(
         _write_pairs,
-        [(path,) for path in partitions],
-        [path.stat().st_size if path.exists() else 0 for path in partitions],
+        [(number, result) for number, result in enumerate(results)],
+        [sum(path.stat().st_size for path in units) >> plan["bits"]] * len(results),
         workers,
         "clusters",
-        shared=(signatures, starts, options),
+        shared=(units, 1 << plan["bits"], signatures, starts, options, joining_similarity(options, verify is not None)),
     )
     total = int(starts[-1])
     exact = _union(total, (found[found[:, 2] == 1, :2] for found in map(np.load, pairs)))
-    return _union(total, (found[:, :2] for found in map(np.load, pairs))), exact
+    if verify is None:
+        return _union(total, (found[:, :2] for found in map(np.load, pairs))), exact
+    same = np.stack([exact, np.arange(total)], axis=1)
+    near = [found[found[:, 2] == 0, :2] for found in map(np.load, pairs)]
+    candidates = np.unique(np.concatenate([np.empty((0, 2), dtype=np.int64), *near]), axis=0)
+    candidates = candidates[exact[candidates[:, 0]] != exact[candidates[:, 1]]]
+    return _union(total, [same, candidates[verify(candidates) >= options.threshold]]), exact
+
+
+def joining_similarity(options: MinHashOptions, is_verified: bool) -> float:
+    """Return the estimated similarity from which signatures make a pair."""
+    error = np.sqrt(options.threshold * (1 - options.threshold) / options.num_perm)
+    return max(options.threshold - 2 * float(error), 0.0) if is_verified else options.threshold
+
+
+def estimated_similarities(
+    pairs: np.ndarray, signatures: Sequence[Path], starts: np.ndarray, options: MinHashOptions
+) -> np.ndarray:
+    """Return the share of equal functions in the signatures of pairs of documents, float64 [pairs]."""
+    files = [read_signatures(path, options) for path in signatures]
+    found = [np.empty(0)]
+    for begin in range(0, len(pairs), _GATHERED):
+        part = pairs[begin : begin + _GATHERED]
+        documents, places = np.unique(part, return_inverse=True)
+        matrix = _gather(documents, files, starts, "minhash")[places.reshape(part.shape)]
+        found.append((matrix[:, 0] == matrix[:, 1]).mean(axis=1))
+    return np.concatenate(found)
+
+
+def _spill_plan(total: int, options: MinHashOptions, folder: Path, memory_bytes: int) -> dict[str, int]:
+    """Return how the entries are cut: `bits` of a bucket hash that choose its partition, `documents` of a unit.
+
+    Kept in the work folder, since the number of workers may change when a run goes on.
+    """
+    path = folder / "spill.json"
+    if path.exists():
+        return dict(read_json(path, DataError))
+    entries = _bands(options)[0] + 1
+    # Sorting a unit or a partition takes about four times its size.
+    needed = 4 * entries * _ENTRY.itemsize
+    bits = max(0, int(np.ceil(np.log2(max(total * needed / memory_bytes, 1)))))
+    plan = {"bits": bits, "documents": int(np.clip(memory_bytes // needed, _MIN_UNIT, _MAX_UNIT))}
+    write_json(path, plan)
+    return plan
+
+
+def _bands(options: MinHashOptions) -> tuple[int, int]:
+    if options.is_exact_only or options.is_prompt:
+        return 0, 0
+    return bands_and_rows(options.num_perm, options.threshold)
 
 
 def _spill(
+    plan: Mapping[str, int],
     signatures: Sequence[Path],
     starts: np.ndarray,
     groups: Sequence[int],
     options: MinHashOptions,
     folder: Path,
-    memory_bytes: int,
+    workers: int,
 ) -> list[Path]:
-    """Write bucket entries into partition files by the bucket's first bits; return the files."""
-    is_near = not (options.is_exact_only or options.is_prompt)
-    bands, rows = bands_and_rows(options.num_perm, options.threshold) if is_near else (0, 0)
-    total_bytes = int(starts[-1]) * (bands + 1) * _ENTRY.itemsize
-    # Sorting a partition takes about four times its size.
-    bits = max(0, int(np.ceil(np.log2(max(4 * total_bytes / memory_bytes, 1)))))
-    done = folder / "buckets_complete"
-    if done.exists():
-        bits = int(done.read_text())
-    paths = [folder / f"buckets_{number:05d}.bin" for number in range(1 << bits)]
-    if done.exists():
-        return paths
-    for path in paths:
-        path.write_bytes(b"")
-    for number, file in enumerate(read_signatures(path, options) for path in signatures):
-        documents = np.arange(starts[number], starts[number + 1], dtype=np.uint64)
-        for begin in range(0, len(file), 1 << 18):
-            part = file[begin : begin + (1 << 18)]
-            ids = documents[begin : begin + (1 << 18)]
-            salt = np.uint64(groups[number])
-            exact = _combine(part["exact"].astype(np.uint64), salt * np.uint64(2) + np.uint64(1))
-            _append(paths, exact | np.uint64(1), ids, bits)
-            has_words = np.asarray(part["has_words"])
-            for band in range(bands):
-                values = part["minhash"][has_words, band * rows : (band + 1) * rows].astype(np.uint64)
-                bucket = _combine(values, salt * np.uint64(1 << 20) + np.uint64(2 * band + 2))
-                _append(paths, bucket & ~np.uint64(1), ids[has_words], bits)
-    write_text(done, f"{bits}\n")
-    return paths
+    """Write the units that are missing; return all."""
+    begins = range(0, int(starts[-1]), plan["documents"])
+    units = [folder / f"unit_{number:06d}.bin" for number in range(len(begins))]
+    missing = [(begin, path) for begin, path in zip(begins, units, strict=True) if not path.exists()]
+    map_files(
+        _write_unit,
+        missing,
+        [plan["documents"] * signature_dtype(options.num_perm).itemsize] * len(missing),
+        workers,
+        "buckets",
+        shared=(plan, signatures, starts, groups, options),
+    )
+    return units
 
 
-def _append(paths: Sequence[Path], buckets: np.ndarray, documents: np.ndarray, bits: int) -> None:
+def _write_unit(
+    plan: Mapping[str, int],
+    signatures: Sequence[Path],
+    starts: np.ndarray,
+    groups: Sequence[int],
+    options: MinHashOptions,
+    begin: int,
+    path: Path,
+) -> None:
+    """Write the entries of a run of documents: where each partition begins (int64 [partitions + 1]), then the entries."""
+    end = min(begin + plan["documents"], int(starts[-1]))
+    parts = []
+    for number in range(int(np.searchsorted(starts, begin, side="right")) - 1, len(signatures)):
+        if starts[number] >= end:
+            break
+        first, last = max(begin, int(starts[number])), min(end, int(starts[number + 1]))
+        if first < last:
+            file = read_signatures(signatures[number], options)[first - starts[number] : last - starts[number]]
+            parts += _entries(file, np.arange(first, last, dtype=np.uint64), groups[number], options)
+    entries = np.concatenate(parts)
+    bits = plan["bits"]
+    owner = entries["bucket"] >> np.uint64(64 - bits) if bits else np.zeros(len(entries), dtype=np.uint64)
+    order = np.argsort(owner, kind="stable")
+    bounds = np.searchsorted(owner[order], np.arange((1 << bits) + 1, dtype=np.uint64))
+    with whole_file(path, "wb") as target:
+        bounds.astype("<i8").tofile(target)
+        entries[order].tofile(target)
+
+
+def _entries(signatures: np.ndarray, documents: np.ndarray, group: int, options: MinHashOptions) -> list[np.ndarray]:
+    """Return the entries of documents of one file: for the exact hash, then for each band."""
+    bands, rows = _bands(options)
+    salt = np.uint64(group)
+    exact = _combine(signatures["exact"].astype(np.uint64), salt * np.uint64(2) + np.uint64(1))
+    found = [_as_entries(exact | np.uint64(1), documents)]
+    has_words = np.asarray(signatures["has_words"])
+    minhash = signatures["minhash"][has_words]
+    for band in range(bands):
+        values = minhash[:, band * rows : (band + 1) * rows].astype(np.uint64)
+        bucket = _combine(values, salt * np.uint64(1 << 20) + np.uint64(2 * band + 2))
+        found.append(_as_entries(bucket & ~np.uint64(1), documents[has_words]))
+    return found
+
+
+def _as_entries(buckets: np.ndarray, documents: np.ndarray) -> np.ndarray:
     entries = np.empty(len(buckets), dtype=_ENTRY)
     entries["bucket"], entries["document"] = buckets, documents
-    owner = buckets >> np.uint64(64 - bits) if bits else np.zeros(len(buckets), dtype=np.uint64)
-    for number, path in enumerate(paths):
-        mine = entries[owner == number]
-        if len(mine):
-            with path.open("ab") as file:
-                mine.tofile(file)
+    return entries
+
+
+def _partition(units: Sequence[Path], number: int, partitions: int) -> np.ndarray:
+    """Return the entries of one partition from all units."""
+    found = [np.empty(0, dtype=_ENTRY)]
+    for path in units:
+        with path.open("rb") as file:
+            file.seek(8 * number)
+            begin, end = np.fromfile(file, dtype="<i8", count=2).tolist()
+            file.seek(8 * (partitions + 1) + begin * _ENTRY.itemsize)
+            found.append(np.fromfile(file, dtype=_ENTRY, count=end - begin))
+    return np.concatenate(found)
 
 
 def _combine(values: np.ndarray, salt: np.uint64) -> np.ndarray:
@@ -126,13 +220,21 @@ def _combine(values: np.ndarray, salt: np.uint64) -> np.ndarray:
     return found
 
 
-def _write_pairs(signatures: Sequence[Path], starts: np.ndarray, options: MinHashOptions, path: Path) -> Path:
+def _write_pairs(
+    units: Sequence[Path],
+    partitions: int,
+    signatures: Sequence[Path],
+    starts: np.ndarray,
+    options: MinHashOptions,
+    threshold: float,
+    number: int,
+    result: Path,
+) -> Path:
     """Write the joined pairs of one partition, int64 [pairs, 3] (leader, member, 1 if their texts are equal); return the file."""
-    result = path.with_suffix(".npy")
     if result.exists():
         return result
     files = [read_signatures(name, options) for name in signatures]
-    entries = np.fromfile(path, dtype=_ENTRY)
+    entries = _partition(units, number, partitions)
     entries = entries[np.lexsort((entries["document"], entries["bucket"]))]
     bucket = entries["bucket"]
     edges = np.flatnonzero(np.diff(bucket)) + 1
@@ -144,11 +246,10 @@ def _write_pairs(signatures: Sequence[Path], starts: np.ndarray, options: MinHas
         if bucket[begin] & np.uint64(1):
             pairs.append(_exact_pairs(members, files, starts))
         else:
-            pairs.append(_near_pairs(members, files, starts, options))
+            pairs.append(_near_pairs(members, files, starts, threshold))
     found = np.unique(np.concatenate(pairs), axis=0)
     with whole_file(result, "wb") as file:
         np.save(file, found)
-    path.unlink()
     return result
 
 
@@ -159,9 +260,7 @@ def _exact_pairs(members: np.ndarray, files: Sequence[np.ndarray], starts: np.nd
     return np.stack([np.full(len(joined), members[0]), joined, np.ones(len(joined), dtype=np.int64)], axis=1)
 
 
-def _near_pairs(
-    members: np.ndarray, files: Sequence[np.ndarray], starts: np.ndarray, options: MinHashOptions
-) -> np.ndarray:
+def _near_pairs(members: np.ndarray, files: Sequence[np.ndarray], starts: np.ndarray, threshold: float) -> np.ndarray:
     """Join members to leaders: the first, then the first of those that are unlike it, and so on.
 
     A bucket of more than 64 groups holds boilerplate; what is left then can still meet in another band.
@@ -177,7 +276,7 @@ def _near_pairs(
                 leaders.append((int(rest[0]), signatures[0].copy()))
                 rest, signatures = rest[1:], signatures[1:]
             leader, signature = leaders[number]
-            alike = (signatures == signature).mean(axis=1) >= options.threshold
+            alike = (signatures == signature).mean(axis=1) >= threshold
             joined = rest[alike]
             pairs.append(np.stack([np.full(len(joined), leader), joined, np.zeros(len(joined), np.int64)], axis=1))
             rest, signatures = rest[~alike], signatures[~alike]

@@ -46,6 +46,8 @@ class DecontaminationOptions:
     """Passages from which a document goes."""
     is_compressed: bool = False
     """Write .zst."""
+    keeps_tables: bool = False
+    """Write Parquet where Parquet or Arrow came in, with its schema; otherwise tables become JSON lines."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +127,7 @@ def decontaminate(
     targets = [
         path
         for name, group in corpora.items()
-        for path in output_paths(group, output / name, options.is_compressed, sources)
+        for path in output_paths(group, output / name, options.is_compressed, sources, options.keeps_tables)
     ]
     settings = {"reading": asdict(reading), **asdict(options), "passages": _passages_hash(passages)}
     with CleaningTask("decontamination", output, corpora, settings) as task:
@@ -175,12 +177,12 @@ def _clean_source(
     removed = 0
     removed_by = [0] * len(passages.names)
     examples: list[dict[str, Any]] = []
-    with record_writer(target) as write, reject_writer(target) as reject:
+    with record_writer(target, source) as write, reject_writer(target) as reject:
         for record in read_records(source, reading, tally, reject):
             text = text_of(reading.value(record))
             found = matches(text, passages)
             if len(found) < options.min_matches:
-                write(record.raw)
+                write(record)
                 continue
             removed += 1
             for owner in {owner for owner, _, _ in found}:

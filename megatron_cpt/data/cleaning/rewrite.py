@@ -12,6 +12,7 @@ Lines = documents + blank lines + empty texts + rejects, but that two objects wh
 
 import contextlib
 import gzip
+import itertools
 import json
 import os
 from collections import Counter
@@ -24,14 +25,14 @@ from megatron_cpt.data.cleaning.surrogates import mended_surrogates
 from megatron_cpt.data.reading import records
 from megatron_cpt.data.reading.byproducts import rejects_beside, remove_partials
 from megatron_cpt.data.reading.conversations import MESSAGE_KEYS
-from megatron_cpt.data.reading.documents import Source, plain_name
+from megatron_cpt.data.reading.documents import Source
 from megatron_cpt.data.reading.file_pool import map_files
 from megatron_cpt.data.reading.plain_reader import PlainReader
 from megatron_cpt.data.reading.record_files import json_line, reject_writer
 from megatron_cpt.data.reading.records import Problem
 from megatron_cpt.data.reading.streams import MAX_DOCUMENT_BYTES, PIECE_BYTES, stream_blocks
 from megatron_cpt.data.tokenize.shard_writer import bad_line
-from megatron_cpt.errors import ConfigError, DataError
+from megatron_cpt.errors import DataError
 from megatron_cpt.files import read_json_object, whole_file, write_json
 
 COMPRESSIONS = ("none", "gz", "zst")
@@ -74,6 +75,8 @@ class Rewriting:
     max_document_bytes: int = MAX_DOCUMENT_BYTES
     txt_documents: str = "line"
     """Whether a .txt file holds a document per `line` or is one document (`file`)."""
+    part_bytes: int | None = None
+    """Plain bytes of a part, where the output is cut into `<name>-part-00000.jsonl` ...; None: one file."""
 
     @property
     def mends(self) -> bool:
@@ -88,70 +91,24 @@ class Rewriting:
             "on_bad_line": self.on_bad_line,
             "max_document_bytes": self.max_document_bytes,
             "txt_documents": self.txt_documents,
+            **({"part_bytes": self.part_bytes} if self.part_bytes else {}),
         }
 
-
-def plan_tree_of_files(
-    sources: Sequence[Source], output_dir: Path, target_bytes: int | None, **settings: Any
-) -> list[Rewriting]:
-    """Return one rewriting per source, mirroring the tree, or per group of about `target_bytes` of a folder and format.
-
-    Raises: DataError when two sources would have the same output, an output exists that is not ours, or an earlier run with
-    another target size or compression left files of the same sources beside.
-    """
-    compression = settings.get("compression", "none")
-    if compression not in COMPRESSIONS:
-        raise ConfigError(f"compression is {compression!r}. Choose one of {', '.join(COMPRESSIONS)}.")
-    if target_bytes is not None and settings.get("txt_documents") == "file" and any(s.format == "txt" for s in sources):
-        raise ConfigError(
-            "text files that are one document each (--txt-documents file) cannot be merged. Leave them out."
+    def part(self, number: int) -> Path:
+        """Return the file of a part, or the output where it is one file."""
+        assert self.output is not None
+        if self.part_bytes is None:
+            return self.output
+        stem, dot, suffixes = (
+            self.output.name.rpartition(".jsonl")
+            if ".jsonl" in self.output.name
+            else self.output.name.rpartition(".txt")
         )
-    suffix = "" if compression == "none" else f".{compression}"
-    groups: dict[tuple[Path, str], list[list[Source]]] = {}
-    for source in sources:
-        format = "txt" if source.format == "txt" else "jsonl"
-        members = groups.setdefault((output_dir / source.relative.parent, format), [])
-        filled = sum(member.size for member in members[-1]) if members else 0
-        if target_bytes is None or not members or filled + source.size / 2 >= target_bytes:
-            members.append([])
-        members[-1].append(source)
-    rewritings: dict[Path, Rewriting] = {}
-    for (folder, format), members in groups.items():
-        for number, group in enumerate(members):
-            name = plain_name(group[0].relative.name)
-            if target_bytes is not None:
-                name = f"{group[0].relative.parent.name or 'documents'}-{number:05d}"
-            output = folder / f"{name}.{format}{suffix}"
-            if output in rewritings:
-                other = rewritings[output].sources[0].path
-                raise DataError(f"{group[0].path} and {other}: would both become {output}. Exclude one of them.")
-            if any(output.absolute() == source.path.absolute() for source in group):
-                raise DataError(f"{output}: is its own source. Choose another --output-dir.")
-            rewritings[output] = Rewriting(sources=tuple(group), output=output, **settings)
-    _check_folders(rewritings)
-    return list(rewritings.values())
+        return self.output.with_name(f"{stem}-part-{number:05d}{dot}{suffixes}")
 
 
-def _check_folders(rewritings: Mapping[Path, Rewriting]) -> None:
-    """Refuse outputs that are not ours, and outputs of the same sources that would stay beside."""
-    makers = {os.path.abspath(source.path): work.output for work in rewritings.values() for source in work.sources}
-    for output in rewritings:
-        if output.exists() and not _record_path(output).exists():
-            raise DataError(f"{output}: exists already, from other work. Remove it or choose another --output-dir.")
-    for folder in {output.parent for output in rewritings}:
-        for path in sorted(folder.glob(".*.sources.json")):
-            output = path.with_name(path.name[1:].removesuffix(".sources.json"))
-            if output in rewritings or not output.exists():
-                continue
-            for entry in read_json_object(path, DataError)["identity"]["sources"]:
-                if entry["path"] in makers:
-                    raise DataError(
-                        f"{output}: holds {entry['path']} from an earlier run, which would go to "
-                        f"{makers[entry['path']]} as well. Remove it or choose another --output-dir."
-                    )
-
-
-def _record_path(output: Path) -> Path:
+def record_path(output: Path) -> Path:
+    """Return the file beside an output that says what it was made of."""
     return output.with_name(f".{output.name}.sources.json")
 
 
@@ -161,38 +118,101 @@ def rewrite_all(rewritings: Sequence[Rewriting], workers: int, label: str) -> li
     Raises: DataError at the first bad line where the policy is to fail, and when a worker dies.
     """
     outputs = [work.output for work in rewritings if work.output]
-    remove_partials([path for output in outputs for path in (output, rejects_beside(output), _record_path(output))])
+    remove_partials([path for output in outputs for path in (output, rejects_beside(output), record_path(output))])
+    for work in rewritings:
+        if work.output is not None and work.part_bytes is not None:
+            remove_partials(work.part(number) for number in range(_partials(work)))
     sizes = [sum(source.size for source in work.sources) for work in rewritings]
     found = map_files(rewrite, [(work,) for work in rewritings], sizes, workers, label)
     return [findings for group in found for findings in group]
+
+
+def _partials(work: Rewriting) -> int:
+    """Return how many parts a killed run may have begun: those that are there, and one."""
+    return 1 + next(number for number in itertools.count() if not work.part(number).exists())
 
 
 def rewrite(work: Rewriting) -> list[Findings]:
     """Do one rewriting and return what was found in each of its sources; a finished one is read from its record."""
     if work.output is None:
         return [_look(source, work, None, None) for source in work.sources]
-    record_path, identity = _record_path(work.output), work.identity()
-    if work.output.exists() and record_path.exists():
-        record = read_json_object(record_path, DataError)
-        if record["identity"] == identity and record["size"] == work.output.stat().st_size:
-            return [Findings(**(found | _counters(found))) for found in record["findings"]]
+    record_file, identity = record_path(work.output), work.identity()
+    before = read_json_object(record_file, DataError) if record_file.exists() else None
+    if before is not None and before["identity"] == identity and _is_whole(work, before):
+        return [Findings(**(found | _counters(found))) for found in before["findings"]]
     # written first, so that an output of ours is known as such also when the record of its findings is missing
-    write_json(record_path, {"identity": identity, "size": None, "findings": []})
-    with (
-        whole_file(work.output, "wb") as file,
-        _compressed(file, work.compression) as target,
-        reject_writer(work.output) as reject,
-    ):
-        findings = [_look(source, work, target.write, reject) for source in work.sources]
-    if work.mends and not any(found.documents for found in findings):
-        work.output.unlink()
-        record_path.unlink()
-        return findings
+    write_json(record_file, {"identity": identity, "sizes": None, "findings": []})
+    writer = _Writer(work)
+    with writer, reject_writer(work.output) as reject:
+        findings = [_look(source, work, writer.write, reject) for source in work.sources]
     for source in work.sources:
         source.check_unchanged()
-    record = {"identity": identity, "size": work.output.stat().st_size, "findings": [vars(found) for found in findings]}
-    write_json(record_path, record)
+    if work.mends and not any(found.documents for found in findings):
+        for number in range(writer.number):
+            work.part(number).unlink()
+        record_file.unlink()
+        return findings
+    for number in itertools.count(writer.number):  # of an earlier run on more
+        if work.part_bytes is None or not work.part(number).exists():
+            break
+        work.part(number).unlink()
+    sizes = [work.part(number).stat().st_size for number in range(writer.number)]
+    write_json(record_file, {"identity": identity, "sizes": sizes, "findings": [vars(found) for found in findings]})
     return findings
+
+
+def _is_whole(work: Rewriting, record: Mapping[str, Any]) -> bool:
+    """Return whether all that a record says was written is there."""
+    sizes = record.get("sizes")
+    if sizes is None:
+        return False
+    paths = [work.part(number) for number in range(len(sizes))]
+    return all(path.exists() and path.stat().st_size == size for path, size in zip(paths, sizes, strict=True))
+
+
+class _Writer:
+    """Writes an output, cut into parts where the work says so; each file appears when it is whole."""
+
+    def __init__(self, work: Rewriting):
+        self._work = work
+        self.number = 0
+        """Parts that have begun."""
+        self._room = 0
+        self._stack = contextlib.ExitStack()
+        self._target: IO[bytes] | None = None
+
+    def __enter__(self) -> "_Writer":
+        self._next()
+        return self
+
+    def __exit__(self, *problem: Any) -> None:
+        self._stack.__exit__(*problem)
+
+    def write(self, data: bytes) -> None:
+        """Write whole lines; a part ends behind the line with which it is full."""
+        while data and self._work.part_bytes is not None and len(data) > self._room:
+            end = data.find(b"\n", max(self._room - 1, 0)) + 1 or len(data)
+            self._put(data[:end])
+            data = data[end:]
+            if data:
+                self._next()
+        self._put(data)
+
+    def _put(self, data: bytes) -> None:
+        if not data:
+            return
+        if self._work.part_bytes is not None and self._room <= 0:
+            self._next()
+        assert self._target is not None
+        self._target.write(data)
+        self._room -= len(data)
+
+    def _next(self) -> None:
+        self._stack.close()
+        file = self._stack.enter_context(whole_file(self._work.part(self.number), "wb"))
+        self._target = self._stack.enter_context(_compressed(file, self._work.compression))
+        self.number += 1
+        self._room = self._work.part_bytes or 0
 
 
 def _counters(found: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import heapq
 import json
+import logging
 import math
 import re
 from collections import Counter
@@ -37,6 +38,8 @@ from megatron_cpt.errors import DataError
 from megatron_cpt.files import read_json_object
 from megatron_cpt.log import Progress
 
+logger = logging.getLogger(__name__)
+
 _CONDITION = re.compile(r"(?P<field>[^=!<>^~]+)(?P<sign>=|!=|>=|<=|>|<|\^=|!\^=|~=|!~=)(?P<value>.*)")
 
 
@@ -56,6 +59,8 @@ class SampleOptions:
     """Another seed draws others."""
     is_compressed: bool = False
     """Write .zst."""
+    keeps_tables: bool = False
+    """Write Parquet where Parquet or Arrow came in, with its schema; otherwise tables become JSON lines."""
 
 
 def condition_field(text: str) -> str:
@@ -113,7 +118,10 @@ def sample(sources: Sequence[Source], output: Path, reading: Reading, options: S
     Raises: DataError for bad lines, clashing outputs, fewer documents than asked for, or an output of other inputs or options.
     """
     names = _bucket_names(options)
-    targets = {name: output_paths(sources, output / name, options.is_compressed) for name in names}
+    targets = {
+        name: output_paths(sources, output / name, options.is_compressed, keeps_tables=options.keeps_tables)
+        for name in names
+    }
     settings = {"reading": asdict(reading), **asdict(options)}
     with CleaningTask("sample", output, {"": sources}, settings) as task:
         if done := task.begin([path for group in targets.values() for path in group]):
@@ -124,12 +132,14 @@ def sample(sources: Sequence[Source], output: Path, reading: Reading, options: S
         progress = Progress("sampling", sum(source.size for source in sources) / 1e6, "MB")
         for number, source in enumerate(sources):
             with contextlib.ExitStack() as files:
-                writers = {name: files.enter_context(record_writer(targets[name][number])) for name in names}
-                reject = files.enter_context(reject_writer(output_path(source, output, options.is_compressed)))
+                writers = {name: files.enter_context(record_writer(targets[name][number], source)) for name in names}
+                reject = files.enter_context(
+                    reject_writer(output_path(source, output, options.is_compressed, options.keeps_tables))
+                )
                 for name, record, draw in _drawable(source, reading, options, tally, reject, passed):
                     counts[name]["found"] += 1
                     if bounds is None or bounds[name].takes(draw):
-                        writers[name](record.raw)
+                        writers[name](record)
                         counts[name]["drawn"] += 1
             progress.add(source.size / 1e6)
         report = {**tally.record(), "fit": passed["fit"], "in_no_bucket": passed["in_no_bucket"], "buckets": counts}
@@ -144,19 +154,23 @@ def split_validation(
     name: str,
     fraction: Fraction,
     is_compressed: bool = False,
+    keeps_tables: bool = False,
     workers: int = 1,
 ) -> dict[str, dict[str, Any]]:
     """Write each corpus's documents below `output/<corpus>/train/` and `output/<corpus>/<name>/`; return the counts.
 
-    `output/<name>.json` records name, fraction and counts; the next call on more data must state the same fraction, and
-    writes the files again.
+    `output/<name>.json` records name, fraction, counts and what they were made of; the next call on the same data keeps the
+    files, one on more data must state the same fraction, and writes the files again.
 
     Raises: DataError when the set of this name was made with another fraction, for bad lines and clashing outputs.
     """
     record_path = output / f"{name}.json"
     sources = [source for group in corpora.values() for source in group]
     sides = {
-        corpus: {side: output_paths(group, output / corpus / side, is_compressed, sources) for side in ("train", name)}
+        corpus: {
+            side: output_paths(group, output / corpus / side, is_compressed, sources, keeps_tables)
+            for side in ("train", name)
+        }
         for corpus, group in corpora.items()
     }
     stated = {"name": name, "fraction": str(fraction)}
@@ -168,6 +182,19 @@ def split_validation(
                 f"{record_path}: the set {name} was made with the fraction {known.get('fraction')}, not {fraction}. "
                 "Documents would change sides. Use that fraction, or another name."
             )
+    made_of = {
+        corpus: {
+            "sources": [source.identity() for source in group],
+            "reading": vars(reading),
+            "compressed": is_compressed,
+        }
+        for corpus, group in corpora.items()
+    }
+    written = [path for paths in sides.values() for group in paths.values() for path in group]
+    if all((known.get("made_of") or {}).get(corpus) == made_of[corpus] for corpus in corpora):
+        if all(path.exists() for path in written):
+            logger.info("%s: kept, split already of the same documents", output)
+            return {corpus: known["corpora"][corpus] for corpus in corpora}
     for corpus, paths in sides.items():
         taken = next((path for group in paths.values() for path in group if path.exists()), None)
         if taken and corpus not in known.get("corpora", {}):
@@ -192,7 +219,8 @@ def split_validation(
         total = sum((tally for tally, _ in found), Tally())
         held_out = sum(number for _, number in found)
         rows[corpus] = {**total.record(), "train": total.documents - held_out, name: held_out}
-    write_record(record_path, "validation set", {**stated, "corpora": claimed | rows})
+    kept = {corpus: made for corpus, made in (known.get("made_of") or {}).items() if corpus not in made_of}
+    write_record(record_path, "validation set", {**stated, "corpora": claimed | rows, "made_of": kept | made_of})
     return rows
 
 
@@ -202,13 +230,13 @@ def _split_source(
     """Write both sides of a source; return its counts and how many documents are held out."""
     tally, number = Tally(), 0
     with (
-        record_writer(train_path) as train,
-        record_writer(held_out_path) as held_out,
+        record_writer(train_path, source) as train,
+        record_writer(held_out_path, source) as held_out,
         reject_writer(train_path) as reject,
     ):
         for record in read_records(source, reading, tally, reject):
             is_held_out = _draw(record, reading, name) < bound
-            (held_out if is_held_out else train)(record.raw)
+            (held_out if is_held_out else train)(record)
             number += is_held_out
     return tally, number
 

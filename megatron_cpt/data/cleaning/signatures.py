@@ -43,14 +43,23 @@ def signature_dtype(num_perm: int) -> np.dtype:
 
 
 def write_signatures(
-    sources: list[Source], reading: Reading, options: MinHashOptions, folder: Path, workers: int
+    sources: list[Source],
+    reading: Reading,
+    options: MinHashOptions,
+    folder: Path,
+    workers: int,
+    part: tuple[int, int] | None = None,
 ) -> list[Path]:
     """Write the signatures of every source that has none yet; return all files in the order of the sources.
+
+    `part` (i, n): only of every n-th source from the i-th on, in the order of size.
 
     Raises: DataError for a bad line, and when a worker dies.
     """
     paths = [folder / f"signatures_{number:06d}.bin" for number in range(len(sources))]
-    missing = [(source, path) for source, path in zip(sources, paths, strict=True) if not path.exists()]
+    by_size = sorted(range(len(sources)), key=lambda index: (-sources[index].size, index))
+    mine = sorted(by_size if part is None else by_size[part[0] :: part[1]])
+    missing = [(sources[index], paths[index]) for index in mine if not paths[index].exists()]
     map_files(
         _write_source,
         [(source, reading, options, path) for source, path in missing],

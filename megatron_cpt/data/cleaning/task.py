@@ -4,7 +4,6 @@ While a task is under way its settings and inputs stand in `<work>/task.json`; `
 the task's hash. So the same command again goes on or finds its work done, and another command never writes over it.
 """
 
-import fcntl
 import json
 import logging
 import os
@@ -16,7 +15,7 @@ from typing import Any
 from megatron_cpt.data.reading.byproducts import rejects_beside, remove_partials, write_record
 from megatron_cpt.data.reading.documents import Source
 from megatron_cpt.errors import DataError
-from megatron_cpt.files import read_json_object, text_hash, write_json
+from megatron_cpt.files import read_json_object, take_lock, text_hash, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +49,10 @@ class CleaningTask:
         if self._lock is not None:
             os.close(self._lock)
 
-    def begin(self, targets: Sequence[Path]) -> dict[str, Any] | None:
+    def begin(self, targets: Sequence[Path], is_part: bool = False) -> dict[str, Any] | None:
         """Make output and work folder this task's own, or go on in them; return the report of a task that is done already.
+
+        `is_part`: others work on parts of it at the same time.
 
         Raises: DataError when they hold other work, or a target exists.
         """
@@ -65,7 +66,7 @@ class CleaningTask:
             raise DataError(
                 f"{self.work}: holds unfinished work on other inputs or with other options. Remove it, or choose another output."
             )
-        self._take_lock()
+        self._take_lock(is_part)
         if not path.exists():
             write_json(path, {"task": self._hash, **self._record})
         remove_partials([self._report, *targets, *map(rejects_beside, targets)])
@@ -90,12 +91,8 @@ class CleaningTask:
         shutil.rmtree(self.work, ignore_errors=True)
         return found
 
-    def _take_lock(self) -> None:
+    def _take_lock(self, is_shared: bool) -> None:
         self.work.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self.work / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"{self.work}: another process is at this work. Let it finish, or stop it first.") from None
-        except OSError as problem:  # a file system without locks
-            logger.warning("%s: cannot be locked (%s); do not start the command twice", self.work, problem.strerror)
+        if not take_lock(self._lock, self.work, is_shared):
+            raise DataError(f"{self.work}: another process is at this work. Let it finish, or stop it first.")

@@ -1,6 +1,5 @@
 """How far a merge of shards is, on disk beside its output, so that one that was killed goes on."""
 
-import fcntl
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 from megatron_cpt.data.shards.indexed import bin_path, idx_path
 from megatron_cpt.errors import DataError
-from megatron_cpt.files import read_json_object, write_json
+from megatron_cpt.files import read_json_object, take_lock, write_json
 
 
 class MergeJournal:
@@ -28,11 +27,9 @@ class MergeJournal:
     def __enter__(self) -> "MergeJournal":
         self.output.parent.mkdir(parents=True, exist_ok=True)
         self.lock = self.lock_path.open("w")
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not take_lock(self.lock.fileno(), self.lock_path):
             self.lock.close()
-            raise DataError(f"{self.output}: another process is merging it. Let it finish.") from None
+            raise DataError(f"{self.output}: another process is merging it. Let it finish.")
         before = read_json_object(self.path, DataError) if self.path.exists() else None
         if before is not None and before["inputs"] == self.inputs:
             self.num_joined = before["num_joined"]

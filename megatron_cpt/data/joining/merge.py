@@ -16,6 +16,7 @@ import numpy as np
 
 from megatron_cpt.data.joining.journal import MergeJournal
 from megatron_cpt.data.lists.entry import shard_path
+from megatron_cpt.data.shards.checksums import COLUMNS, as_text, from_text, placed, sampled_hash
 from megatron_cpt.data.shards.indexed import (
     PART,
     ShardIndex,
@@ -24,6 +25,7 @@ from megatron_cpt.data.shards.indexed import (
     manifest_path,
     read_index,
     read_shard_manifest,
+    shard_options,
     write_index,
 )
 from megatron_cpt.data.shards.masked import has_mask, mask_prefix, read_mask
@@ -61,10 +63,11 @@ def find_parts(output_prefix: Path) -> list[Path]:
     return [members[number] for number in range(count)]
 
 
-def merge_shards(prefixes: Sequence[Path], output_prefix: Path) -> dict[str, Any]:
+def merge_shards(prefixes: Sequence[Path], output_prefix: Path, *, replace: bool = False) -> dict[str, Any]:
     """Join shards in the given order under `output_prefix`; return the manifest.
 
-    What was killed goes on with the shard that it was at; what is there already, of the same shards, is kept.
+    What was killed goes on with the shard that it was at; what is there already, of the same shards, is kept. With
+    `replace` an older result of other documents gives way to this one.
 
     Raises: DataError when a shard is damaged, they differ in tokenizer, token type or options, hold the same source, or
     the output is something else.
@@ -81,14 +84,18 @@ def merge_shards(prefixes: Sequence[Path], output_prefix: Path) -> dict[str, Any
     if all(masks):
         for index in indexes:
             read_mask(index)
-    manifest = _joined_manifest(manifests)
+    manifest = _joined_manifest(manifests, indexes)
     if manifest_path(output_prefix).exists():
-        if read_shard_manifest(output_prefix) != manifest:
+        found = read_shard_manifest(output_prefix)
+        if _without_sample(found) == manifest:
+            read_index(output_prefix)
+            return found
+        if not replace:
             raise DataError(
-                f"{output_prefix}: exists already, of other shards or documents. Remove it or choose another output."
+                f"{output_prefix}: exists already, of other shards or documents. Remove it, replace it (--replace) or choose "
+                "another output."
             )
-        read_index(output_prefix)
-        return manifest
+        remove_shards([output_prefix])
     progress = Progress("merge", sum(index.num_tokens * index.dtype.itemsize for index in indexes) / 1e6, "MB")
     with MergeJournal(output_prefix, prefixes) as journal:
         if all(masks):
@@ -97,6 +104,8 @@ def merge_shards(prefixes: Sequence[Path], output_prefix: Path) -> dict[str, Any
         _join(output_prefix, prefixes, indexes, indexes[0].dtype, journal, progress)
         _merge_provenance(prefixes, manifests, output_prefix)
         _merge_rejects(prefixes, manifests[0].get("key"), output_prefix)
+        if "checksums" in manifest:
+            manifest["checksums"]["sampled"] = sampled_hash(bin_path(output_prefix))
         write_json(manifest_path(output_prefix), manifest)
     return manifest
 
@@ -184,7 +193,7 @@ def _check_alike(prefixes: Sequence[Path], indexes: Sequence[ShardIndex], manife
             )
         if (
             index.dtype != indexes[0].dtype
-            or manifest.get("options") != first.get("options")
+            or shard_options(manifest) != shard_options(first)
             or manifest.get("key") != first.get("key")
         ):
             raise DataError(f"{prefix}: was tokenized with other options than {prefixes[0]}. They must not be mixed.")
@@ -257,8 +266,27 @@ def _merge_rejects(prefixes: Sequence[Path], key: str | None, output_prefix: Pat
                 target.write(path.read_bytes())
 
 
-def _joined_manifest(manifests: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _without_sample(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return a manifest without the hash of blocks, which is known when the shard is there."""
+    sums = {name: value for name, value in manifest.get("checksums", {}).items() if name != "sampled"}
+    return manifest | ({"checksums": sums} if sums else {})
+
+
+def _joined_manifest(manifests: Sequence[dict[str, Any]], indexes: Sequence[ShardIndex]) -> dict[str, Any]:
     joined = dict(manifests[0])
+    if all("columns" in manifest.get("checksums", {}) for manifest in manifests):
+        sums, tokens = np.zeros(COLUMNS, f"<u{indexes[0].dtype.itemsize}"), 0
+        for manifest, index in zip(manifests, indexes, strict=True):
+            sums += placed(from_text(manifest["checksums"]["columns"], index.dtype), tokens)
+            tokens += index.num_tokens
+        joined["checksums"] = {"columns": as_text(sums)}
+    else:
+        joined.pop("checksums", None)
+    if "sources" in joined and "options" in joined:
+        joined["options"] = shard_options(joined)
+    if any("control_tokens" in manifest for manifest in manifests):
+        spelled = sum((Counter(manifest.get("control_tokens", {})) for manifest in manifests), Counter[str]())
+        joined["control_tokens"] = dict(sorted(spelled.items()))
     for name in ("documents", "tokens", "bytes", "lines"):
         if name in joined:
             counts = [manifest[name] for manifest in manifests]

@@ -101,7 +101,7 @@ def detect_format(text: str, name: str = "data list") -> str:
     """Return the key in `FORMATS` that a text's content fits."""
     if text.lstrip().startswith("{"):
         return "json"
-    if re.search(r"^\s*(?:export\s+|declare\s+(?:-\w+\s+)?)?(?:\w+=\(|\w*DATA_PATH=)", text, re.MULTILINE):
+    if is_shell_list(text):
         return "llm-jp"
     lines = [line for _, line in content_lines(text)]
     if not lines:
@@ -119,6 +119,11 @@ def detect_format(text: str, name: str = "data list") -> str:
     if starts_with_number and len(rows[0]) == 3 and (has_corpora or not is_number(rows[0][2])):
         return "blendcorpus"
     return "megatron"
+
+
+def is_shell_list(text: str) -> bool:
+    """Return whether a text assigns an array or a DATA_PATH as a shell does."""
+    return bool(re.search(r"^\s*(?:export\s+|declare\s+(?:-\w+\s+)?)?(?:\w+=\(|\w*DATA_PATH=)", text, re.MULTILINE))
 
 
 def _kind(entry: DataEntry) -> str:

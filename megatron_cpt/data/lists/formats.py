@@ -40,14 +40,17 @@ def format_number(number: Fraction | int) -> str:
 
 def read_llm_jp(text: str, name: str, _split: str) -> list[DataEntry]:
     """Return the entries of an LLM-jp shell array; whole numbers are tokens, fractions weights."""
-    words = read_shell_array(text, name)
+    return entries_of_words(read_shell_array(text, name), name)
+
+
+def entries_of_words(words: Sequence[tuple[int, str]], name: str) -> list[DataEntry]:
+    """Return the entries of amounts and prefixes by turns, each with its line (0: unknown)."""
+    where = [f"{name}:{line}" if line else name for line, _ in words]
     if len(words) % 2:
-        raise DataError(
-            f"{name}:{words[-1][0]}: '{words[-1][1]}' is left over. Pairs of `<tokens> <prefix>` are needed."
-        )
+        raise DataError(f"{where[-1]}: '{words[-1][1]}' is left over. Pairs of `<tokens> <prefix>` are needed.")
     entries = [
-        DataEntry(prefix=prefix, weight=_number(number, f"{name}:{line}"))
-        for (line, number), (_, prefix) in zip(words[::2], words[1::2], strict=True)
+        DataEntry(prefix=prefix, weight=_number(number, place))
+        for place, (_, number), (_, prefix) in zip(where[::2], words[::2], words[1::2], strict=True)
     ]
     is_whole = all(entry.weight is not None and entry.weight.denominator == 1 for entry in entries)
     return weights_as_tokens(entries, name) if is_whole else entries

@@ -29,7 +29,16 @@ from megatron_cpt.data.reading.records import (
 )
 from megatron_cpt.data.reading.streams import MAX_DOCUMENT_BYTES, Layout, Piece, piece_bytes
 from megatron_cpt.data.reading.tables import rows_of_block
-from megatron_cpt.data.reading.turns import BadConversation, Mark, Turn, from_json, text_of, turns_of, without_nulls
+from megatron_cpt.data.reading.turns import (
+    BadConversation,
+    Mark,
+    Turn,
+    check_depth,
+    from_json,
+    text_of,
+    turns_of,
+    without_nulls,
+)
 
 MESSAGE_KEYS = ("conversations", "messages")
 KEPT_FIELDS = ("tools", "functions", "documents", "chat_template_kwargs", "system")
@@ -210,13 +219,14 @@ def _with_turns(line: int, record: dict[str, Any], key: str, layout: ChatLayout)
     if media := next((name for name in MEDIA if name in fields), None):
         raise BadConversation(HAS_MEDIA, f"the record has {media}")
     system = fields.get("system")
+    spoken = from_json(record[key])
     turns, marks = turns_of(
-        from_json(record[key]),
+        spoken,
         system=system if isinstance(system, str) else None,
         on_empty_answer=layout.on_empty_answer,
         ignored=layout.ignored_keys,
     )
-    variables = _variables(fields, is_sharegpt="from" in _first_turn(record[key]))
+    variables = _variables(fields, is_sharegpt="from" in _first_turn(spoken))
     used = {key, *(name for name in KEPT_FIELDS if name in fields)} - (
         {"system"} if not isinstance(system, str) else set()
     )
@@ -238,6 +248,7 @@ def _variables(fields: dict[str, Any], *, is_sharegpt: bool) -> dict[str, Any]:
         if not isinstance(value, kind) or (kind is list and not all(isinstance(item, dict) for item in value)):
             wanted = "an object" if kind is dict else "a list of objects"
             raise BadConversation(NOT_AN_OPTION, f"{name} is not {wanted}")
+        check_depth(value, name)
         # OpenAI's older functions, and LLaMA-Factory's tools, lack the object around each
         if name == "functions" or (name == "tools" and is_sharegpt):
             value = [item if "function" in item else {"type": "function", "function": item} for item in value]

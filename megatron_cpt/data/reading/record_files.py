@@ -21,7 +21,7 @@ from megatron_cpt.data.reading.byproducts import rejects_beside
 from megatron_cpt.data.reading.documents import Source, plain_name
 from megatron_cpt.data.reading.records import Problem, line_problem, object_of_line, value_problem
 from megatron_cpt.data.reading.streams import MAX_DOCUMENT_BYTES, PIECE_BYTES, stream_blocks
-from megatron_cpt.data.reading.tables import read_batches
+from megatron_cpt.data.reading.tables import read_batches, table_writer
 from megatron_cpt.errors import DataError
 from megatron_cpt.files import whole_file
 
@@ -38,6 +38,8 @@ class Record:
     """The line without its newline."""
     value: dict[str, Any]
     """Its fields; a line of a .txt file has `text`."""
+    row: dict[str, Any] | None = None
+    """The row of a table as it is read, of which `raw` is the JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +98,7 @@ def read_records(
     """
     tally = tally or Tally()
     rows = _table_rows(source) if source.format in ("parquet", "arrow") else _lines(source)
-    for line, raw, problem in rows:
+    for line, raw, problem, row in rows:
         tally.lines += 1
         if problem is None and not raw.strip():
             tally.blank_lines += 1
@@ -104,7 +106,7 @@ def read_records(
         value = problem or _value(raw, source.format, reading.key)
         if not isinstance(value, Problem):
             tally.documents += 1
-            yield Record(line, raw, value)
+            yield Record(line, raw, value, row)
             continue
         if not reading.skip_bad_lines:
             detail = f" ({value.detail})" if value.detail else ""
@@ -137,21 +139,27 @@ def prompt_of(value: Any) -> str:
     return "\n".join(turns)
 
 
-def output_path(source: Source, output: Path, is_compressed: bool) -> Path:
-    """Return where the kept records of a source go: the tree of the input, mirrored."""
+def output_path(source: Source, output: Path, is_compressed: bool, keeps_tables: bool = False) -> Path:
+    """Return where the kept records of a source go: the tree of the input, mirrored; `keeps_tables`: Parquet from tables."""
+    if keeps_tables and source.format in ("parquet", "arrow"):
+        return output / source.relative.parent / f"{plain_name(source.relative.name)}.parquet"
     suffix = ".txt" if source.format == "txt" else ".jsonl"
     name = plain_name(source.relative.name) + suffix + (".zst" if is_compressed else "")
     return output / source.relative.parent / name
 
 
 def output_paths(
-    sources: Sequence[Source], output: Path, is_compressed: bool, inputs: Sequence[Source] = ()
+    sources: Sequence[Source],
+    output: Path,
+    is_compressed: bool,
+    inputs: Sequence[Source] = (),
+    keeps_tables: bool = False,
 ) -> list[Path]:
     """Return each source's output; two sources never share one. `inputs` are all that is read, if more than `sources`.
 
     Raises: DataError when names of two sources clash, or an output is one of the inputs.
     """
-    paths = [output_path(source, output, is_compressed) for source in sources]
+    paths = [output_path(source, output, is_compressed, keeps_tables) for source in sources]
     read = {source.path.absolute() for source in inputs or sources}
     owners: dict[Path, Source] = {}
     for path, source in zip(paths, sources, strict=True):
@@ -181,16 +189,23 @@ def reject_writer(target: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
 
 
 @contextlib.contextmanager
-def record_writer(path: Path) -> Iterator[Callable[[bytes], object]]:
-    """Yield a function that writes one line; the file (zstd where it ends in .zst) appears when it is whole."""
+def record_writer(path: Path, source: Source) -> Iterator[Callable[[Record], object]]:
+    """Yield a function that writes a record of `source`; the file appears when it is whole.
+
+    A line each, zstd where the name ends in .zst; rows under the schema of `source` where it ends in .parquet.
+    """
     with whole_file(path, "wb") as file:
+        if path.suffix == ".parquet":
+            with table_writer(file, source) as write:
+                yield lambda record: write(record.row or {})
+            return
         if path.suffix != ".zst":
-            yield lambda raw: file.write(raw + b"\n")
+            yield lambda record: file.write(record.raw + b"\n")
             return
         import zstandard  # compiled; only where .zst is written
 
         with zstandard.ZstdCompressor(level=3).stream_writer(file, closefd=False) as stream:
-            yield lambda raw: stream.write(raw + b"\n")
+            yield lambda record: stream.write(record.raw + b"\n")
 
 
 def json_line(row: dict[str, Any]) -> bytes:
@@ -217,7 +232,10 @@ def _content(message: dict[str, Any]) -> str:
     return found if isinstance(found, str) else str(found)
 
 
-def _lines(source: Source) -> Iterator[tuple[int, bytes, Problem | None]]:
+_Line = tuple[int, bytes, Problem | None, dict[str, Any] | None]
+
+
+def _lines(source: Source) -> Iterator[_Line]:
     number = 0
     for block, _, problem in stream_blocks(source, PIECE_BYTES, MAX_DOCUMENT_BYTES):
         lines = (block if number else block.removeprefix(_BOM)).split(b"\n")
@@ -226,12 +244,12 @@ def _lines(source: Source) -> Iterator[tuple[int, bytes, Problem | None]]:
         for raw in lines:
             number += 1
             if len(raw) > MAX_DOCUMENT_BYTES:
-                yield number, b"", Problem(0, records.TOO_LONG, f"{len(raw):,} bytes")
+                yield number, b"", Problem(0, records.TOO_LONG, f"{len(raw):,} bytes"), None
             else:
-                yield number, raw.removesuffix(b"\r"), None
+                yield number, raw.removesuffix(b"\r"), None, None
         if problem is not None:
             number += 1
-            yield number, b"", problem
+            yield number, b"", problem, None
 
 
 def _value(raw: bytes, format: str, key: str) -> dict[str, Any] | Problem:
@@ -260,17 +278,17 @@ def _value(raw: bytes, format: str, key: str) -> dict[str, Any] | Problem:
     return value
 
 
-def _table_rows(source: Source) -> Iterator[tuple[int, bytes, Problem | None]]:
+def _table_rows(source: Source) -> Iterator[_Line]:
     import pyarrow as pa  # heavy; only where tables are read
 
     number = 0
     if source.problem:
-        yield 1, b"", Problem(0, records.UNREADABLE, source.problem)
+        yield 1, b"", Problem(0, records.UNREADABLE, source.problem), None
         return
     try:
         for batch in read_batches(source, None, PIECE_BYTES):
             for row in batch.to_pylist():
                 number += 1
-                yield number, json_line(row), None
+                yield number, json_line(row), None, row
     except (pa.ArrowException, OSError) as problem:
-        yield number + 1, b"", Problem(0, records.DAMAGED, " ".join(str(problem).split())[:300])
+        yield number + 1, b"", Problem(0, records.DAMAGED, " ".join(str(problem).split())[:300]), None

@@ -30,6 +30,7 @@ NOT_TEXT = "text is not a string"
 INVALID_UTF8 = "invalid UTF-8"
 TOO_LONG = "document too long"
 DAMAGED = "damaged or truncated file"
+CONTROL_TOKEN = "control token in a text"
 UNREADABLE = "file that cannot be read"
 
 Line = bytes | memoryview
@@ -140,7 +141,7 @@ def parse_values(columns: Sequence[Sequence[Any]], keys: Sequence[str]) -> Parse
     for number, values in enumerate(zip(*columns, strict=True)):
         problem = next((p for p in map(value_problem, values) if p), None)
         if problem:
-            parsed.problems.append(Problem(number, problem, raw=_as_line(dict(zip(keys, values, strict=True)))))
+            parsed.problems.append(Problem(number, problem, raw=as_line(dict(zip(keys, values, strict=True)))))
         else:
             _add_document(values, number, parsed)
     return parsed
@@ -284,5 +285,6 @@ def value_problem(value: Any) -> str | None:
     return None
 
 
-def _as_line(record: dict[str, Any]) -> bytes:
+def as_line(record: dict[str, Any]) -> bytes:
+    """Return a record as a line of JSON, whatever its values are."""
     return json.dumps(record, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace")

@@ -1,11 +1,14 @@
 """Parquet and Arrow files as blocks of texts: record batches travel as small Arrow IPC streams."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import IO, Any
 
 from megatron_cpt.data.reading.documents import Source
 from megatron_cpt.data.reading.records import DAMAGED, Problem
 from megatron_cpt.errors import DataError
+
+_ROWS_WRITTEN = 4096
 
 
 def table_blocks(
@@ -55,6 +58,55 @@ def read_batches(source: Source, keys: Sequence[str] | None, piece_bytes: int) -
             _check_columns(source, reader.schema.names, keys)
         for batch in reader:
             yield batch.select(list(keys)) if keys else batch
+
+
+@contextlib.contextmanager
+def table_writer(file: IO[bytes], source: Source) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Yield a function that writes a row to a Parquet file with the schema of a table; it has no rows where none is written."""
+    import pyarrow.parquet as pq  # heavy; only where tables are written
+
+    rows: list[dict[str, Any]] = []
+    schema = _schema(source)
+    with pq.ParquetWriter(file, schema, compression="zstd") as writer:
+
+        def flush() -> None:
+            writer.write_table(_table(rows, schema))
+            rows.clear()
+
+        def write(row: dict[str, Any]) -> None:
+            rows.append(row)
+            if len(rows) == _ROWS_WRITTEN:
+                flush()
+
+        yield write
+        if rows:
+            flush()
+
+
+def _table(rows: Sequence[dict[str, Any]], schema: Any) -> Any:
+    import pyarrow as pa  # heavy; only where tables are written
+
+    return pa.Table.from_pylist(list(rows), schema=schema)
+
+
+def _schema(source: Source) -> Any:
+    """Return the schema of a Parquet or Arrow file; an empty one where it cannot be read, which its rows then tell."""
+    import pyarrow as pa  # heavy; only where tables are read
+    import pyarrow.parquet as pq
+
+    try:
+        if source.problem:
+            return pa.schema([])
+        if source.format == "parquet":
+            return pq.read_schema(source.path)
+        with pa.memory_map(str(source.path)) as mapped:
+            try:
+                return pa.ipc.open_stream(mapped).schema
+            except pa.ArrowInvalid:
+                mapped.seek(0)
+                return pa.ipc.open_file(mapped).schema
+    except (pa.ArrowException, OSError):
+        return pa.schema([])
 
 
 def _rows_per_batch(metadata: Any, keys: Sequence[str] | None, piece_bytes: int) -> int:

@@ -17,10 +17,10 @@ from typing import Any
 
 from megatron_cpt.data.reading.records import NOT_TEXT, NULL_TEXT, value_problem
 
-SYSTEM, USER, ASSISTANT, TOOL = "system", "user", "assistant", "tool"
+SYSTEM, USER, ASSISTANT, TOOL, DEVELOPER = "system", "user", "assistant", "tool", "developer"
 _CALL = "call"
 ROLES = {
-    **dict.fromkeys(("system", "developer"), SYSTEM),
+    **dict.fromkeys(("system", DEVELOPER), SYSTEM),
     **dict.fromkeys(("user", "human", "prompter"), USER),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "chatbot"), ASSISTANT),
     **dict.fromkeys(
@@ -32,6 +32,7 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names that reasoning goes by; transformers gives a template all of the first two."""
 DETAILS = ("train_detail", "training_detail")
 MARKS = ("weight", "loss_weight", "loss", "train", "training", "masked")
+MAX_DEPTH = 100
 ON_EMPTY_ANSWER = ("reject", "learn", "mask")
 
 NOT_A_LIST = "not a list of turns"
@@ -48,6 +49,7 @@ ENDS_WITH_USER = "ends with the user"
 ENDS_WITH_TOOL = "ends with a tool's result"
 NO_CALL = "tool result without a call"
 NOT_A_CALL = "not a tool call"
+TOO_DEEP = "nested too deep"
 UNCLEAR_MARK = "learning mark is not understood"
 
 
@@ -92,9 +94,9 @@ def turns_of(
         marks.append(Mark())
     for number, message in enumerate(value, 1):
         role, turn, mark = _turn(message, number, ignored)
-        if role == SYSTEM and not text_of(turn).strip():
+        if role == SYSTEM and not (text_of(turn).strip() or turn.get("tools") or turn.get("functions")):
             continue
-        if role == SYSTEM and turns == [{"role": SYSTEM, "content": text_of(turn)}] and number == 1:
+        if role == SYSTEM and number == 1 and [text_of(said) for said in turns] == [text_of(turn)]:
             turns, marks = [], []  # the record's own prompt, said again
         if _is_merged(role, turn, turns, number):
             turns[-1] = _merged(turns[-1], turn)
@@ -131,6 +133,24 @@ def is_empty(turn: Turn) -> bool:
     return not (text_of(turn).strip() or turn.get("tool_calls") or reasoning_of(turn).strip())
 
 
+def strings_of(value: Any) -> list[str]:
+    """Return every text within a value, keys of objects included."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, dict):
+        return [text for pair in value.items() for item in pair for text in strings_of(item)]
+    return [text for item in value for text in strings_of(item)] if isinstance(value, list) else []
+
+
+def check_depth(value: Any, where: str, depth: int = MAX_DEPTH) -> None:
+    """Check that a value is not nested deeper than what reads it later can follow. Raises: BadConversation."""
+    if depth == 0:
+        raise BadConversation(TOO_DEEP, f"{where}: more than {MAX_DEPTH} levels")
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        if isinstance(item, (dict, list)):
+            check_depth(item, where, depth - 1)
+
+
 def without_nulls(value: Any) -> Any:
     """Return a value of a table without what is null: there every object has the keys of all."""
     if isinstance(value, dict):
@@ -165,11 +185,13 @@ def _turn(message: Any, number: int, ignored: Sequence[str]) -> tuple[str, Turn,
         turn = {"content" if key == "value" else key: value for key, value in turn.items()}
     mark = _mark(turn, number)
     _check_content(turn, number)
-    turn["role"] = ASSISTANT if role == _CALL else role
+    if turn["role"] != DEVELOPER:  # whom some templates tell from the system
+        turn["role"] = ASSISTANT if role == _CALL else role
     if role == _CALL:
         turn["tool_calls"] = [_envelope(call) for call in _calls(turn.pop("content", None), number)]
     elif role == ASSISTANT:
         _gather_calls(turn, number)
+    check_depth(turn, f"turn {number}")
     if "content" not in turn and not (turn.get("tool_calls") or reasoning_of(turn)):
         raise BadConversation(NULL_TEXT, f"turn {number}")
     return (ASSISTANT if role == _CALL else role), turn, mark
@@ -241,7 +263,7 @@ def _merged(turn: Turn, call: Turn) -> Turn:
 
 
 def _check_order(role: str, turns: list[Turn], number: int) -> None:
-    before = turns[-1]["role"] if turns else None
+    before = ROLES[turns[-1]["role"]] if turns else None
     if role == SYSTEM and before is not None:
         kind = TWO_SYSTEMS if number == 1 else LATE_SYSTEM
         raise BadConversation(kind, f"turn {number}")

@@ -7,15 +7,20 @@ the manifest counts the index's tokens. Counts come from the index, never from f
 import glob
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_cpt.data.shards.checksums import sampled_hash
 from megatron_cpt.data.shards.form import read_shard_form
-from megatron_cpt.data.shards.indexed import PART, manifest_path, read_index, read_shard_manifest
+from megatron_cpt.data.shards.indexed import PART, bin_path, manifest_path, read_index, read_shard_manifest
 from megatron_cpt.data.shards.masked import is_mask
+from megatron_cpt.data.tokenizer.interface import describe
 from megatron_cpt.errors import DataError
 
+_READERS = 8
+"""Threads that wait for blocks of shards: a network file system answers each in a millisecond or more."""
 _SUFFIXES = (".bin", ".idx")
 
 
@@ -76,6 +81,12 @@ def read_shard(prefix: str) -> Shard:
             f"{prefix}: its manifest counts {manifest['tokens']:,} tokens in {manifest['documents']:,} documents, its "
             f"index {index.num_tokens:,} in {index.num_documents:,}. They must agree. Tokenize the shard again."
         )
+    is_foreign = bool((manifest.get("options") or {}).get("adopted"))
+    if manifest.get("dtype", index.dtype.name) != index.dtype.name or not (index.has_one_sequence_each or is_foreign):
+        raise DataError(
+            f"{prefix}.idx: its documents or its type of token ({index.dtype.name}) are not those that its manifest tells of "
+            f"({manifest.get('dtype')}, one sequence per document). The index is damaged. Tokenize the shard again."
+        )
     return Shard(
         prefix=prefix,
         tokens=index.num_tokens,
@@ -99,6 +110,25 @@ def read_shards(prefixes: Sequence[str]) -> tuple[list[Shard], list[str]]:
     return shards, problems
 
 
+def content_problems(prefixes: Sequence[str]) -> list[str]:
+    """Return one line per shard whose `.bin` is not what was written, as far as a few of its blocks tell.
+
+    `data audit` looks at all of it. A shard of an earlier release has no checksums, and is passed over.
+    """
+    with ThreadPoolExecutor(_READERS) as pool:
+        return [problem for problem in pool.map(_content_problem, prefixes) if problem]
+
+
+def _content_problem(prefix: str) -> str | None:
+    expected = read_shard_manifest(Path(prefix)).get("checksums", {}).get("sampled")
+    if expected is None or sampled_hash(bin_path(Path(prefix))) == expected:
+        return None
+    return (
+        f"{prefix}.bin: holds other tokens than were written. Its disk or a copy damaged it. Copy or tokenize it again; "
+        "`megatron-cpt data audit` tells more."
+    )
+
+
 def tokenizer_problems(shards: Sequence[Shard], expected: dict[str, Any] | None) -> list[str]:
     """Return one line per tokenizer that differs from `expected` (from the first shard's where that is None)."""
     groups: dict[tuple[Any, ...], list[Shard]] = {}
@@ -112,7 +142,7 @@ def tokenizer_problems(shards: Sequence[Shard], expected: dict[str, Any] | None)
         whose = "data.tokenizer"
     return [
         f"{len(group)} shards ({group[0].prefix}{', ...' if len(group) > 1 else ''}) were tokenized with "
-        f"{_describe(group[0].tokenizer)}, but {whose} is {_describe(expected)}. Token ids of different tokenizers "
+        f"{describe(group[0].tokenizer)}, but {whose} is {describe(expected)}. Token ids of different tokenizers "
         "cannot be mixed. Tokenize them again."
         for key, group in groups.items()
         if key != _identity_key(expected)
@@ -158,12 +188,3 @@ def _has_magic(text: str) -> bool:
 
 def _identity_key(identity: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(identity.get(key) for key in ("hash", "vocab_size", "eod_id"))
-
-
-def _describe(identity: dict[str, Any]) -> str:
-    if not identity:
-        return "an unknown tokenizer"
-    return (
-        f"{identity.get('name')} (hash {str(identity.get('hash'))[:8]}, {identity.get('vocab_size')} tokens, "
-        f"end of document {identity.get('eod_id')})"
-    )

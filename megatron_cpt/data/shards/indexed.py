@@ -14,6 +14,7 @@ megatron-core's IndexedDatasetBuilder writes for the same ids, byte for byte.
 Source: NVIDIA/Megatron-LM, megatron/core/datasets/indexed_dataset.py, core_v0.19.
 """
 
+import os
 import re
 import struct
 from dataclasses import dataclass
@@ -41,6 +42,10 @@ _DTYPES = {
     7: np.float32,
     8: np.uint16,
 }
+_CHUNK_SEQUENCES = 1 << 20
+_SOUND: dict[tuple[Any, ...], tuple[int, bool]] = {}
+"""Tokens of the indexes that were checked in this process, and whether each document is one sequence, by path, place, size and
+time."""
 _CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
 
 
@@ -58,6 +63,8 @@ class ShardIndex:
     """First sequence of each document, then the number of sequences, int64 [documents + 1]."""
     sequence_pointers: np.ndarray
     """Byte offset of each sequence in the `.bin` file, int64 [sequences]."""
+    has_one_sequence_each: bool
+    """Whether every document is one sequence, as in all that is written here."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -116,11 +123,7 @@ def read_index(prefix: Path) -> ShardIndex:
     lengths = mapped[offset : offset + 4 * num_sequences].view("<i4")
     pointers = mapped[offset + 4 * num_sequences : offset + 12 * num_sequences].view("<i8")
     documents = mapped[offset + 12 * num_sequences : expected].view("<i8")
-    num_tokens = int(lengths.sum(dtype=np.int64))
-    if num_sequences and (lengths.min() < 0 or pointers[0] != 0):
-        raise _damaged(path, "holds negative lengths or offsets")
-    if documents[0] != 0 or documents[-1] != num_sequences:
-        raise _damaged(path, f"its documents end at sequence {documents[-1]:,} of {num_sequences:,}")
+    num_tokens, has_one_each = _checked(path, dtype.itemsize, lengths, pointers, documents)
     _check_bin_size(prefix, num_tokens * dtype.itemsize)
     return ShardIndex(
         prefix=prefix,
@@ -130,6 +133,7 @@ def read_index(prefix: Path) -> ShardIndex:
         sequence_lengths=lengths,
         document_indices=documents,
         sequence_pointers=pointers,
+        has_one_sequence_each=has_one_each,
     )
 
 
@@ -159,6 +163,18 @@ def read_shard_manifest(prefix: Path) -> dict[str, Any]:
     return manifest
 
 
+def shard_options(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that a shard was tokenized with; those that an earlier release did not have, as it worked."""
+    options = dict(manifest.get("options") or {})
+    older = {} if options.get("adopted") else older_options(manifest["tokenizer"])
+    return options | {name: value for name, value in older.items() if name not in options}
+
+
+def older_options(tokenizer: dict[str, Any]) -> dict[str, Any]:
+    """Return what release 0.1 did with control tokens and BOS, with a tokenizer of this identity."""
+    return {"special_tokens": "text" if tokenizer.get("kind") == "sentencepiece" else "token", "bos_ids": []}
+
+
 def _read_header(path: Path) -> tuple[np.dtype, int, int]:
     try:
         with path.open("rb") as file:
@@ -177,6 +193,51 @@ def _read_header(path: Path) -> tuple[np.dtype, int, int]:
     if num_boundaries < 1:
         raise _damaged(path, "has no document boundaries")
     return np.dtype(_DTYPES[code]), num_sequences, num_boundaries
+
+
+def _checked(
+    path: Path, token_bytes: int, lengths: np.ndarray, pointers: np.ndarray, documents: np.ndarray
+) -> tuple[int, bool]:
+    """Return the tokens of an index, and whether each document is one sequence.
+
+    Its offsets have to follow from its lengths, and its documents to be in order.
+
+    What was found sound is not looked at again in this process while its file stays as it is.
+
+    Raises: DataError when it would give other documents' tokens.
+    """
+    status = path.stat()
+    key = (os.fspath(path), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    if (known := _SOUND.get(key)) is not None:
+        return known
+    num_tokens = 0
+    for start in range(0, len(lengths), _CHUNK_SEQUENCES):
+        some = lengths[start : start + _CHUNK_SEQUENCES]
+        ends = np.cumsum(some, dtype=np.int64)
+        ends += num_tokens
+        expected = (ends - some) * token_bytes
+        if some.min() < 0:
+            raise _damaged(path, f"sequence {start + int(np.argmax(some < 0)):,} has a negative length")
+        if not np.array_equal(expected, pointers[start : start + _CHUNK_SEQUENCES]):
+            wrong = int(np.argmax(expected != pointers[start : start + _CHUNK_SEQUENCES]))
+            raise _damaged(
+                path,
+                f"the offset of sequence {start + wrong:,} is {int(pointers[start + wrong]):,}; the lengths before it make "
+                f"{int(expected[wrong]):,}",
+            )
+        num_tokens = int(ends[-1])
+    if documents[0] != 0 or documents[-1] != len(lengths):
+        raise _damaged(path, f"its documents end at sequence {documents[-1]:,} of {len(lengths):,}")
+    # a document has one sequence, or several or none, as Megatron-LM writes sentences and empty texts
+    has_one_each = len(documents) == len(lengths) + 1
+    for start in range(0, len(documents) - 1, _CHUNK_SEQUENCES):
+        steps = np.diff(documents[start : start + _CHUNK_SEQUENCES + 1])
+        if steps.min() < 0:
+            place = start + int(np.argmin(steps))
+            raise _damaged(path, f"document {place:,} starts at sequence {documents[place]:,} and ends before it")
+        has_one_each = has_one_each and steps.max() == 1
+    _SOUND[key] = num_tokens, bool(has_one_each)
+    return _SOUND[key]
 
 
 def _check_bin_size(prefix: Path, expected: int) -> None:

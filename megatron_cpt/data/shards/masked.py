@@ -12,7 +12,6 @@ and unused room is filled with the end-of-document id, mask 0, its first token `
 """
 
 import contextlib
-import fcntl
 import glob
 import os
 from collections.abc import Iterable, Iterator
@@ -22,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_cpt.data.shards.checksums import COLUMNS, as_text, column_sums, placed, sampled_hash
 from megatron_cpt.data.shards.indexed import (
     ShardIndex,
     bin_path,
@@ -32,7 +32,7 @@ from megatron_cpt.data.shards.indexed import (
     write_index,
 )
 from megatron_cpt.errors import DataError
-from megatron_cpt.files import whole_file, write_json
+from megatron_cpt.files import take_lock, whole_file, write_json
 
 LEARNED = 1
 """Bit of a token that counts in the loss when it is the label."""
@@ -95,6 +95,8 @@ class MaskedShardWriter:
     def __init__(self, prefix: Path, dtype: np.dtype, *, marks_prompts: bool = True):
         self.prefix, self.dtype, self.marks_prompts = prefix, np.dtype(dtype), marks_prompts
         self.learned = self.pieces = self.prompt = self.tokens = self.documents = 0
+        self._sums = np.zeros(COLUMNS, dtype=f"<u{self.dtype.itemsize}")
+        self._mask_sums = np.zeros(COLUMNS, dtype="<u1")
         self._lengths: list[np.ndarray] = []
         self._is_finished = False
         self._files = contextlib.ExitStack()
@@ -125,8 +127,11 @@ class MaskedShardWriter:
             )
         mask = np.ascontiguousarray(mask, dtype=np.uint8)
         if len(ids):
-            self._ids.write(memoryview(np.ascontiguousarray(ids, dtype=self.dtype)).cast("B"))
+            ids = np.ascontiguousarray(ids, dtype=self.dtype)
+            self._ids.write(memoryview(ids).cast("B"))
             self._mask.write(memoryview(mask))
+            self._sums += placed(column_sums(ids), self.tokens)
+            self._mask_sums += placed(column_sums(mask), self.tokens)
         self._lengths.append(np.asarray(lengths, dtype=np.int32))
         self.learned += int(np.count_nonzero(mask & LEARNED))
         self.pieces += int(np.count_nonzero(mask & PIECE))
@@ -149,6 +154,11 @@ class MaskedShardWriter:
             "dtype": self.dtype.name,
             "mask": {"learned": self.learned, "pieces": self.pieces}
             | ({"prompt": self.prompt} if self.marks_prompts else {}),
+            "checksums": {
+                "columns": as_text(self._sums),
+                "sampled": sampled_hash(bin_path(self.prefix)),
+                "mask": as_text(self._mask_sums),
+            },
         }
         write_json(manifest_path(self.prefix), whole)
         return whole
@@ -156,20 +166,14 @@ class MaskedShardWriter:
 
 @contextlib.contextmanager
 def _lock(prefix: Path) -> Iterator[None]:
-    """Hold `.<name>.lock`, which is removed afterwards. File systems without locks are taken on trust."""
+    """Hold `.<name>.lock`, which is removed afterwards."""
     path = prefix.with_name(f".{prefix.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not take_lock(descriptor, path):
             os.close(descriptor)
-            raise DataError(
-                f"{prefix}: another process is writing this shard. Let it finish, or stop it first."
-            ) from None
-        except OSError:
-            break
+            raise DataError(f"{prefix}: another process is writing this shard. Let it finish, or stop it first.")
         if path.exists() and path.stat().st_ino == os.fstat(descriptor).st_ino:
             break
         os.close(descriptor)  # removed by its owner between opening and locking

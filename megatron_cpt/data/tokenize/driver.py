@@ -8,7 +8,7 @@ open at once where their sources are streams, since one compressed file is decom
 import logging
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,26 +17,30 @@ from typing import Any
 import numpy as np
 
 from megatron_cpt.data.reading.documents import list_sources
-from megatron_cpt.data.reading.records import POLICIES
+from megatron_cpt.data.reading.records import CONTROL_TOKEN, POLICIES
 from megatron_cpt.data.reading.streams import MAX_DOCUMENT_BYTES, PIECE_BYTES, Layout, Piece
-from megatron_cpt.data.shards.indexed import read_shard_manifest, token_dtype
+from megatron_cpt.data.shards.indexed import older_options, read_shard_manifest, token_dtype
 from megatron_cpt.data.tokenize.feed import TaskFeed, close_pieces
 from megatron_cpt.data.tokenize.shard_plan import ShardPlan, plan_one, plan_tree, tokens_per_byte
 from megatron_cpt.data.tokenize.shard_writer import (
     ShardWriter,
     check_neighbours,
     is_finished,
+    is_of_an_older_release,
     list_leftovers,
     rejects_path,
 )
 from megatron_cpt.data.tokenize.workers import EngineDifference, Job, TaskResult, WorkerPool
+from megatron_cpt.data.tokenizer.control_tokens import SPECIAL_TOKENS
 from megatron_cpt.data.tokenizer.engines import ENGINES
-from megatron_cpt.data.tokenizer.interface import Tokenizer, load_tokenizer
+from megatron_cpt.data.tokenizer.interface import Tokenizer, bos_id, check_reading, load_tokenizer, read_special_tokens
 from megatron_cpt.errors import ConfigError, DataError
 from megatron_cpt.log import Progress, format_count
 
 logger = logging.getLogger(__name__)
 
+BOS = ("auto", "on", "off")
+"""auto: the ids that the tokenizer's post-processor puts before a text; on: those, or the bos_token; off: none."""
 _MAX_SENT = 2
 """Tasks that wait in a worker's pipe, so that it never waits for the parent."""
 _MAX_HELD = 4
@@ -67,6 +71,12 @@ class Report:
             f"{format_count(sum(m['documents'] for m in values))} documents, "
             f"{format_count(sum(m['tokens'] for m in values))} tokens; rejected lines: {rejects:,}"
         )
+        control: Counter[str] = Counter()
+        for manifest in values:
+            control.update(manifest.get("control_tokens", {}))
+        if control:
+            named = ", ".join(f"{name} {count:,}" for name, count in control.most_common(5))
+            lines.append(f"control tokens in the texts: {named}{', ...' if len(control) > 5 else ''}")
         lines += [f"rejects are in {path}" for path in self.reject_files]
         return "\n".join(lines) + "\n"
 
@@ -91,11 +101,15 @@ def tokenize(
     max_document_bytes: int = MAX_DOCUMENT_BYTES,
     provenance: bool = False,
     engine: str = "auto",
+    special_tokens: str | None = None,
+    bos: str = "auto",
 ) -> Report:
     """Tokenize `inputs` into one shard per key (`output_prefix`) or a tree of shards (`output_dir`).
 
     Shards that are whole already, of the same inputs, tokenizer and options, are kept. `part` is (i, n): the i-th of n
-    members of a job array, counted from 0. The output does not depend on `workers` and `engine`.
+    members of a job array, counted from 0. The output does not depend on `workers` and `engine`. `special_tokens` is text,
+    token or reject (None: text), `bos` is auto, on or off; by default an output that an earlier release began continues as it
+    began, with control tokens as tokens and without BOS.
 
     Raises: DataError on bad lines under the policy, on damaged inputs, on shards of another tokenizer or other options.
     """
@@ -105,10 +119,15 @@ def tokenize(
         raise ConfigError(f"tokenize: on_bad_line is {on_bad_line!r}. Choose one of {', '.join(POLICIES)}.")
     if part is not None and not 0 <= part[0] < part[1]:
         raise ConfigError(f"tokenize: part is {part[0]}/{part[1]}. Parts count from 0 to n - 1.")
+    if special_tokens not in (None, *SPECIAL_TOKENS) or bos not in BOS:
+        raise ConfigError(
+            f"tokenize: special_tokens is {special_tokens!r} and bos {bos!r}. Choose one of {', '.join(SPECIAL_TOKENS)}, and "
+            f"one of {', '.join(BOS)}."
+        )
     sources = list_sources(inputs, include, exclude, format, keep_bad_files=on_bad_line == "skip")
     tokenizer = load_tokenizer(tokenizer_path, eod_token)
     layout = Layout(keys=tuple(keys), txt_documents=txt_documents, max_document_bytes=max_document_bytes)
-    options = {
+    options: dict[str, Any] = {
         "keys": list(keys),
         "append_eod": append_eod,
         "txt_documents": txt_documents,
@@ -119,11 +138,20 @@ def tokenize(
     }
     if output_prefix is not None:
         plans = plan_one(output_prefix, sources, part)
+        is_older = any(is_of_an_older_release(plan.prefix(key)) for plan in plans for key in keys)
     else:
         assert output_dir is not None
-        check_neighbours(output_dir, tokenizer.identity)
+        is_older = check_neighbours(output_dir, tokenizer.identity)
+    options |= _reading_options(tokenizer, special_tokens, bos, is_older=is_older)
+    read_special_tokens(tokenizer, "token" if options["special_tokens"] == "token" else "text")
+    if output_dir is not None:
         target = shard_tokens / tokens_per_byte(sources, tokenizer, layout) if shard_tokens else None
         plans = plan_tree(output_dir, sources, target, part)
+    if output_prefix is not None and part is not None:
+        whole = plan_one(output_prefix, sources, None)
+        if all(is_finished(plan, keys, tokenizer.identity, options) for plan in whole):
+            logger.info("%s: kept, the parts of these documents are joined already", output_prefix)
+            plans = whole  # what `data merge` joined; its parts are not made again
     pending = [plan for plan in plans if not is_finished(plan, keys, tokenizer.identity, options)]
     job = Job(
         tokenizer_path=tokenizer_path,
@@ -131,6 +159,8 @@ def tokenize(
         layout=layout,
         engine=engine,
         dtype=token_dtype(tokenizer.vocab_size),
+        special_tokens=options["special_tokens"],
+        bos_ids=tuple(options["bos_ids"]),
         append_eod=append_eod,
         keep_lines=provenance,
     )
@@ -140,6 +170,27 @@ def tokenize(
     return Report(
         manifests=manifests, num_reused=(len(plans) - len(pending)) * len(keys), engine=used, reject_files=reject_files
     )
+
+
+def _reading_options(tokenizer: Tokenizer, special_tokens: str | None, bos: str, *, is_older: bool) -> dict[str, Any]:
+    """Return what the manifest says of control tokens and BOS.
+
+    Raises: DataError when the tokenizer's folder is read otherwise by transformers, or has no BOS where one is asked for.
+    """
+    prefix = check_reading(tokenizer)
+    older = older_options(tokenizer.identity)
+    if is_older and (special_tokens is None or bos == "auto"):
+        logger.warning(
+            "tokenize: the output holds shards of an earlier release and continues as they are: control tokens in a text are %ss, without "
+            "BOS. Choose another output, or state --special-tokens and --bos",
+            older["special_tokens"],
+        )
+    if bos == "auto":
+        bos_ids = older["bos_ids"] if is_older else prefix
+    else:
+        bos_ids = (prefix or [bos_id(tokenizer)]) if bos == "on" else []
+    default = older["special_tokens"] if is_older else "text"
+    return {"special_tokens": special_tokens or default, "bos_ids": list(bos_ids)}
 
 
 def _run(plans: Sequence[ShardPlan], job: Job, tokenizer: Tokenizer, options: dict[str, Any], workers: int) -> str:
@@ -295,5 +346,18 @@ class _Run:
     def _finish_shards(self) -> None:
         for shard in list(self.open):
             if shard.tasks.is_exhausted and not shard.order and not shard.num_unwritten:
-                shard.writer.finish()
+                for manifest in shard.writer.finish():
+                    _warn_of_control_tokens(shard.plan, manifest)
                 self.open.remove(shard)
+
+
+def _warn_of_control_tokens(plan: ShardPlan, manifest: dict[str, Any]) -> None:
+    documents = manifest["notes"].get(CONTROL_TOKEN, 0)
+    if not documents:
+        return
+    names = ", ".join(sorted(manifest["control_tokens"], key=manifest["control_tokens"].__getitem__)[-3:])
+    how = {
+        "text": "are read as text (--special-tokens token or reject reads or refuses them)",
+        "token": "are read as the tokens, which end documents and cut attention (--special-tokens text does not)",
+    }[manifest["options"]["special_tokens"]]
+    logger.warning("%s: %s documents spell control tokens (%s); they %s", plan.base, f"{documents:,}", names, how)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_cpt.data.reading.documents import Source, plain_name
+from megatron_cpt.data.reading.grouping import groups_of, packed_share
 from megatron_cpt.data.reading.streams import Layout, parse_piece, pieces_of
 from megatron_cpt.data.tokenizer.interface import Tokenizer
 from megatron_cpt.errors import DataError
@@ -65,7 +66,7 @@ def plan_tree(
     for source in sources:
         folders.setdefault(output_dir / source.relative.parent, []).append(source)
     for folder, members in folders.items():
-        groups = [[source] for source in members] if target_bytes is None else _groups(members, target_bytes)
+        groups = [[source] for source in members] if target_bytes is None else groups_of(members, target_bytes)
         for number, group in enumerate(groups):
             if target_bytes is None:
                 name = plain_name(group[0].relative.name)
@@ -92,25 +93,8 @@ def tokens_per_byte(sources: Sequence[Source], tokenizer: Tokenizer, layout: Lay
         found = sum(len(ids) for texts in parsed.texts for ids in tokenizer.encode_batch(texts[:200]))
         share = min(200 / max(len(parsed.lines), 1), 1)
         tokens += found
-        text_bytes += (with_text.end - with_text.start) * share * _packed(source)
+        text_bytes += (with_text.end - with_text.start) * share * packed_share(source)
     return tokens / text_bytes if tokens and text_bytes else 0.25
-
-
-def _packed(source: Source) -> float:
-    """Return bytes on disk per byte of plain file, by format; a rough figure is enough to group by."""
-    return {None: 1.0, "gz": 0.35, "zst": 0.33, "xz": 0.28, "bz2": 0.3}[source.compression]
-
-
-def _groups(sources: Sequence[Source], target_bytes: float) -> list[list[Source]]:
-    groups: list[list[Source]] = []
-    filled = target_bytes
-    for source in sources:
-        if filled + source.size / 2 >= target_bytes:
-            groups.append([])
-            filled = 0.0
-        groups[-1].append(source)
-        filled += source.size
-    return groups
 
 
 def _check_unique(plans: Sequence[ShardPlan]) -> None:

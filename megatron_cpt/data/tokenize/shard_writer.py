@@ -5,7 +5,6 @@ manifest does not exist. The partial file is locked, so that two processes canno
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -19,13 +18,21 @@ from typing import IO, Any
 import numpy as np
 
 from megatron_cpt.data.reading.documents import Source
-from megatron_cpt.data.reading.records import Problem
-from megatron_cpt.data.shards.indexed import bin_path, idx_path, manifest_path, read_index, write_index
+from megatron_cpt.data.reading.records import CONTROL_TOKEN, EMPTY_TEXT, Problem
+from megatron_cpt.data.shards.checksums import COLUMNS, as_text, placed, sampled_hash
+from megatron_cpt.data.shards.indexed import (
+    bin_path,
+    idx_path,
+    manifest_path,
+    read_index,
+    shard_options,
+    write_index,
+)
 from megatron_cpt.data.tokenize.shard_plan import ShardPlan
 from megatron_cpt.data.tokenize.workers import PieceResult, TaskResult
-from megatron_cpt.data.tokenizer.interface import same_tokenizer
+from megatron_cpt.data.tokenizer.interface import describe, same_tokenizer
 from megatron_cpt.errors import DataError
-from megatron_cpt.files import naming, read_json_object, whole_file, write_json
+from megatron_cpt.files import naming, read_json_object, take_lock, whole_file, write_json
 
 FORMAT = 1
 _LEFTOVER = re.compile(r"\.(.+)\.(?:idx|json|provenance\.npy|rejects\.jsonl)\.[^.]+\.partial")
@@ -50,7 +57,8 @@ class ShardWriter:
         self.offsets = [0] * len(keys)
         self.lengths: list[list[np.ndarray]] = [[] for _ in keys]
         self.counts = [_SourceCounts(len(keys)) for _ in plan.sources]
-        self.rows: list[np.ndarray] = []
+        self.rows: list[list[np.ndarray]] = [[] for _ in keys]
+        self.sums = [np.zeros(COLUMNS, dtype=f"<u{dtype.itemsize}") for _ in keys]
         self.rejects: IO[str] | None = None
         """A nameless file: a broken source of many gigabytes must not lie in memory."""
         self.keeps_provenance = options["provenance"]
@@ -75,6 +83,7 @@ class ShardWriter:
         places = []
         for key, lengths in enumerate(result.lengths):
             places.append((str(_partial_path(self.prefixes[key])), self.offsets[key]))
+            self.sums[key] += placed(result.sums[key], self.offsets[key] // self.dtype.itemsize)
             self.offsets[key] += int(lengths.sum(dtype=np.int64)) * self.dtype.itemsize
             self.lengths[key].append(lengths)
         return places
@@ -94,7 +103,7 @@ class ShardWriter:
             write_index(idx_path(prefix), self.dtype, lengths)
             if self.keeps_provenance:
                 with whole_file(provenance_path(prefix), "wb") as file:
-                    np.save(file, np.concatenate([np.empty((0, 2), np.int64), *self.rows]))
+                    np.save(file, np.concatenate([np.empty((0, 2), np.int64), *self.rows[key]]))
             manifests.append(self._manifest(key, len(lengths)))
         self._write_rejects()
         for prefix, manifest in zip(self.prefixes, manifests, strict=True):
@@ -128,10 +137,11 @@ class ShardWriter:
             counts.rejects[problem.kind] += 1
             self._reject(problem.record(os.path.abspath(source.path), counts.lines + problem.line + 1))
         if self.keeps_provenance and piece.lines is not None:
-            rows = np.empty((len(piece.lines), 2), dtype=np.int64)
-            rows[:, 0] = piece.source
-            rows[:, 1] = counts.lines + 1 + piece.lines.astype(np.int64)
-            self.rows.append(rows)
+            for of_key, lines in zip(self.rows, piece.lines, strict=True):
+                rows = np.empty((len(lines), 2), dtype=np.int64)
+                rows[:, 0] = piece.source
+                rows[:, 1] = counts.lines + 1 + lines.astype(np.int64)
+                of_key.append(rows)
         counts.add(piece)
 
     def _check_sources(self) -> None:
@@ -145,9 +155,11 @@ class ShardWriter:
         ]
         totals: Counter[str] = Counter()
         notes: Counter[str] = Counter()
-        for counts in self.counts:
+        control: Counter[str] = Counter()
+        for counts, source in zip(self.counts, sources, strict=True):
             totals += counts.rejects
-            notes += counts.notes
+            notes += Counter(source["notes"])
+            control += counts.control_tokens[key]
         return {
             "format": FORMAT,
             "documents": documents,
@@ -156,6 +168,8 @@ class ShardWriter:
             "lines": sum(counts.lines for counts in self.counts),
             "rejects": dict(totals),
             "notes": dict(notes),
+            "control_tokens": dict(sorted(control.items())),
+            "checksums": {"columns": as_text(self.sums[key]), "sampled": sampled_hash(bin_path(self.prefixes[key]))},
             "dtype": self.dtype.name,
             "key": self.keys[key],
             "tokenizer": self.tokenizer,
@@ -192,11 +206,12 @@ def is_finished(plan: ShardPlan, keys: Sequence[str], tokenizer: dict[str, Any],
         manifest = read_json_object(manifest_path(prefix), DataError)
         if not same_tokenizer(manifest["tokenizer"], tokenizer):
             raise DataError(
-                f"{prefix}: was tokenized with {_short(manifest['tokenizer'])}, not with {_short(tokenizer)}. "
+                f"{prefix}: was tokenized with {describe(manifest['tokenizer'])}, not with {describe(tokenizer)}. "
                 "Shards of one output must not mix tokenizers. Remove the old shards or choose another output."
             )
-        if changed := [name for name in options if manifest["options"].get(name) != options[name]]:
-            old, new = manifest["options"].get(changed[0]), options[changed[0]]
+        made_with = shard_options(manifest)
+        if changed := [name for name in options if made_with.get(name) != options[name]]:
+            old, new = made_with.get(changed[0]), options[changed[0]]
             raise DataError(
                 f"{prefix}: was tokenized with {changed[0]}={old!r}, not {new!r}. "
                 "Shards of one output must not mix options. Remove the old shards or choose another output."
@@ -226,18 +241,33 @@ def list_leftovers(plans: Sequence[ShardPlan], keys: Sequence[str]) -> dict[Path
     return found
 
 
-def check_neighbours(output_dir: Path, tokenizer: dict[str, Any]) -> None:
+def is_of_an_older_release(prefix: Path) -> bool:
+    """Return whether a shard is there that was tokenized before its manifest told of control tokens and BOS."""
+    return manifest_path(prefix).exists() and _is_older(read_json_object(manifest_path(prefix), DataError))
+
+
+def _is_older(manifest: dict[str, Any]) -> bool:
+    options = manifest.get("options") or {}
+    return "append_eod" in options and not options.get("adopted") and "special_tokens" not in options
+
+
+def check_neighbours(output_dir: Path, tokenizer: dict[str, Any]) -> bool:
     """Refuse an output folder that holds shards of another tokenizer, whatever they are called.
+
+    Returns whether there are some that were tokenized by an earlier release.
 
     Raises: DataError naming the first.
     """
+    is_older = False
     for path in sorted(output_dir.rglob("*_document.json")):
         manifest = read_json_object(path, DataError)
+        is_older |= _is_older(manifest)
         if isinstance(manifest, dict) and not same_tokenizer(manifest.get("tokenizer"), tokenizer):
             raise DataError(
-                f"{path}: is of a shard tokenized with {_short(manifest.get('tokenizer') or {})}, not with "
-                f"{_short(tokenizer)}. Shards of one folder must not mix tokenizers. Choose another output."
+                f"{path}: is of a shard tokenized with {describe(manifest.get('tokenizer'))}, not with "
+                f"{describe(tokenizer)}. Shards of one folder must not mix tokenizers. Choose another output."
             )
+    return is_older
 
 
 def bad_line(source: Source, line: int, problem: Problem, policy: str) -> DataError:
@@ -265,27 +295,40 @@ class _SourceCounts:
     """What one source has given so far; lists have one entry per key."""
 
     def __init__(self, num_keys: int):
-        self.lines = self.documents = 0
-        self.tokens, self.text_bytes = [0] * num_keys, [0] * num_keys
+        self.lines = 0
+        self.documents, self.tokens, self.text_bytes = [0] * num_keys, [0] * num_keys, [0] * num_keys
+        self.empty, self.without_tokens, self.with_control = [0] * num_keys, [0] * num_keys, [0] * num_keys
+        self.control_tokens: list[Counter[str]] = [Counter() for _ in range(num_keys)]
         self.rejects: Counter[str] = Counter()
         self.notes: Counter[str] = Counter()
 
     def add(self, piece: PieceResult) -> None:
         self.lines += piece.num_lines
-        self.documents += piece.documents
-        self.tokens = [a + b for a, b in zip(self.tokens, piece.tokens, strict=True)]
-        self.text_bytes = [a + b for a, b in zip(self.text_bytes, piece.text_bytes, strict=True)]
+        self.documents = _added(self.documents, piece.documents)
+        self.tokens = _added(self.tokens, piece.tokens)
+        self.text_bytes = _added(self.text_bytes, piece.text_bytes)
+        self.empty = _added(self.empty, piece.empty)
+        self.without_tokens = _added(self.without_tokens, piece.without_tokens)
+        self.with_control = _added(self.with_control, piece.with_control_tokens)
         self.notes += piece.notes
+        for total, found in zip(self.control_tokens, piece.control_tokens, strict=True):
+            total.update(found)
 
     def record(self, key: int) -> dict[str, Any]:
+        notes = self.notes + Counter({EMPTY_TEXT: self.empty[key], CONTROL_TOKEN: self.with_control[key]})
         return {
             "lines": self.lines,
-            "documents": self.documents,
+            "documents": self.documents[key],
             "tokens": self.tokens[key],
             "bytes": self.text_bytes[key],
+            "without_tokens": self.without_tokens[key],
             "rejects": dict(self.rejects),
-            "notes": dict(self.notes),
+            "notes": dict(notes),
         }
+
+
+def _added(totals: list[int], counts: Sequence[int]) -> list[int]:
+    return [total + count for total, count in zip(totals, counts, strict=True)]
 
 
 def _partial_path(prefix: Path) -> Path:
@@ -296,20 +339,11 @@ def _open_partial(path: Path) -> int:
     """Create a partial file and lock it; one that a killed process left behind is removed."""
     if path.exists():
         descriptor = os.open(path, os.O_RDWR)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(
-                f"{path}: another process is writing this shard. Let it finish, or stop it first."
-            ) from None
-        finally:
-            os.close(descriptor)
+        is_free = take_lock(descriptor, path)
+        os.close(descriptor)
+        if not is_free:
+            raise DataError(f"{path}: another process is writing this shard. Let it finish, or stop it first.")
         path.unlink()
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-    with contextlib.suppress(OSError):
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    take_lock(descriptor, path)
     return descriptor
-
-
-def _short(tokenizer: dict[str, Any]) -> str:
-    return f"{tokenizer.get('name')} (hash {str(tokenizer.get('hash'))[:8]}, eod {tokenizer.get('eod_id')})"

@@ -6,7 +6,6 @@ worker writes with `pwrite`. So no ids travel between processes, nothing is merg
 depend on who is faster. Messages to a worker are small, so that no two processes can wait for each other's pipes.
 """
 
-import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -22,14 +21,14 @@ from typing import Any
 
 import numpy as np
 
-from megatron_cpt.data.reading.records import Parsed, Problem
+from megatron_cpt.data.reading.records import EMPTY_TEXT, Parsed, Problem
 from megatron_cpt.data.reading.streams import Layout, Piece, parse_piece
+from megatron_cpt.data.shards.checksums import column_sums
+from megatron_cpt.data.tokenizer.control_tokens import ControlTokens
 from megatron_cpt.data.tokenizer.engines import Engine, EngineRefusal, load_checked_engine, load_engine
-from megatron_cpt.data.tokenizer.interface import Tokenizer, load_tokenizer
+from megatron_cpt.data.tokenizer.interface import SpecialTokens, Tokenizer, load_tokenizer
+from megatron_cpt.data.tokenizer.threads import ONE_THREAD, one_thread
 from megatron_cpt.errors import CptError, DataError
-
-ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "FASTOKENS_BPE_THREADS": "1"}
-"""Environment that keeps the engines to one thread in each worker; fastokens has threads of its own besides rayon's."""
 
 _THREAD_END_SECONDS = 1.0
 _PR_SET_PDEATHSIG = 1
@@ -50,8 +49,16 @@ class Job:
     layout: Layout
     engine: str
     dtype: np.dtype
+    special_tokens: str
+    """text, token or reject: what a control token in a text is."""
+    bos_ids: tuple[int, ...]
+    """What begins each document."""
     append_eod: bool
     keep_lines: bool
+
+    def reading(self) -> SpecialTokens:
+        """Return how the tokenizer reads control tokens; documents that would be rejected do not reach it."""
+        return "token" if self.special_tokens == "token" else "text"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,13 +67,21 @@ class PieceResult:
 
     source: int
     num_lines: int
-    documents: int
+    documents: list[int]
     tokens: list[int]
     text_bytes: list[int]
+    empty: list[int]
+    """Documents without a token of their own, which are left out: an empty text under this key, or one that encodes to nothing."""
+    without_tokens: list[int]
+    """Those of them whose text is not empty."""
+    control_tokens: list[Counter[str]]
+    """How often the texts spell each control token."""
+    with_control_tokens: list[int]
+    """Documents that spell one."""
     notes: Counter[str]
     first_note: tuple[int, str] | None
     problems: list[Problem]
-    lines: np.ndarray | None
+    lines: list[np.ndarray] | None
     """Line of each document within the piece, where provenance is kept."""
 
 
@@ -78,6 +93,8 @@ class TaskResult:
     pieces: list[PieceResult]
     lengths: list[np.ndarray]
     """Tokens of each document, end-of-document token included; int32 [documents] per key."""
+    sums: list[np.ndarray]
+    """Column sums of the ids (`data/shards/checksums.py`) per key."""
 
 
 class WorkerPool:
@@ -153,7 +170,7 @@ class WorkerPool:
 def _prepare(job: Job, tokenizer: Tokenizer) -> tuple[Engine, bool]:
     """Return a checked engine, and whether workers may be forked from this process with it: it has one thread."""
     was_alone = _num_threads() == 1
-    with _one_thread():
+    with one_thread():
         try:
             engine = load_checked_engine(tokenizer, job.engine)
         except EngineRefusal as refusal:
@@ -166,21 +183,6 @@ def _prepare(job: Job, tokenizer: Tokenizer) -> tuple[Engine, bool]:
 
 def _num_threads() -> int:
     return len(os.listdir("/proc/self/task"))
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Keep the engines that are loaded here to one thread: a process that has others cannot be forked."""
-    before = {name: os.environ.get(name) for name in ONE_THREAD}
-    os.environ.update(ONE_THREAD)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _work(
@@ -196,7 +198,8 @@ def _work(
     os.environ.update(ONE_THREAD)
     _keep_freed_memory()
     try:
-        engine = engine or load_engine(load_tokenizer(job.tokenizer_path, job.eod_token), job.engine)
+        if engine is None:
+            engine = load_engine(load_tokenizer(job.tokenizer_path, job.eod_token, job.reading()), job.engine)
         connection.send(("ready",))
         _serve(connection, job, engine)
     except EngineRefusal as refusal:
@@ -218,11 +221,12 @@ def _keep_freed_memory() -> None:
 
 
 def _serve(connection: Connection, job: Job, engine: Engine) -> None:
+    control = ControlTokens(engine.tokenizer.control_tokens())
     encoded: dict[int, list[np.ndarray]] = {}
     while True:
         kind, task, details = connection.recv()
         if kind == "encode":
-            result, encoded[task] = _encode_task(job, engine, task, details)
+            result, encoded[task] = _encode_task(job, engine, control, task, details)
             connection.send(("encoded", result))
         else:
             for (path, offset), ids in zip(details, encoded.pop(task), strict=True):
@@ -230,57 +234,131 @@ def _serve(connection: Connection, job: Job, engine: Engine) -> None:
             connection.send(("written", task))
 
 
-def _encode_task(job: Job, engine: Engine, task: int, pieces: list[Piece]) -> tuple[TaskResult, list[np.ndarray]]:
+@dataclass
+class _Encoded:
+    """The documents of a task under one key; lists have one entry per piece."""
+
+    ids: np.ndarray
+    lengths: np.ndarray
+    documents: list[int]
+    tokens: list[int]
+    text_bytes: list[int]
+    empty: list[int]
+    without_tokens: list[int]
+    control: list[tuple[int, Counter[str]]]
+    first_empty: list[int | None]
+    lines: list[np.ndarray] | None
+
+
+def _encode_task(
+    job: Job, engine: Engine, control: ControlTokens, task: int, pieces: list[Piece]
+) -> tuple[TaskResult, list[np.ndarray]]:
     parsed = [parse_piece(piece, job.layout) for piece in pieces]
-    counts = [len(piece.lines) for piece in parsed]
-    arrays, lengths, tokens, text_bytes = [], [], [], []
-    for key in range(len(job.layout.keys)):
-        texts = [text for piece in parsed for text in piece.texts[key]]
-        ids, found = engine.encode(texts)
-        if difference := engine.sample_difference(texts, ids, found, task):
-            raise EngineRefusal(f"{job.engine} gives other ids: {difference}")
-        text_bytes.append(_sums(np.fromiter(map(_utf8_size, texts), np.int64, len(texts)), counts))
-        texts.clear()
-        for piece in parsed:
-            piece.texts[key] = []  # a huge document must not lie beside two copies of its ids
-        ids, found = _with_eod(ids, found, job, engine.tokenizer.eod_id)
-        arrays.append(ids)
-        lengths.append(found)
-        tokens.append(_sums(found, counts))
+    if job.special_tokens == "reject":
+        for found in parsed:
+            control.reject(found)
+    keys = [_encode_key(job, engine, control, task, parsed, key) for key in range(len(job.layout.keys))]
     results = [
         PieceResult(
             source=piece.source,
             num_lines=found.num_lines,
-            documents=count,
-            tokens=[sums[i] for sums in tokens],
-            text_bytes=[sums[i] for sums in text_bytes],
+            documents=[encoded.documents[i] for encoded in keys],
+            tokens=[encoded.tokens[i] for encoded in keys],
+            text_bytes=[encoded.text_bytes[i] for encoded in keys],
+            empty=[encoded.empty[i] for encoded in keys],
+            without_tokens=[encoded.without_tokens[i] for encoded in keys],
+            control_tokens=[encoded.control[i][1] for encoded in keys],
+            with_control_tokens=[encoded.control[i][0] for encoded in keys],
             notes=found.notes,
-            first_note=found.first_note,
+            first_note=_first_note(found, [encoded.first_empty[i] for encoded in keys]),
             problems=found.problems,
-            lines=_lines(found) if job.keep_lines else None,
+            lines=[encoded.lines[i] for encoded in keys if encoded.lines is not None] if job.keep_lines else None,
         )
-        for i, (piece, found, count) in enumerate(zip(pieces, parsed, counts, strict=True))
+        for i, (piece, found) in enumerate(zip(pieces, parsed, strict=True))
     ]
-    return TaskResult(task=task, pieces=results, lengths=lengths), arrays
+    arrays = [encoded.ids for encoded in keys]
+    lengths = [encoded.lengths for encoded in keys]
+    return TaskResult(task=task, pieces=results, lengths=lengths, sums=[*map(column_sums, arrays)]), arrays
 
 
-def _with_eod(ids: np.ndarray, lengths: np.ndarray, job: Job, eod_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ids in their type on disk with the end-of-document token after each document, and int32 lengths."""
-    if not job.append_eod:
+def _encode_key(
+    job: Job, engine: Engine, control: ControlTokens, task: int, parsed: Sequence[Parsed], key: int
+) -> _Encoded:
+    """Encode the texts of one key, and leave out the documents that have no token of their own."""
+    texts = [text for piece in parsed for text in piece.texts[key]]
+    counts = [len(piece.lines) for piece in parsed]
+    spelled = [control.count(piece.texts[key]) for piece in parsed]
+    ids, lengths = engine.encode(texts)
+    if difference := engine.sample_difference(texts, ids, lengths, task):
+        raise EngineRefusal(f"{job.engine} gives other ids: {difference}")
+    sizes = np.fromiter(map(_utf8_size, texts), np.int64, len(texts))
+    lines = [np.array(piece.lines, dtype=np.int32) for piece in parsed] if job.keep_lines else None
+    first_empty: list[int | None] = [None] * len(parsed)
+    documents = counts
+    empty = without_tokens = [0] * len(parsed)
+    if len(lengths) and not lengths.all():
+        has_tokens = lengths > 0
+        sizes *= has_tokens
+        empty = _sums((~has_tokens).astype(np.int64), counts)
+        has_text = np.fromiter(map(bool, texts), bool, len(texts))
+        without_tokens = _sums((has_text & ~has_tokens).astype(np.int64), counts)
+        of_piece = np.split(has_tokens, np.cumsum(counts)[:-1])
+        for number, (piece, kept) in enumerate(zip(parsed, of_piece, strict=True)):
+            if not kept.all():
+                first_empty[number] = piece.lines[int(np.argmin(kept))]
+                if lines is not None:
+                    lines[number] = lines[number][kept]
+        lengths = lengths[has_tokens]
+        documents = [int(np.count_nonzero(kept)) for kept in of_piece]
+    texts.clear()
+    for piece in parsed:
+        piece.texts[key] = []  # a huge document must not lie beside two copies of its ids
+    ids, lengths = _assembled(ids, lengths, job, engine.tokenizer.eod_id)
+    return _Encoded(
+        ids=ids,
+        lengths=lengths,
+        documents=documents,
+        tokens=_sums(lengths, documents),
+        text_bytes=_sums(sizes, counts),
+        empty=empty,
+        without_tokens=without_tokens,
+        control=spelled,
+        first_empty=first_empty,
+        lines=lines,
+    )
+
+
+def _first_note(parsed: Parsed, first_empty: Sequence[int | None]) -> tuple[int, str] | None:
+    found = [(line, EMPTY_TEXT) for line in first_empty if line is not None]
+    return min([*found, *([parsed.first_note] if parsed.first_note else [])], default=None)
+
+
+def _assembled(ids: np.ndarray, lengths: np.ndarray, job: Job, eod_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ids in their type on disk, each document between its BOS and end-of-document ids, and int32 lengths."""
+    before, after = len(job.bos_ids), int(job.append_eod)
+    if not before + after:
         return ids.astype(job.dtype), lengths.astype(np.int32)
-    lengths = lengths + 1
-    whole = np.empty(len(ids) + len(lengths), dtype=job.dtype)
+    lengths = lengths + (before + after)
+    whole = np.empty(len(ids) + (before + after) * len(lengths), dtype=job.dtype)
+    ends = np.cumsum(lengths)
     if len(ids) > _LONG_DOCUMENT_TOKENS * len(lengths):  # few and long: no mask of their size
-        start = 0
-        for number, end in enumerate(np.cumsum(lengths).tolist()):
-            whole[start : end - 1] = ids[start - number : end - 1 - number]
-            whole[end - 1] = eod_id
-            start = end
+        start = taken = 0
+        for end in ends.tolist():
+            whole[start : start + before] = job.bos_ids
+            size = end - after - before - start
+            whole[start + before : end - after] = ids[taken : taken + size]
+            if after:
+                whole[end - 1] = eod_id
+            start, taken = end, taken + size
         return whole, lengths.astype(np.int32)
     is_text = np.ones(len(whole), dtype=bool)
-    is_text[np.cumsum(lengths) - 1] = False
+    for place, bos in enumerate(job.bos_ids):
+        is_text[ends - lengths + place] = False
+        whole[ends - lengths + place] = bos
+    if after:
+        is_text[ends - 1] = False
+        whole[ends - 1] = eod_id
     whole[is_text] = ids
-    whole[~is_text] = eod_id
     return whole, lengths.astype(np.int32)
 
 
@@ -292,10 +370,6 @@ def _sums(values: np.ndarray, counts: Sequence[int]) -> list[int]:
 
 def _utf8_size(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode())
-
-
-def _lines(parsed: Parsed) -> np.ndarray:
-    return np.array(parsed.lines, dtype=np.int32)
 
 
 def _write_at(path: str, offset: int, ids: np.ndarray) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import orjson
 
 from megatron_cpt.data.tokenizer.interface import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 from megatron_cpt.data.tokenizer.probe_texts import adversarial_texts
@@ -201,7 +202,7 @@ def _gigatoken_encoder(tokenizer: Tokenizer) -> EncodeFlat:
         converted["added_tokens"] = [token for token in converted["added_tokens"] if not token["special"]]
         definition: str | bytes = json.dumps(converted)
     elif isinstance(tokenizer, HuggingFaceTokenizer):
-        definition = tokenizer.json_path.read_bytes()
+        definition = _definition(tokenizer)
     else:
         raise EngineRefusal(f"gigatoken does not read {type(tokenizer).__name__}")
     backend = gigatoken.Tokenizer.from_json(definition).backend
@@ -232,7 +233,7 @@ def _fastokens_encoder(tokenizer: Tokenizer) -> EncodeFlat:
         raise EngineRefusal("fastokens is not installed") from None
     if not isinstance(tokenizer, HuggingFaceTokenizer):
         raise EngineRefusal("fastokens reads Hugging Face tokenizers only")
-    backend = _native.Tokenizer.from_file(str(tokenizer.json_path))
+    backend = _native.Tokenizer.from_json_str(_definition(tokenizer).decode())
     backend.no_truncation()
     backend.no_padding()
 
@@ -241,6 +242,18 @@ def _fastokens_encoder(tokenizer: Tokenizer) -> EncodeFlat:
         return np.frombuffer(ids, np.uint32), np.diff(np.frombuffer(offsets, np.uint64).astype(np.int64))
 
     return encode
+
+
+def _definition(tokenizer: HuggingFaceTokenizer) -> bytes:
+    """Return the `tokenizer.json` for an engine; control tokens are left out where they are text in a text."""
+    if tokenizer.special_tokens == "token":
+        return tokenizer.definition
+    definition = orjson.loads(tokenizer.definition)
+    added = definition.get("added_tokens") or []
+    definition["added_tokens"] = [token for token in added if not token.get("special")]
+    # what the post-processor puts around a text is not asked for, and names tokens that are gone
+    definition["post_processor"] = None
+    return orjson.dumps(definition)
 
 
 _ENCODERS: dict[str, Callable[[Tokenizer], EncodeFlat]] = {

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_cpt.config.loading.resolve import read_resolved
 from megatron_cpt.config.settings.derived import duration_samples, train_tokens
-from megatron_cpt.config.settings.schema import RunConfig
+from megatron_cpt.config.settings.schema import DataConfig, InitConfig, RunConfig
 from megatron_cpt.errors import DataError
 from megatron_cpt.evaluate.advice.ladder import HELD, Position, Rung, Trial, ladder, next_rung
 from megatron_cpt.evaluate.advice.recovery import (
@@ -19,6 +19,7 @@ from megatron_cpt.evaluate.advice.recovery import (
     training_recovery,
 )
 from megatron_cpt.evaluate.report.stages import Stage, read_metrics, read_stage
+from megatron_cpt.evaluate.report.steps import STEP_FIELDS
 from megatron_cpt.log import format_count
 from megatron_cpt.run.directory import RunDir
 from megatron_cpt.run.names import command_line_settings, run_names
@@ -55,13 +56,13 @@ def advise(
 
     Raises: DataError where there are no metrics, ConfigError where the configuration cannot be read.
     """
-    stage, config = read_stage(run_path), read_resolved(RunDir(run_path).config_path)
-    before = previous or _previous_run(run_path, config)
-    parent = read_stage(before) if before is not None else None
+    stage, config = read_stage(run_path, STEP_FIELDS), read_resolved(RunDir(run_path).config_path)
+    before = previous or _previous_run(run_path, config.init)
+    parent = read_stage(before, STEP_FIELDS) if before is not None else None
     parent_config = read_resolved(RunDir(before).config_path) if before is not None else None
     if parent is not None:
-        _cut_at_fork(parent, config)
-    old_names = _old_corpora(config, parent_config, old)
+        _cut_at_fork(parent, config.init)
+    old_names = _old_corpora(config.data, parent_config, old)
 
     training = _judge_training(stage, parent, config, tolerance)
     heldout = {name: heldout_recovery(_heldout(stage, name), tolerance) for name in old_names if _heldout(stage, name)}
@@ -135,9 +136,9 @@ def _numbers(found: Recovery) -> dict[str, Any]:
     return {key: None if isinstance(value, float) and value != value else value for key, value in vars(found).items()}
 
 
-def _previous_run(run_path: Path, config: RunConfig) -> Path | None:
+def _previous_run(run_path: Path, init: InitConfig) -> Path | None:
     """Return the run that the stage's weights came from; None where it was not trained here."""
-    text = config.init.from_path
+    text = init.from_path
     if text is None:
         return None
     if text.startswith("variant:"):
@@ -149,24 +150,24 @@ def _previous_run(run_path: Path, config: RunConfig) -> Path | None:
     return None
 
 
-def _cut_at_fork(parent: Stage, config: RunConfig) -> None:
+def _cut_at_fork(parent: Stage, init: InitConfig) -> None:
     """Forget what the stage before did after the checkpoint that was forked."""
-    text = config.init.from_path or ""
+    text = init.from_path or ""
     name = text.partition("@")[2] if text.startswith("variant:") else Path(text).name.removeprefix("iter_")
     if name.isdigit():
         parent.train = [record for record in parent.train if record["iteration"] <= int(name)]
 
 
-def _old_corpora(config: RunConfig, parent: RunConfig | None, stated: Sequence[str]) -> tuple[str, ...]:
-    unknown = [name for name in stated if name not in config.data.corpora]
+def _old_corpora(data: DataConfig, parent: RunConfig | None, stated: Sequence[str]) -> tuple[str, ...]:
+    unknown = [name for name in stated if name not in data.corpora]
     if unknown:
-        known = ", ".join(config.data.corpora)
+        known = ", ".join(data.corpora)
         raise DataError(f"--old {unknown[0]}: no corpus of the task. There are {known}. Name one of them.")
     if stated:
         return tuple(stated)
     if parent is not None and parent.data.mix:
-        return tuple(name for name in parent.data.mix if name in config.data.corpora)
-    return tuple(config.data.corpora)[:1]
+        return tuple(name for name in parent.data.mix if name in data.corpora)
+    return tuple(data.corpora)[:1]
 
 
 def _heldout(stage: Stage, corpus: str) -> list[float]:

@@ -74,7 +74,7 @@ def _turn_end(model: LanguageModel, template: ChatTemplate, special: set[int]) -
     """Return the first control token after an assistant's answer; None where the template has none or refuses."""
     turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _ANSWER}]
     try:
-        _, found, after = template.render(turns).rpartition(_ANSWER)
+        _, found, after = template.render(template.fitted(turns)).rpartition(_ANSWER)
     except TemplateRefusal:
         return None
     return next((id for id in model.encode([after])[0] if id in special), None) if found else None
@@ -82,7 +82,7 @@ def _turn_end(model: LanguageModel, template: ChatTemplate, special: set[int]) -
 
 def _rendered(template: ChatTemplate, prompt: str) -> str:
     try:
-        return template.render([{"role": "user", "content": prompt}], add_generation_prompt=True)
+        return template.render(template.fitted([{"role": "user", "content": prompt}]), add_generation_prompt=True)
     except TemplateRefusal as problem:
         raise DataError(
             f"{template.name}: does not take a user's turn alone ({problem}). Choose another --chat."

@@ -71,7 +71,7 @@ def load_hf_model(path: Path) -> PreTrainedModel:
     disable_progress_bar()
     dtype = "auto" if torch.cuda.is_available() else torch.float32
     try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError) as problem:
         raise CheckpointError(f"{path}: cannot be loaded ({' '.join(str(problem).split())[:300]}).") from None
 
@@ -80,5 +80,5 @@ def load_hf_tokenizer(path: Path, fallback: Path | None = None) -> PreTrainedTok
     """Return the tokenizer in `path`, else the one in `fallback`."""
     for folder in (path, fallback):
         if folder is not None and ((folder / "tokenizer.json").exists() or (folder / "tokenizer.model").exists()):
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     raise CheckpointError(f"{path}: no tokenizer in it. One is needed to read text. Name its folder with --tokenizer.")

@@ -1,6 +1,5 @@
 """How charts of a report are drawn: colours, style, labels at lines, token axes, marks of interruptions."""
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from megatron_cpt.evaluate.report.stages import Stage
+from megatron_cpt.evaluate.report.stages import Stage, short_layouts
 from megatron_cpt.files import whole_file
 from megatron_cpt.log import format_count
 
@@ -91,14 +90,18 @@ def label_lines(axis: Axes, lines: Sequence[Line]) -> None:
         is_last = line.x[-1] > 0.9 * rightmost
         at = len(line.x) - 1 if is_last else len(line.x) // 2
         shift = 8.0
+        leader: dict[str, Any] | None = None
         if is_last:
             position = (line.y[at] - low) / (high - low) * height
             shift = max(highest + 13 - position, 0.0)
             highest = position + shift
+            if shift > 8:  # the label is no longer beside its line
+                leader = {"arrowstyle": "-", "color": line.colour, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 0}
         axis.annotate(
             line.name,
             (line.x[at], line.y[at]),
-            xytext=(6 if is_last else 3, shift),
+            xytext=(14 if leader else 6 if is_last else 3, shift),
+            arrowprops=leader,
             textcoords="offset points",
             color=line.colour,
             va="center" if is_last else "bottom",
@@ -107,13 +110,6 @@ def label_lines(axis: Axes, lines: Sequence[Line]) -> None:
             annotation_clip=False,
             path_effects=[withStroke(linewidth=2.5, foreground="white")],
         )
-
-
-def short_layouts(before: str, after: str) -> tuple[str, str]:
-    """Return two layouts such as `TP2 PP1 CP1 DP1` without the parts that are 1 in both."""
-    pairs = list(zip(before.split(), after.split(), strict=False))
-    pairs = [pair for pair in pairs if {re.sub(r"[A-Z]+", "", part) for part in pair} != {"1"}]
-    return " ".join(one for one, _ in pairs), " ".join(other for _, other in pairs)
 
 
 def limit_to_bulk(axis: Axes, values: Sequence[float]) -> None:

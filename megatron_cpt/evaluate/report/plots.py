@@ -7,6 +7,8 @@ counts what the weights have seen since the first stage.
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from megatron_cpt.evaluate.models.forgetting import Change
@@ -25,6 +27,10 @@ from megatron_cpt.evaluate.report.drawing import (
 from megatron_cpt.evaluate.report.stages import Stage, smoothed
 from megatron_cpt.log import format_count
 
+PANELS_A_ROW = 3
+FEW = 20
+"""Fewer points than this are drawn as points."""
+
 
 def plot_training(stages: Sequence[Stage], colour: dict[str, str], path: Path) -> None:
     """Draw loss and learning rate over tokens for all stages, interruptions marked."""
@@ -40,7 +46,7 @@ def plot_training(stages: Sequence[Stage], colour: dict[str, str], path: Path) -
             values = [record["loss"] for record in stage.train]
             line = Line(tokens, smoothed(values, max(3, len(values) // 25)), stage.name, colour[stage.name])
             loss.plot(tokens, values, color=line.colour, alpha=0.25, linewidth=0.8)
-            loss.plot(tokens, line.y, color=line.colour)
+            loss.plot(tokens, line.y, color=line.colour, marker="o" if len(values) < FEW else None, markersize=3)
             # Stages that fork from one checkpoint often share a schedule: the later one is dashed so that both are seen.
             is_covered = any(other.x[0] == tokens[0] for other in lines)
             rate.plot(
@@ -72,10 +78,8 @@ def plot_validation(stages: Sequence[Stage], colour: dict[str, str], path: Path)
     if any(record.get(key) is None for stage in stages for record in stage.validation):
         key = "loss"
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(
-            1, len(corpora), figsize=(4.2 * max(len(corpora), 1.6), 3.6), squeeze=False, layout="constrained"
-        )
-        for panel, corpus in zip(axes[0], corpora, strict=True):
+        figure, panels = _panels(len(corpora), width=4.2, height=3.4)
+        for panel, corpus in zip(panels, corpora, strict=True):
             lines = []
             for stage in stages:
                 points = [record for record in stage.validation if record["corpus"] == corpus]
@@ -92,7 +96,8 @@ def plot_validation(stages: Sequence[Stage], colour: dict[str, str], path: Path)
             panel.set_title(f"Held-out {corpus}")
             panel.set_xlabel("tokens seen")
             token_axis(panel)
-        axes[0][0].set_ylabel("bits per byte" if key == "bits_per_byte" else "nats per token")
+        for panel in panels[::PANELS_A_ROW]:
+            panel.set_ylabel("bits per byte" if key == "bits_per_byte" else "nats per token")
         save_chart(figure, path)
 
 
@@ -135,50 +140,50 @@ def plot_blend(stages: Sequence[Stage], path: Path) -> None:
 
 
 def plot_forgetting(changes: Sequence[Change], colour: dict[str, str], path: Path) -> None:
-    """Draw each model's change in bits per byte from the first model, a panel per domain, with 95 % intervals."""
+    """Draw each model's change in bits per byte from the first model, grouped by text on one scale, with 95 % intervals."""
     models = list(dict.fromkeys(change.model for change in changes))
     texts = list(dict.fromkeys(change.text for change in changes))
     drawn = models[1:] or models
+    by_key = {(change.model, change.text): change for change in changes}
+    rows = [(text, model) for text in texts for model in drawn]
+    places = [index + 0.8 * texts.index(text) for index, (text, _) in enumerate(rows)]
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(
-            1,
-            len(texts),
-            figsize=(4.3 * max(len(texts), 1.4), 1.35 + 0.42 * len(drawn)),
-            sharey=True,
-            squeeze=False,
-            layout="constrained",
-        )
-        for panel, text in zip(axes[0], texts, strict=True):
-            of_text = {change.model: change for change in changes if change.text == text}
-            for row, model in enumerate(drawn):
-                found = of_text[model]
-                errors = [[found.change - found.change_low], [found.change_high - found.change]]
-                panel.barh(row, found.change, height=0.6, color=colour[model], alpha=0.85)
-                panel.errorbar(found.change, row, xerr=errors, color="#333333", linewidth=1, capsize=2.5)
-                outward = found.change_high if found.change >= 0 else found.change_low
-                panel.annotate(
-                    f"{found.change:+.3f}".replace("-", "−"),
-                    (outward, row),
-                    xytext=(5 if found.change >= 0 else -5, 0),
-                    textcoords="offset points",
-                    ha="left" if found.change >= 0 else "right",
-                    va="center",
-                    fontsize=8.5,
-                )
-            panel.axvline(0, color="#555555", linewidth=1)
-            low = min(0.0, *(change.change_low for change in of_text.values()))
-            high = max(0.0, *(change.change_high for change in of_text.values()))
-            room = 0.24 * max(high - low, 1e-6)
-            panel.set_xlim(low - (room if low < 0 else 0.25 * room), high + (room if high > 0 else 0.25 * room))
-            reference = of_text[models[0]].bits_per_byte
-            panel.set_title(f"{text}  ({models[0]}: {reference:.3f} bits per byte)")
-            per_stage = " from the model before" if len({change.reference for change in changes}) > 1 else ""
-            panel.set_xlabel(f"change in bits per byte{per_stage}\n← learned      forgot →")
-            panel.xaxis.set_major_locator(MaxNLocator(5))
-            panel.grid(axis="y", visible=False)
-            panel.tick_params(axis="y", length=0)
-        axes[0][0].set_yticks(range(len(drawn)), drawn)
-        axes[0][0].invert_yaxis()
+        figure, axis = plt.subplots(figsize=(8, 1.2 + 0.36 * (len(rows) + 0.8 * len(texts))), layout="constrained")
+        for place, (text, model) in zip(places, rows, strict=True):
+            found = by_key[model, text]
+            # of very few documents a bootstrap's interval need not hold the value itself
+            errors = [[max(found.change - found.change_low, 0)], [max(found.change_high - found.change, 0)]]
+            axis.barh(place, found.change, height=0.7, color=colour[model], alpha=0.85)
+            axis.errorbar(found.change, place, xerr=errors, color="#333333", linewidth=1, capsize=2.5)
+            is_forgotten = found.change >= 0
+            axis.annotate(
+                f"{found.change:+.3f}".replace("-", "−"),
+                (max(found.change, found.change_high) if is_forgotten else min(found.change, found.change_low), place),
+                xytext=(5 if is_forgotten else -5, 0),
+                textcoords="offset points",
+                ha="left" if is_forgotten else "right",
+                va="center",
+                fontsize=8.5,
+            )
+        for text in texts:
+            first = places[rows.index((text, drawn[0]))]
+            reference = by_key[models[0], text].bits_per_byte
+            title = f"{text}  ({models[0]}: {reference:.3f} bits per byte)"
+            axis.text(
+                0, first - 0.75, title, transform=axis.get_yaxis_transform(), fontsize=9, fontweight="bold", va="center"
+            )
+        axis.axvline(0, color="#555555", linewidth=1)
+        low = min(0.0, *(min(change.change, change.change_low) for change in changes))
+        high = max(0.0, *(max(change.change, change.change_high) for change in changes))
+        room = 0.12 * max(high - low, 1e-6)
+        axis.set_xlim(low - room, high + room)
+        per_stage = " from the model before" if len({change.reference for change in changes}) > 1 else ""
+        axis.set_xlabel(f"change in bits per byte{per_stage}\n← learned      forgot →")
+        axis.xaxis.set_major_locator(MaxNLocator(7))
+        axis.grid(axis="y", visible=False)
+        axis.tick_params(axis="y", length=0)
+        axis.set_yticks(places, [model for _, model in rows])
+        axis.set_ylim(places[-1] + 0.6, places[0] - 1.2)
         save_chart(figure, path)
 
 
@@ -190,19 +195,29 @@ def plot_divergence(divergence: dict[str, dict[str, list[float]]], base: str, pa
     groups = [group for group, values in next(iter(divergence.values())).items() if len(values) > 1]
     colour = colours([base, *divergence])
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(
-            1, max(len(groups), 1), figsize=(3.3 * max(len(groups), 2), 3.3), squeeze=False, layout="constrained"
-        )
-        for panel, group in zip(axes[0], groups, strict=False):
+        figure, panels = _panels(len(groups), width=3.6, height=3.2)
+        for panel, group in zip(panels, groups, strict=False):
             lines = []
             for model, values in divergence.items():
                 layers = list(range(len(values[group])))
                 panel.plot(layers, values[group], color=colour[model], marker="o", markersize=3.5)
                 lines.append(Line(layers, values[group], model, colour[model]))
-            panel.set_ylim(bottom=0)
+            # room for the labels above the highest point
+            panel.set_ylim(0, 1.15 * max(max(line.y) for line in lines) or 1)
             label_lines(panel, lines)
             panel.set_title(group)
             panel.set_xlabel("layer")
             panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        axes[0][0].set_ylabel(f"distance from {base}, relative to its norm")
+        panels[0].set_ylabel(f"distance from {base}, relative to its norm")
         save_chart(figure, path)
+
+
+def _panels(number: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """Return a figure with axes for `number` panels, three a row; at least one."""
+    rows, columns = -(-max(number, 1) // PANELS_A_ROW), min(max(number, 1), PANELS_A_ROW)
+    size = (width * max(columns, 1.6), height * rows)
+    figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    panels = [panel for row in grid for panel in row]
+    for panel in panels[max(number, 1) :]:
+        panel.set_visible(False)
+    return figure, panels[: max(number, 1)]

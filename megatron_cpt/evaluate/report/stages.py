@@ -18,7 +18,8 @@ with `resumed`, every earlier record of a later iteration counts no more.
 import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ import orjson
 from megatron_cpt.config.loading.sources import read_yaml
 from megatron_cpt.data.lists.data_list import read_data_list
 from megatron_cpt.errors import DataError
-from megatron_cpt.evaluate.report.steps import Steps
+from megatron_cpt.evaluate.report.steps import STEP_FIELDS, Steps
 from megatron_cpt.files import naming
 from megatron_cpt.run.directory import RunDir
 
@@ -55,6 +56,8 @@ class Stage:
     path: Path
     train: list[dict[str, Any]] = field(default_factory=list)
     validation: list[dict[str, Any]] = field(default_factory=list)
+    spikes: list[dict[str, Any]] = field(default_factory=list)
+    saves: list[dict[str, Any]] = field(default_factory=list)
     not_finite: list[int] = field(default_factory=list)
     """Iterations of logged steps without a finite loss: they changed nothing and are not in `train`."""
     starts: list[dict[str, Any]] = field(default_factory=list)
@@ -76,25 +79,33 @@ class Stage:
         return max((record["consumed_tokens"] for record in self.train), default=0)
 
 
-def read_stages(paths: Sequence[Path]) -> list[Stage]:
+def read_stages(
+    paths: Sequence[Path], fields: Collection[str] | None = None, *, may_be_empty: bool = False
+) -> list[Stage]:
     """Return the stages in run directories; a stage that forks from another one starts where it left that one.
 
-    Raises: DataError when a folder is no run directory or two have the same name.
+    Stages of the same name are told apart by as many of the folders above them as it takes.
+
+    Raises: DataError as `read_stage`.
     """
-    stages = [read_stage(path) for path in paths]
-    by_name = {stage.name: stage for stage in stages}
-    if len(by_name) < len(stages):
-        by_name = {}
+    stages = [read_stage(path, fields, may_be_empty=may_be_empty) for path in paths]
+    num_parts = 1
+    longest = max((len(stage.path.absolute().parts) for stage in stages), default=0)
+    while len({stage.name for stage in stages}) < len(stages) and num_parts < longest:
+        num_parts += 1
         for stage in stages:
-            stage.name = "/".join(stage.path.absolute().parts[-2:])
-            by_name[stage.name] = stage
+            stage.name = "/".join(stage.path.absolute().parts[-num_parts:])
+    by_name = {stage.name: stage for stage in stages}
     for stage in stages:
         stage.offset_tokens = _offset(stage, by_name, set())
     return stages
 
 
-def read_stage(path: Path) -> Stage:
+def read_stage(path: Path, fields: Collection[str] | None = None, *, may_be_empty: bool = False) -> Stage:
     """Return the stage in a run directory, named by its last folder, the variant.
+
+    Of training records only `fields` are kept (None: all); where `STEP_FIELDS` say all that is asked for, a long stage is
+    thinned (`report/steps.py`). `may_be_empty`: a run that has not trained has no records.
 
     Raises: DataError when there are no metrics or a line of them is not a record.
     """
@@ -105,20 +116,28 @@ def read_stage(path: Path) -> Stage:
         for entry in read_data_list(run.data_list_path):
             corpus = entry.corpus or Path(entry.prefix).name
             stage.blend[corpus] = stage.blend.get(corpus, 0) + (entry.tokens or 0)
-    steps = Steps()
+    if may_be_empty and not run.metrics_path.exists():
+        return stage
+    steps = Steps() if fields is not None and set(fields) <= STEP_FIELDS else None
     for record in read_metrics(run.metrics_path):
+        if fields is not None and steps is None and record["kind"] == "train":
+            record = {name: value for name, value in record.items() if name in fields}
         try:
             _add_record(stage, steps, record)
         except (KeyError, TypeError, OverflowError):
             raise DataError(
                 f"{run.metrics_path}: {str(record)[:100]} lacks what a record of its kind has. Remove that line."
             ) from None
-    stage.train = steps.records()
+    if steps is not None:
+        stage.train = steps.records()
     return stage
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of a metrics file; a last line that a killed process left unfinished is passed over."""
+    """Yield the records of a metrics file; a last line that a killed process left unfinished is passed over.
+
+    Raises: DataError when there is no file or another line is no record.
+    """
     try:
         file = path.open("rb")
     except FileNotFoundError:
@@ -140,10 +159,17 @@ def _record(line: bytes) -> dict[str, Any] | None:
         record = orjson.loads(line)
     except orjson.JSONDecodeError:
         try:
-            record = json.loads(line)  # NaN, which records of another program may hold
+            record = json.loads(line)  # earlier versions and other programs write NaN
         except (ValueError, RecursionError):
             return None
     return record if isinstance(record, dict) and "kind" in record else None
+
+
+def short_layouts(before: str, after: str) -> tuple[str, str]:
+    """Return two layouts such as `TP2 PP1 CP1 DP1` without the parts that are 1 in both."""
+    pairs = list(zip(before.split(), after.split(), strict=False))
+    pairs = [pair for pair in pairs if {re.sub(r"[A-Z]+", "", part) for part in pair} != {"1"}]
+    return " ".join(one for one, _ in pairs), " ".join(other for _, other in pairs)
 
 
 def setting(config: dict[str, Any], key: str) -> Any:
@@ -165,16 +191,18 @@ def smoothed(values: Sequence[float], window: int) -> list[float]:
     ]
 
 
-def _add_record(stage: Stage, steps: Steps, record: dict[str, Any]) -> None:
+def _add_record(stage: Stage, steps: Steps | None, record: dict[str, Any]) -> None:
     kind = record["kind"]
     if kind == "train":
         if _is_finite(record):
-            steps.add(record)
+            stage.train.append(record) if steps is None else steps.add(record)
         else:
             stage.not_finite.append(record["iteration"])
     elif kind == "validation":
         if _is_finite(record):
             stage.validation.append(record)
+    elif kind in ("spike", "save"):
+        (stage.spikes if kind == "spike" else stage.saves).append(record)
     elif kind == "end":
         stage.end_reason = record.get("reason")
     elif kind == "rollback":  # a loss spike was undone: the steps since the checkpoint are trained again
@@ -183,32 +211,38 @@ def _add_record(stage: Stage, steps: Steps, record: dict[str, Any]) -> None:
         if record.get("resumed"):
             _resume(stage, steps, record)
         elif stage.starts:  # started over from nothing: what was before does not count
-            steps.cut(-1)
-            stage.validation, stage.interruptions, stage.not_finite = [], [], []
+            if steps is not None:
+                steps.cut(-1)
+            stage.train, stage.validation, stage.interruptions, stage.not_finite = [], [], [], []
+            stage.spikes, stage.saves = [], []
         stage.starts.append(record)
         stage.end_reason = None
 
 
-def _resume(stage: Stage, steps: Steps, start: dict[str, Any]) -> None:
+def _resume(stage: Stage, steps: Steps | None, start: dict[str, Any]) -> None:
     _cut(stage, steps, start, None if stage.end_reason == "finished" else stage.end_reason or "killed")
 
 
-def _cut(stage: Stage, steps: Steps, record: dict[str, Any], reason: str | None) -> None:
+def _cut(stage: Stage, steps: Steps | None, record: dict[str, Any], reason: str | None) -> None:
     """Go on at the record's iteration: what came after it does not count. With a reason it is an interruption."""
     iteration, tokens = record["iteration"], record.get("consumed_tokens", 0)
     if reason is not None:
         before = stage.starts[-1].get("layout", "") if stage.starts else ""
         stage.interruptions.append(
             Interruption(
-                stopped_tokens=max(steps.tokens, tokens),
+                stopped_tokens=max(stage.tokens if steps is None else steps.tokens, tokens),
                 resumed_tokens=tokens,
                 reason=reason,
                 layout_before=before,
                 layout_after=record.get("layout", before),
             )
         )
-    steps.cut(iteration)
+    if steps is not None:
+        steps.cut(iteration)
+    while stage.train and stage.train[-1]["iteration"] > iteration:
+        stage.train.pop()
     stage.validation = [record for record in stage.validation if record["iteration"] <= iteration]
+    stage.saves = [record for record in stage.saves if record["iteration"] <= iteration]
     stage.not_finite = [found for found in stage.not_finite if found <= iteration]
 
 

@@ -9,6 +9,8 @@ from array import array
 from typing import Any
 
 MOST_STEPS = 20_000
+STEP_FIELDS = frozenset({"kind", "iteration", "consumed_tokens", "loss", "lr", "tokens_per_second"})
+"""What is kept of a step."""
 
 
 class Steps:

@@ -18,6 +18,7 @@ from megatron_cpt.errors import DataError
 from megatron_cpt.evaluate.models.forgetting import markdown_table
 from megatron_cpt.evaluate.report.drawing import PALETTE, STYLE, plt, save_chart
 from megatron_cpt.evaluate.report.stages import read_stage
+from megatron_cpt.evaluate.report.steps import STEP_FIELDS
 from megatron_cpt.files import read_json_object, write_json, write_text
 
 
@@ -155,7 +156,7 @@ def _read_point(run: Path, point: dict, old: Sequence[str], new: Sequence[str]) 
     losses: list[float] = []
     iteration, changes = 0, {}
     if (run / "metrics.jsonl").is_file():
-        stage = read_stage(run)
+        stage = read_stage(run, STEP_FIELDS)
         losses = [record["loss"] for record in stage.train]
         iteration = stage.train[-1]["iteration"] if stage.train else 0
         for corpus in (*old, *new):

@@ -4,6 +4,7 @@ PBS has no list of hosts to avoid, so a job there asks for some more than it nee
 those that `excluded_nodes.txt` does not name. Slurm leaves hosts out by itself (`--exclude`).
 """
 
+import functools
 import logging
 import socket
 import subprocess
@@ -46,12 +47,13 @@ def training_hosts(hosts: Sequence[str], excluded: Sequence[str], nodes: int) ->
     """
     if len(hosts) < nodes:
         raise LaunchError(f"{', '.join(hosts)}: {len(hosts)} hosts, {nodes} are needed. Check the select.")
-    good = [host for host in hosts if host not in excluded]
-    chosen = set([*good, *(host for host in hosts if host in excluded)][:nodes])
+    bad = excluded_hosts(hosts, excluded)
+    good = [host for host in hosts if host not in bad]
+    chosen = set([*good, *bad][:nodes])
     if len(good) < nodes:
         logger.warning(
             "%s: bad nodes train, since the job has no others. Raise launch.spare_nodes.",
-            ", ".join(host for host in hosts if host in chosen and host in excluded),
+            ", ".join(host for host in hosts if host in chosen and host in bad),
         )
     return [host for host in hosts if host in chosen]
 
@@ -73,6 +75,35 @@ def wait_for_name(host: str, seconds: float = RESOLVE_SECONDS) -> None:
                     f"({problem.strerror}). The ranks meet there. Look at the node's name service, or name the host otherwise."
                 ) from None
             time.sleep(min(2.0, max(deadline - time.monotonic(), 0.05)))
+
+
+def excluded_hosts(hosts: Sequence[str], excluded: Sequence[str]) -> list[str]:
+    """Return the hosts that a list of excluded ones means.
+
+    A node calls itself by `gethostname()`, the scheduler's list may have its full name or an alias: names are the same where
+    they are equal, where one is the other without its domain, or where both have the same address.
+    """
+    return [host for host in hosts if any(is_same_host(host, other) for other in excluded)]
+
+
+def is_same_host(one: str, other: str) -> bool:
+    """Return whether two names mean one host."""
+    if one == other:
+        return True
+    (short, *domain), (other_short, *other_domain) = one.split(".", 1), other.split(".", 1)
+    if short == other_short and (not domain or not other_domain):
+        return True
+    return bool(_addresses(one) & _addresses(other))
+
+
+@functools.cache
+def _addresses(host: str) -> frozenset[str]:
+    """Return a host's addresses, without those that every machine has for itself."""
+    try:
+        found = {entry[4][0] for entry in socket.getaddrinfo(host, None)}
+    except OSError:
+        return frozenset()
+    return frozenset(str(address) for address in found if not str(address).startswith(("127.", "::1")))
 
 
 def write_hostfile(path: Path, hosts: Sequence[str], nodefile: Path) -> None:

@@ -40,18 +40,24 @@ class RankReport:
     clock: float
     """Unix time right after a barrier."""
     versions: str
+    kind: str = "cpu"
+    """cuda or cpu: what training would use."""
 
 
-def bad_nodes(reports: Sequence[RankReport], *, gpus_per_node: int) -> dict[str, list[str]]:
-    """Return host -> reasons, for the hosts that should not train."""
+def bad_nodes(reports: Sequence[RankReport], *, gpus_per_node: int, device: str | None = None) -> dict[str, list[str]]:
+    """Return host -> reasons, for the hosts that should not train; `device` is the kind that every rank must have found."""
     findings: dict[str, list[str]] = defaultdict(list)
-    flops = statistics.median(report.matmul_flops for report in reports)
+    # a rank without its GPU must not pull the median down
+    same = [report for report in reports if device in (None, report.kind)] or reports
+    flops = statistics.median(report.matmul_flops for report in same)
     disks = [report.disk_bytes_per_second for report in reports if report.disk_bytes_per_second]
     disk = statistics.median(disks) if disks else 0.0
     clock = statistics.median(report.clock for report in reports)
     versions = Counter(report.versions for report in reports).most_common(1)[0][0]
     for report in reports:
         where = f"rank {report.rank}"
+        if device is not None and report.kind != device:
+            findings[report.host].append(f"{where}: would train on {report.kind}, launch.device is {device}")
         if report.device != "cpu" and report.matmul_flops < SLOW_FRACTION * flops:  # CPUs are shared and noisy
             findings[report.host].append(
                 f"{where}: {report.matmul_flops / 1e12:.2f} TFLOP/s, the median is {flops / 1e12:.2f}"

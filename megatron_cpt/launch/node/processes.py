@@ -74,6 +74,17 @@ def caught_signals() -> Iterator[Signals]:
             signal.signal(number, previous)
 
 
+def wait_passing_signals(process: subprocess.Popen[bytes], signals: Signals) -> int:
+    """Wait for a process, ending it by SIGTERM once a signal is there; return its exit code, 128 + N for signal N."""
+    while True:
+        try:
+            code = process.wait(timeout=0.5)
+            return code if code >= 0 else 128 - code
+        except subprocess.TimeoutExpired:
+            if signals.received:
+                process.terminate()
+
+
 def process_environment(environment: Mapping[str, str], ranks_on_node: int) -> dict[str, str]:
     """Return variables that every rank needs and nobody else sets: threads shared out fairly, the package, the clock."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -8,6 +8,7 @@ from the job's id and moves on when it is taken.
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -21,7 +22,7 @@ from pathlib import Path
 
 from megatron_cpt.errors import CptError, LaunchError
 from megatron_cpt.launch.node.chain import BROKEN_EXIT_CODE, NOT_FINISHED_EXIT_CODE, chain_verdict
-from megatron_cpt.launch.node.hosts import job_hosts, training_hosts, write_hostfile
+from megatron_cpt.launch.node.hosts import excluded_hosts, job_hosts, training_hosts, write_hostfile
 from megatron_cpt.launch.node.preflight import BAD_NODES_EXIT_CODE, read_excluded
 from megatron_cpt.launch.node.processes import (
     SHUTDOWN_SECONDS,
@@ -31,11 +32,13 @@ from megatron_cpt.launch.node.processes import (
     process_environment,
     run_watched,
     show_failure,
+    wait_passing_signals,
 )
 from megatron_cpt.log import configure_logging
 from megatron_cpt.run.directory import RunDir
 from megatron_cpt.run.ledger import append_record, read_jobs
 from megatron_cpt.run.lock import HELD, run_lock
+from megatron_cpt.run.made_of import fingerprint
 from megatron_cpt.run.progress import last_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -43,8 +46,6 @@ logger = logging.getLogger(__name__)
 FIRST_PORT, NUM_PORTS = 15000, 15000
 """Rendezvous ports lie below the range that the system gives to clients (32768 on)."""
 PORT_ATTEMPTS = 4
-LOCK_WAIT_SECONDS = 120
-"""Longer than a lock lives: the link before may have died on another node a moment ago."""
 HOSTFILE = "%hostfile%"
 """Stands for the job's node file in the launcher's command."""
 FORWARDED = ("PATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "MEGATRON_CPT_JOB_START", HELD)
@@ -69,7 +70,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--must-finish", action="store_true", help=f"exit {NOT_FINISHED_EXIT_CODE} if it is not finished"
     )
     parser.add_argument("--preflight", action="store_true", help="measure the nodes first; bad ones end the job")
+    parser.add_argument("--device", choices=("cuda", "xpu", "cpu"), help="preflight: what every rank must find")
     parser.add_argument("--max-failures", type=int, default=2, help="links without progress that break the chain")
+    parser.add_argument("--reads", type=json.loads, default=[], help="what it is made of, for the ledger, as JSON")
+    parser.add_argument("--writes", type=json.loads, default=[], help="what it makes, for the ledger, as JSON")
     parser.add_argument("--points", type=Path, default=None, help="sweep: what each array task trains, as JSON")
     options, program = list(argv), []
     if "--" in options:
@@ -79,23 +83,31 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if not program:
         parser.error("no program: give it after --")
     arguments.program = program
+    arguments.is_array = arguments.num_array_tasks > 1
     return arguments
 
 
-def job_id(environment: Mapping[str, str]) -> str:
-    """Return the scheduler's id of this job; an array's for its tasks."""
-    return (
-        environment.get("SLURM_ARRAY_JOB_ID")
-        or environment.get("SLURM_JOB_ID")
-        or environment.get("PBS_ARRAY_ID")
-        or environment.get("PBS_JOBID")
-        or f"by-hand-{os.getpid()}"
-    )
+def job_id(environment: Mapping[str, str], *, is_array: bool = False) -> str:
+    """Return the scheduler's id of this job; an array's for its tasks.
+
+    A job that was submitted from inside an array task inherits that array's variables: only a job that knows itself to be an
+    array looks at them.
+    """
+    array = environment.get("SLURM_ARRAY_JOB_ID") or environment.get("PBS_ARRAY_ID") if is_array else None
+    return array or environment.get("SLURM_JOB_ID") or environment.get("PBS_JOBID") or f"by-hand-{os.getpid()}"
 
 
-def array_index(environment: Mapping[str, str]) -> int:
+def array_index(environment: Mapping[str, str], *, is_array: bool = True) -> int:
     """Return this task's index in its array; 0 outside of one."""
+    if not is_array:
+        return 0
     return int(environment.get("SLURM_ARRAY_TASK_ID") or environment.get("PBS_ARRAY_INDEX") or 0)
+
+
+def job_name(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the job's unique name for the ledger, by which a submission whose answer was lost is found again."""
+    name = environment.get("SLURM_JOB_NAME") or environment.get("PBS_JOBNAME")
+    return {"job_name": name} if name else {}
 
 
 def rendezvous_port(job: str, attempt: int, task: int = 0) -> int:
@@ -149,7 +161,8 @@ def main(argv: Sequence[str]) -> int:
 def _take_point(arguments: argparse.Namespace) -> None:
     """Let this array task work on its point of a sweep: another run directory, log folder, length and program."""
     points = json.loads(arguments.points.read_text(encoding="utf-8"))
-    point = points[array_index(os.environ)]
+    arguments.is_array = len(points) > 1
+    point = points[array_index(os.environ, is_array=arguments.is_array)]
     arguments.run, arguments.log_dir = Path(point["run"]), Path(point["log_dir"])
     arguments.train_iters, arguments.program = point["train_iters"], [*arguments.program, *point["arguments"]]
     arguments.log_dir.mkdir(parents=True, exist_ok=True)
@@ -157,64 +170,122 @@ def _take_point(arguments: argparse.Namespace) -> None:
 
 def _record_id(arguments: argparse.Namespace) -> str:
     """Return what the ledger calls this job: a sweep's points are tasks of one array."""
-    job = job_id(os.environ)
-    return job if arguments.points is None else f"{job}/{array_index(os.environ)}"
+    if arguments.points is None:
+        return job_id(os.environ)
+    is_array = arguments.is_array
+    return f"{job_id(os.environ, is_array=is_array)}/{array_index(os.environ, is_array=is_array)}"
 
 
 def _run_ranks(arguments: argparse.Namespace, signals: Signals) -> int:
     run, job = RunDir(arguments.run), _record_id(arguments)
-    iteration = last_checkpoint(run)
-    if arguments.train_iters is not None:
-        links = [
-            link
-            for link in read_jobs(run.jobs).values()
-            if arguments.chain and link.get("chain") == arguments.chain and "iteration_start" in link
-        ]
-        verdict, reason = chain_verdict(
-            [link for link in links if link["job"] != job],
-            iteration=iteration,
-            train_iters=arguments.train_iters,
-            run_path=run.path,
-            max_failures=arguments.max_failures,
-        )
-        logger.info("%s: %s", verdict, reason)
-        if verdict != "run":
-            code = {"finished": 0, "broken": BROKEN_EXIT_CODE}.get(verdict, NOT_FINISHED_EXIT_CODE)
-            state = "failed" if verdict == "broken" else verdict
-            append_record(run.jobs, job, state=state, exit_code=code, reason=reason)
+    with contextlib.ExitStack() as stack:
+        code = _verdict(arguments, run, job)
+        if code is not None:  # also while another link holds the run: nothing is to be done
             return code
-    with run_lock(run.jobs / "lock.json", f"job {job}", wait_seconds=LOCK_WAIT_SECONDS):
-        nodefile = os.environ.get("PBS_NODEFILE")
-        all_hosts = job_hosts(os.environ)
+        if not _take_lock(stack, run, job, signals):
+            append_record(run.jobs, job, state="stopped", exit_code=0, reason="ended while another job held the run")
+            return NOT_FINISHED_EXIT_CODE if arguments.must_finish else 0
+        code = _verdict(arguments, run, job)  # the job that held the run may have finished it
+        return _train(arguments, run, job, signals) if code is None else code
+
+
+def _verdict(arguments: argparse.Namespace, run: RunDir, job: str) -> int | None:
+    """Return the exit code of a link that has nothing to train, None for one that trains."""
+    if arguments.train_iters is None:
+        return None
+    links = [
+        link
+        for link in read_jobs(run.jobs).values()
+        if arguments.chain and link.get("chain") == arguments.chain and "iteration_start" in link
+    ]
+    verdict, reason = chain_verdict(
+        [link for link in links if link["job"] != job],
+        iteration=last_checkpoint(run),
+        train_iters=arguments.train_iters,
+        run_path=run.path,
+        max_failures=arguments.max_failures,
+    )
+    logger.info("%s: %s", verdict, reason)
+    if verdict == "run":
+        return None
+    code = {"finished": 0, "broken": BROKEN_EXIT_CODE}.get(verdict, NOT_FINISHED_EXIT_CODE)
+    state = "failed" if verdict == "broken" else verdict
+    append_record(run.jobs, job, state=state, exit_code=code, reason=reason, **job_name(os.environ))
+    return code
+
+
+def _take_lock(stack: contextlib.ExitStack, run: RunDir, job: str, signals: Signals) -> bool:
+    """Hold the run until the stack closes, waiting for a job that works on it; return False when a signal ends the wait.
+
+    A link never fails because another one works: what waits for it would be cancelled. A dead holder's lock expires.
+    """
+    while not signals.received:
+        try:
+            stack.enter_context(run_lock(run.jobs / "lock.json", f"job {job}"))
+            return True
+        except LaunchError as held:
+            logger.info("waiting: %s", held)
+            for _ in range(20):
+                if not signals.received:
+                    time.sleep(0.5)
+    return False
+
+
+def _train(arguments: argparse.Namespace, run: RunDir, job: str, signals: Signals) -> int:
+    iteration = last_checkpoint(run)
+    nodefile = os.environ.get("PBS_NODEFILE")
+    all_hosts = job_hosts(os.environ)
+    hosts = _choose_hosts(arguments, run, all_hosts, nodefile)
+    (run.path / "stop_now").unlink(missing_ok=True)  # meant for a job that has ended before it looked
+    append_record(
+        run.jobs, job, state="running", hosts=hosts, iteration_start=iteration, stage=arguments.stage,
+        chain=arguments.chain, log_dir=str(arguments.log_dir),
+        restarts=int(os.environ.get("SLURM_RESTART_COUNT", "0")), **job_name(os.environ),
+    )  # fmt: skip
+    if arguments.preflight:
+        hosts, code, reason = _good_hosts(arguments, run, job, signals, hosts, all_hosts, nodefile)
+        if code or signals.received:
+            state = "failed" if code else "stopped"
+            logger.error("%s", reason)
+            append_record(run.jobs, job, state=state, exit_code=code, iteration_end=iteration, reason=reason)
+            return code
+    outcome = _start(arguments, run, job, hosts[0], signals)
+    iteration = last_checkpoint(run)
+    code = outcome.exit_code
+    state = ("stopped" if signals.received else "finished") if code == 0 else "failed"
+    if code:
+        show_failure(outcome, arguments.log_dir)
+    elif arguments.must_finish and arguments.train_iters is not None and iteration < arguments.train_iters:
+        code = NOT_FINISHED_EXIT_CODE
+        logger.warning("iteration %d of %d: the chain needs more links.", iteration, arguments.train_iters)
+    append_record(run.jobs, job, state=state, exit_code=code, iteration_end=iteration)
+    return code
+
+
+def _good_hosts(
+    arguments: argparse.Namespace,
+    run: RunDir,
+    job: str,
+    signals: Signals,
+    hosts: list[str],
+    all_hosts: list[str],
+    nodefile: str | None,
+) -> tuple[list[str], int, str]:
+    """Measure the hosts; bad ones give their place to spare ones. Return the hosts, an exit code and what is wrong.
+
+    Every round must find a host that was not known to be bad, so there are at most as many rounds as hosts.
+    """
+    for _ in all_hosts:
+        known = set(excluded_hosts(all_hosts, read_excluded(run.jobs)))
+        code, reason = _preflight(arguments, run, job, hosts[0], signals)
+        bad = excluded_hosts(all_hosts, read_excluded(run.jobs))
+        is_over = code != BAD_NODES_EXIT_CODE or signals.received
+        if is_over or not set(bad) - known or len(all_hosts) - len(bad) < arguments.nodes:
+            return hosts, code, reason
+        logger.warning("%s; spare nodes take their place", reason)
         hosts = _choose_hosts(arguments, run, all_hosts, nodefile)
-        (run.path / "stop_now").unlink(missing_ok=True)  # meant for a job that has ended before it looked
-        append_record(
-            run.jobs, job, state="running", hosts=hosts, iteration_start=iteration, stage=arguments.stage,
-            chain=arguments.chain, log_dir=str(arguments.log_dir),
-            restarts=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
-        )  # fmt: skip
-        if arguments.preflight:
-            code, reason = _preflight(arguments, run, job, hosts[0], signals)
-            while code == BAD_NODES_EXIT_CODE and _num_good(all_hosts, run) >= arguments.nodes:
-                logger.warning("%s; spare nodes take their place", reason)
-                hosts = _choose_hosts(arguments, run, all_hosts, nodefile)
-                append_record(run.jobs, job, hosts=hosts)
-                code, reason = _preflight(arguments, run, job, hosts[0], signals)
-            if code:
-                logger.error("%s", reason)
-                append_record(run.jobs, job, state="failed", exit_code=code, iteration_end=iteration, reason=reason)
-                return code
-        outcome = _start(arguments, run, job, hosts[0], signals)
-        iteration = last_checkpoint(run)
-        code = outcome.exit_code
-        state = ("stopped" if signals.received else "finished") if code == 0 else "failed"
-        if code:
-            show_failure(outcome, arguments.log_dir)
-        elif arguments.must_finish and arguments.train_iters is not None and iteration < arguments.train_iters:
-            code = NOT_FINISHED_EXIT_CODE
-            logger.warning("iteration %d of %d: the chain needs more links.", iteration, arguments.train_iters)
-        append_record(run.jobs, job, state=state, exit_code=code, iteration_end=iteration)
-        return code
+        append_record(run.jobs, job, hosts=hosts)
+    return hosts, code, reason
 
 
 def _choose_hosts(arguments: argparse.Namespace, run: RunDir, hosts: list[str], nodefile: str | None) -> list[str]:
@@ -227,18 +298,17 @@ def _choose_hosts(arguments: argparse.Namespace, run: RunDir, hosts: list[str], 
     return chosen
 
 
-def _num_good(hosts: Sequence[str], run: RunDir) -> int:
-    excluded = read_excluded(run.jobs)
-    return sum(host not in excluded for host in hosts)
-
-
 def _start(arguments: argparse.Namespace, run: RunDir, job: str, host: str, signals: Signals) -> Outcome:
     def ask_to_end(_pid: int, _number: int) -> bool:
         (run.path / "stop_now").touch()  # reaches the ranks on every node, whatever launcher is between
         return True
 
     for attempt in range(PORT_ATTEMPTS):
-        port = rendezvous_port(job_id(os.environ), attempt, array_index(os.environ))
+        if signals.received:
+            return Outcome(128 + signals.received[-1])
+        is_array = arguments.is_array
+        own, task = job_id(os.environ, is_array=is_array), array_index(os.environ, is_array=is_array)
+        port = rendezvous_port(own, attempt, task)
         command = process_command(arguments, host, port, os.environ)
         outcome = run_watched(command, arguments.log_dir, os.environ, signals, ask_to_end)
         if not outcome.port_taken:
@@ -254,6 +324,7 @@ def _preflight(arguments: argparse.Namespace, run: RunDir, job: str, host: str, 
     """
     program = [arguments.program[0], "-m", "megatron_cpt", "preflight", "--run-dir", str(run.path)]
     program += ["--gpus-per-node", str(arguments.gpus_per_node)]
+    program += ["--device", arguments.device] if arguments.device else []
     measured = argparse.Namespace(**{**vars(arguments), "program": program, "log_dir": arguments.log_dir / "preflight"})
     measured.log_dir.mkdir(parents=True, exist_ok=True)
     before = read_excluded(run.jobs)
@@ -272,10 +343,17 @@ def _preflight(arguments: argparse.Namespace, run: RunDir, job: str, host: str, 
 
 def _run_once(arguments: argparse.Namespace, signals: Signals) -> int:
     """Run the program here, its output in the task's own log."""
-    run, job, index = RunDir(arguments.run), job_id(os.environ), array_index(os.environ)
-    is_array = arguments.num_array_tasks > 1
-    task = {"task": index} if is_array else {}
-    append_record(run.jobs, f"{job}/{index}" if is_array else job, state="running", stage=arguments.stage, **task)
+    is_array = arguments.is_array
+    run, index = RunDir(arguments.run), array_index(os.environ, is_array=is_array)
+    job = job_id(os.environ, is_array=is_array)
+    record, task = (f"{job}/{index}", {"task": index}) if is_array else (job, {})
+    words = (
+        arguments.program[arguments.program.index("megatron_cpt") + 1 :] if "megatron_cpt" in arguments.program else ()
+    )
+    append_record(
+        run.jobs, record, state="running", stage=arguments.stage, inputs=fingerprint(arguments.reads, words), **task,
+        **job_name(os.environ),
+    )  # fmt: skip
     holes = {"{array_index}": str(index), "{num_array_tasks}": str(arguments.num_array_tasks)}
     program = [re.sub("|".join(map(re.escape, holes)), lambda hole: holes[hole[0]], word) for word in arguments.program]
     environment = {**os.environ, **process_environment(os.environ, 1)}
@@ -284,16 +362,9 @@ def _run_once(arguments: argparse.Namespace, signals: Signals) -> int:
         log.write(f"$ {shlex.join(program)}\n")
         log.flush()
         process = subprocess.Popen(program, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
-        while True:
-            try:
-                code = process.wait(timeout=0.5)
-                break
-            except subprocess.TimeoutExpired:
-                if signals.received:
-                    process.terminate()
-    code = code if code >= 0 else 128 - code
+        code = wait_passing_signals(process, signals)
     state = "failed" if code else "finished"
-    append_record(run.jobs, f"{job}/{index}" if is_array else job, state=state, exit_code=code)
+    append_record(run.jobs, record, state=state, exit_code=code, outputs=fingerprint(arguments.writes))
     if code:
         logger.error("%s ended with exit code %d, see %s", arguments.stage, code, log_path)
     return code

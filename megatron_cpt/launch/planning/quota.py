@@ -10,9 +10,10 @@ import pwd
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 _SECONDS = 10
 _KIB = 1024
@@ -45,14 +46,21 @@ def tightest_quota(path: Path) -> Quota | None:
 
 
 def _quotas(path: Path) -> Iterator[Quota]:
-    user = pwd.getpwuid(os.getuid()).pw_name
-    group = grp.getgrgid(path.stat().st_gid).gr_name
+    user, group = _name(pwd.getpwuid, os.getuid()), _name(grp.getgrgid, path.stat().st_gid)
     for owner, lustre, linux in ((f"user {user}", "-u", "-u"), (f"group {group}", "-g", "-g")):
         name = owner.split(" ", 1)[1]
         if shutil.which("lfs"):
             yield from _parsed(_output(["lfs", "quota", "-q", lustre, name, str(path)]), None, owner)
         if shutil.which("quota"):
             yield from _parsed(_output(["quota", "-w", "-p", linux, name]), _device(path), owner)
+
+
+def _name(look_up: Callable[[int], Any], number: int) -> str:
+    """Return the name of a user or group, or its number where it has none (in containers): both commands take either."""
+    try:
+        return str(look_up(number)[0])
+    except KeyError:
+        return str(number)
 
 
 def _output(command: list[str]) -> str:

@@ -2,7 +2,7 @@
 
 Every candidate passes the same checks as a run's settings and the memory formula. The order comes from a simple model of
 an iteration, good for ranking and not for predicting: compute at half of a device's peak, tensor and expert parallel traffic
-at the speed inside a node, context, data and pipeline parallel traffic at the speed between nodes, the pipeline's bubble
+at the speed inside a node where the group lies inside one, context, data and pipeline parallel traffic at the speed between nodes, the pipeline's bubble
 (P - 1) / M (arXiv:2104.04473, section 2.2), and a third more compute for full recomputation. Among layouts within 5 percent the one
 with the least model parallelism comes first.
 """
@@ -26,12 +26,35 @@ from megatron_cpt.config.settings.schema import RunConfig
 from megatron_cpt.launch.planning.memory import stage_memories
 from megatron_cpt.launch.planning.model_size import num_active_parameters
 from megatron_cpt.launch.planning.plan import GIB, GPU_RESERVE_BYTES
+from megatron_cpt.launch.scheduler.site import Site
 
-FLOPS = 0.5 * 989e12
-"""Half of an H100's dense bf16 peak (NVIDIA H100 SXM data sheet)."""
-BYTES_INSIDE_NODE, BYTES_BETWEEN_NODES = 300e9, 40e9
-"""Bytes per second and GPU: NVLink 4 and one 400 Gb/s link, at about 70 and 80 percent."""
 MICRO_BATCHES = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """What a rank's device computes and exchanges; the defaults are an H100's (NVIDIA H100 SXM data sheet, dense bf16;
+    NVLink 4 and one 400 Gb/s link, at about 70 and 80 percent)."""
+
+    peak_flops: float = 989e12
+    inside_node: float = 300e9
+    """Bytes per second with other ranks of the node."""
+    between_nodes: float = 40e9
+
+    @property
+    def flops(self) -> float:
+        """Half of the peak, which is what training reaches."""
+        return 0.5 * self.peak_flops
+
+
+def hardware_of(site: Site) -> Hardware:
+    """Return what a site file says of its devices and links."""
+    given = {
+        "peak_flops": (site.gpu_tflops, 1e12),
+        "inside_node": (site.gigabytes_inside_node, 1e9),
+        "between_nodes": (site.gigabytes_between_nodes, 1e9),
+    }
+    return Hardware(**{name: value * unit for name, (value, unit) in given.items() if value is not None})
 
 
 @dataclass(frozen=True)
@@ -54,7 +77,7 @@ class Layout:
         return [*settings, f"training.micro_batch_size={self.config.training.micro_batch_size}"]
 
 
-def search_layouts(config: RunConfig, gpu_memory_bytes: int) -> list[Layout]:
+def search_layouts(config: RunConfig, gpu_memory_bytes: int, hardware: Hardware = Hardware()) -> list[Layout]:
     """Return every layout of the run's nodes that fits into `gpu_memory_bytes` with the reserve, best first."""
     layouts = []
     for candidate in _candidates(config):
@@ -62,7 +85,7 @@ def search_layouts(config: RunConfig, gpu_memory_bytes: int) -> list[Layout]:
             continue
         peak = max(stage.total for stage in stage_memories(candidate))
         if peak + GPU_RESERVE_BYTES <= gpu_memory_bytes:
-            layouts.append(Layout(candidate, peak, iteration_seconds(candidate)))
+            layouts.append(Layout(candidate, peak, iteration_seconds(candidate, hardware)))
     fastest = min((layout.seconds for layout in layouts), default=1.0)
 
     def order(layout: Layout) -> tuple[int, int, float]:
@@ -74,7 +97,7 @@ def search_layouts(config: RunConfig, gpu_memory_bytes: int) -> list[Layout]:
     return sorted(layouts, key=order)
 
 
-def iteration_seconds(config: RunConfig) -> float:
+def iteration_seconds(config: RunConfig, hardware: Hardware = Hardware()) -> float:
     """Return the modelled time of one iteration."""
     model, parallel, training = config.model, config.parallel, config.training
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
@@ -83,26 +106,35 @@ def iteration_seconds(config: RunConfig) -> float:
     tokens = training.seq_length * training.micro_batch_size / cp
     element = 2 if training.precision == "bf16" else 4
     embedding = padded_vocab_size(model) * model.hidden_size
-    compute = 6 * (num_active_parameters(model) - embedding) / (tp * pp) * tokens / FLOPS
+    compute = 6 * (num_active_parameters(model) - embedding) / (tp * pp) * tokens / hardware.flops
     compute *= 4 / 3 if parallel.recompute_granularity == "full" else 1
     layers = model.num_layers / pp
     boundary = tokens * model.hidden_size * element
-    inside = layers * 8 * boundary * (tp - 1) / tp / BYTES_INSIDE_NODE
+    # a group that does not fit into a node, or that two nodes share, goes at the speed between nodes
+    tensor_speed = hardware.inside_node if _is_inside(tp, config) else hardware.between_nodes
+    inside = layers * 8 * boundary * (tp - 1) / tp / tensor_speed
     if model.num_moe_experts:
-        speed = BYTES_INSIDE_NODE if ep * tp <= config.launch.gpus_per_node else BYTES_BETWEEN_NODES
+        speed = hardware.inside_node if _is_inside(ep * tp, config) else hardware.between_nodes
         inside += layers * 4 * boundary * model.moe_router_topk * (ep - 1) / ep / speed
     keys = 2 * num_query_groups(model) * kv_channels(model) / tp * training.seq_length * training.micro_batch_size
-    between = layers * 3 * keys * element * (cp - 1) / cp / BYTES_BETWEEN_NODES
-    between += (4 * boundary / tp / BYTES_BETWEEN_NODES) if pp > 1 else 0
+    between = layers * 3 * keys * element * (cp - 1) / cp / hardware.between_nodes
+    between += (4 * boundary / tp / hardware.between_nodes) if pp > 1 else 0
     small = 1 + 1024 / tokens  # launching kernels costs as much as about a thousand tokens
     bubble = (pp - 1) / (micro_batches * (parallel.virtual_pipeline_model_parallel_size or 1))
-    gradients = stage_memories(config)[0].gradients * 1.5 / BYTES_BETWEEN_NODES if data_parallel_size(config) > 1 else 0
+    gradients = (
+        stage_memories(config)[0].gradients * 1.5 / hardware.between_nodes if data_parallel_size(config) > 1 else 0
+    )
     return micro_batches * (compute * small + inside + between) * (1 + bubble) + gradients
 
 
-def search_text(config: RunConfig, gpu_memory_bytes: int, limit: int = 8) -> str:
+def _is_inside(group: int, config: RunConfig) -> bool:
+    """Return whether every group of so many consecutive ranks lies inside one node."""
+    return config.launch.nodes == 1 or config.launch.gpus_per_node % group == 0
+
+
+def search_text(config: RunConfig, gpu_memory_bytes: int, limit: int = 8, hardware: Hardware = Hardware()) -> str:
     """Return the best layouts as a table, and the first one's settings."""
-    layouts = search_layouts(config, gpu_memory_bytes)
+    layouts = search_layouts(config, gpu_memory_bytes, hardware)
     where = f"{config.launch.nodes} x {config.launch.gpus_per_node} GPUs of {gpu_memory_bytes / GIB:.0f} GiB"
     if not layouts:
         return (
@@ -125,7 +157,9 @@ def search_text(config: RunConfig, gpu_memory_bytes: int, limit: int = 8) -> str
 def _candidates(config: RunConfig) -> Iterator[RunConfig]:
     world, model = world_size(config), config.model
     experts = model.num_moe_experts or 1
-    for tp in _powers(min(config.launch.gpus_per_node, model.num_attention_heads)):
+    per_node = config.launch.gpus_per_node
+    sizes = [size for size in range(1, min(per_node, model.num_attention_heads) + 1) if per_node % size == 0]
+    for tp in sizes:
         for pp in (size for size in range(1, model.num_layers + 1) if model.num_layers % size == 0):
             for cp in _powers(world if config.training.seq_length > 8192 else 1):
                 if world % (tp * pp * cp):

@@ -6,14 +6,18 @@ failed first.
 """
 
 import contextlib
+import itertools
 import logging
 import os
 import signal
 import socket
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO, Any, TextIO
 
 from megatron_cpt.errors import LaunchError
 from megatron_cpt.launch.node.processes import (
@@ -24,13 +28,17 @@ from megatron_cpt.launch.node.processes import (
     process_environment,
     run_watched,
     show_failure,
+    wait_passing_signals,
 )
+from megatron_cpt.launch.scheduler.queue import JobState
 from megatron_cpt.run.directory import RunDir
-from megatron_cpt.run.ledger import append_record
+from megatron_cpt.run.ledger import ACTIVE_STATES, append_record
 from megatron_cpt.run.lock import run_lock
+from megatron_cpt.run.made_of import fingerprint
 
 logger = logging.getLogger(__name__)
 
+_NUMBERS = itertools.count()
 PORT_ATTEMPTS = 4
 """Ports tried before a job is given up; another process can take a free port before torchrun binds it."""
 
@@ -44,6 +52,8 @@ def run_local(
     stage: str = "train",
     program: Sequence[str] = ("-m", "megatron_cpt", "train"),
     port: int | None = None,
+    job: str | None = None,
+    fields: Mapping[str, object] | None = None,
 ) -> int:
     """Run `python PROGRAM ARGUMENTS` on `num_ranks` local ranks; return the exit code of the rank that failed first.
 
@@ -52,7 +62,7 @@ def run_local(
 
     Raises: LaunchError when another job holds the run or no port can be bound.
     """
-    job = f"local-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"
+    job = job or job_name()
     log_dir = run.logs / job
     with run_lock(run.jobs / "lock.json", job), caught_signals() as signals:
         log_dir.mkdir(parents=True, exist_ok=True)
@@ -68,6 +78,7 @@ def run_local(
             host=socket.gethostname(),
             ranks=num_ranks,
             log_dir=str(log_dir),
+            **(fields or {}),
         )
         logger.info("job %s: %d ranks, logs in %s", job, num_ranks, log_dir)
         exit_code, state, restarts = 1, "failed", 0
@@ -87,6 +98,85 @@ def run_local(
         finally:
             append_record(run.jobs, job, state=state, exit_code=exit_code, restarts=restarts)
         return exit_code
+
+
+def run_once(
+    run: RunDir, job: str, stage: str, name: str, words: Sequence[str], reads: Sequence[str], writes: Sequence[str]
+) -> int:
+    """Run `megatron-cpt WORDS` as a process of this machine, shown here and kept in the job's log; return its exit code.
+
+    The ledger says from what it was made (`run/made_of.py`). A signal is passed on to it.
+    """
+    log_dir = run.logs / job
+    log_dir.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "megatron_cpt", *words]
+    append_record(
+        run.jobs, job, stage=stage, name=name, scheduler="local", state="running", command=command, pid=os.getpid(),
+        host=socket.gethostname(), log_dir=str(log_dir), inputs=fingerprint(reads, words),
+    )  # fmt: skip
+    own = process_environment(os.environ, 1)
+    environment = {**own, **os.environ, "PYTHONPATH": own["PYTHONPATH"]}
+    code, state = 1, "failed"
+    try:
+        with caught_signals() as signals, (log_dir / "task_00000.log").open("ab") as log:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+            )
+            shown = [
+                threading.Thread(target=_copy, args=(pipe, target, log), daemon=True)
+                for pipe, target in ((process.stdout, sys.stdout), (process.stderr, sys.stderr))
+            ]
+            for thread in shown:
+                thread.start()
+            code = wait_passing_signals(process, signals)
+            for thread in shown:
+                thread.join()
+            state = "cancelled" if code and signals.received else "failed" if code else "finished"
+    finally:
+        append_record(run.jobs, job, state=state, exit_code=code, outputs=fingerprint(writes))
+    return code
+
+
+def job_name() -> str:
+    """Return the id of a new job of this machine."""
+    return f"local-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}-{next(_NUMBERS)}"
+
+
+def job_state(record: Mapping[str, Any]) -> JobState:
+    """Return the state of a local job from what the ledger says of it and whether its process is there."""
+    state = str(record.get("state", "unknown"))
+    if state not in ACTIVE_STATES:
+        ended = {"stopped": "finished"}.get(state, state)
+        return JobState(ended, str(record.get("reason", "")), record.get("exit_code"))
+    if record.get("host") != socket.gethostname():
+        return JobState("running", f"on {record.get('host')}, not seen from here")
+    return JobState("running") if _is_alive(record) else JobState("gone", "its process is gone")
+
+
+def end_job(record: Mapping[str, Any]) -> None:
+    """Ask a local job of this machine to save and end."""
+    if record.get("state") == "running" and record.get("host") == socket.gethostname() and _is_alive(record):
+        os.kill(int(record["pid"]), signal.SIGTERM)
+
+
+def _is_alive(record: Mapping[str, Any]) -> bool:
+    try:
+        os.kill(int(record["pid"]), 0)
+    except (ProcessLookupError, KeyError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _copy(pipe: IO[bytes], target: TextIO, log: IO[bytes]) -> None:
+    """Copy a pipe to the terminal and to the log as it comes; a closed terminal does not end the job."""
+    while chunk := os.read(pipe.fileno(), 1 << 16):
+        log.write(chunk)
+        log.flush()
+        with contextlib.suppress(OSError, ValueError):
+            target.write(chunk.decode(errors="replace"))
+            target.flush()
 
 
 def local_environment(environment: Mapping[str, str], num_ranks: int) -> dict[str, str]:

@@ -67,6 +67,12 @@ class Site:
     """Most tasks of one array job."""
     gpu_memory_gib: float | None = None
     """Memory of one GPU, for `plan`."""
+    gpu_tflops: float | None = None
+    """Dense bf16 peak of one rank's device in TFLOP/s, for `plan --search`; an H100's 989 where it is not given."""
+    gigabytes_inside_node: float | None = None
+    """GB/s that a rank exchanges with others of its node (300: NVLink 4)."""
+    gigabytes_between_nodes: float | None = None
+    """GB/s that a rank exchanges with other nodes (40: a 400 Gb/s link)."""
     preflight: bool = False
     """Measure the nodes before each training job; bad ones end it early and are avoided by the next."""
     stages: dict[str, StageResources] = field(default_factory=dict)

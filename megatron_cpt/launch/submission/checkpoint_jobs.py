@@ -5,28 +5,23 @@ time. What has its result already, or a job in the queue, is not submitted again
 """
 
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_cpt.config.settings.schema import RunConfig
 from megatron_cpt.errors import LaunchError
-from megatron_cpt.launch.node.processes import process_environment
-from megatron_cpt.launch.scheduler import queue
-from megatron_cpt.launch.scheduler.job import parse_dependency
-from megatron_cpt.launch.scheduler.render import render_job
-from megatron_cpt.launch.submission.graph import Stage
-from megatron_cpt.launch.submission.submit import Submission, live_jobs, show_dry_run, stage_job, submit_stage
-from megatron_cpt.launch.submission.validate import check_site
+from megatron_cpt.launch.submission.chain import Submitted
+from megatron_cpt.launch.submission.executor import executor_of
+from megatron_cpt.launch.submission.graph import current_stages, held_out_texts, text_words
+from megatron_cpt.launch.submission.submit import Submission
+from megatron_cpt.launch.submission.work import Work
 from megatron_cpt.run.directory import RunDir
 from megatron_cpt.run.lock import run_lock
 
 logger = logging.getLogger(__name__)
 
 
-def checkpoint_stages(submission: Submission, harness_tasks: Sequence[str], every: int | None = None) -> list[Stage]:
+def checkpoint_stages(submission: Submission, harness_tasks: Sequence[str], every: int | None = None) -> list[Work]:
     """Return one stage per checkpoint on disk, or per multiple of `every` and the last one.
 
     Raises: LaunchError when the run has no checkpoint, or the task no held-out text and no harness task is given.
@@ -44,66 +39,53 @@ def checkpoint_stages(submission: Submission, harness_tasks: Sequence[str], ever
         model = ("--model", f"{name}={path}", *tokenizer)
         if harness_tasks:
             output = run.report / "harness"
-            arguments = ("evaluate", "harness", *model, "--tasks", ",".join(harness_tasks), "--output", str(output))
+            words = ("evaluate", "harness", *model, "--tasks", ",".join(harness_tasks), "--output", str(output))
             stages.append(
-                Stage(
-                    name=f"harness-{name}", stage="evaluate", arguments=arguments,
-                    is_done=any((output / name).rglob("results*.json")),
+                Work(
+                    name=f"harness-{name}",
+                    stage="evaluate",
+                    words=words,
+                    reads=(str(path),),
+                    writes=(str(output / name),),
                 )
-            )  # fmt: skip
+            )
             continue
         result = run.report / "perplexity" / f"{name}.json"
-        arguments = ("evaluate", "perplexity", *model, *_texts(config), "--output", str(result))
-        stages.append(Stage(name=f"perplexity-{name}", stage="evaluate", arguments=arguments, is_done=result.is_file()))
+        words = ("evaluate", "perplexity", *model, *_texts(config), "--output", str(result))
+        read = (str(path), *(text for texts in held_out_texts(config).values() for text in texts))
+        stages.append(Work(name=f"perplexity-{name}", stage="evaluate", words=words, reads=read, writes=(str(result),)))
     return stages
 
 
-def submit_checkpoint_jobs(submission: Submission, stages: Sequence[Stage]) -> list[str]:
-    """Submit a job per stage that is missing; return the ids (none in a dry run).
+def submit_checkpoint_jobs(submission: Submission, stages: Sequence[Work]) -> Submitted:
+    """Measure every checkpoint: here one after the other, on a cluster a job each, but those measured already.
 
     Raises: LaunchError before anything is queued.
     """
-    scheduler = submission.scheduler
-    check_site(submission.loaded.config, submission.site)
-    waits = parse_dependency(submission.depend, scheduler) if submission.depend else ()
+    executor = executor_of(submission)
+    problems = executor.problems()
+    waits = executor.shown_parents()
     if submission.dry_run:
         for stage in stages:
-            if stage.is_done:
-                sys.stdout.write(f"# {stage.name}: done\n\n")
-                continue
-            job = stage_job(submission, stage.stage, stage.arguments, name=stage.name)
-            script = submission.run.jobs / f"{job.log_dir.name}.sh"
-            show_dry_run(script, render_job(job, scheduler), queue.submit_command(scheduler, script, waits))
-        return []
-    queue.check_commands(scheduler)
-    queue.check_dependencies(scheduler, waits)
+            executor.show(stage, waits)
+    if problems:
+        raise LaunchError("\n".join(problems))
+    if submission.dry_run:
+        return Submitted()
     ids = []
+    current = current_stages(submission, stages)
     with run_lock(submission.run.jobs / "submit.lock", "another submission"):
+        executor.begin()
         for stage in stages:
-            alive = [] if stage.is_done else live_jobs(submission, stage.stage, stage.name)
-            if stage.is_done or alive:
-                logger.info(
-                    "%-24s %s", stage.name, "done" if stage.is_done else f"job {alive[-1]} is queued or running"
-                )
+            alive = [] if stage.name in current else executor.live(stage.stage, stage.name)
+            if stage.name in current or alive:
+                state = f"job {alive[-1]} is queued or running" if alive else "done"
+                logger.info("%-24s %s", stage.name, state)
                 continue
-            ids.append(submit_stage(submission, stage.stage, stage.arguments, dependencies=waits, name=stage.name))
-    return ids
-
-
-def run_checkpoint_jobs(submission: Submission, stages: Sequence[Stage]) -> int:
-    """Run what is missing on this machine, one after the other; return the first exit code that is not 0."""
-    environment = {**os.environ, "PYTHONPATH": process_environment(os.environ, 1)["PYTHONPATH"]}
-    for stage in stages:
-        if stage.is_done:
-            logger.info("%-24s done", stage.name)
-        elif submission.dry_run:
-            sys.stdout.write(f"$ megatron-cpt {' '.join(stage.arguments)}\n")
-        else:
-            command = [sys.executable, "-m", "megatron_cpt", *stage.arguments]
-            code = subprocess.run(command, env=environment, check=False).returncode
-            if code:
-                return code if code > 0 else 128 - code
-    return 0
+            ids.append(executor.submit(stage, waits))
+            if code := 0 if executor.waits else executor.states(ids[-1:])[ids[-1]].exit_code:
+                return Submitted(ids=tuple(ids), exit_code=code)
+    return Submitted(ids=tuple(ids))
 
 
 def _models(run: RunDir) -> dict[int, Path]:
@@ -123,10 +105,7 @@ def _tokenizer(config: RunConfig) -> tuple[str, ...]:
 
 
 def _texts(config: RunConfig) -> list[str]:
-    words: list[str] = []
-    for name, corpus in config.data.corpora.items():
-        for path in corpus.validation_documents:
-            words += ["--text", f"{name}={Path(config.paths.data_dir) / path}"]
+    words = text_words(config)
     if not words:
         raise LaunchError(
             "data.corpora: no corpus has validation_documents. Texts to measure are needed. Name them, or use --harness."

@@ -1,84 +1,80 @@
-"""What a run consists of: its stages as a graph, and which of them are there already.
+"""What a run consists of: its stages as a graph, and which of them are current.
 
-A stage is missing when its results are not on disk; `pipeline.py` submits or runs what is missing.
+On this machine every stage is called, and its verb says what it keeps. On a cluster a job costs a wait, so a stage is left
+out whose last job finished and whose inputs and outputs are those of that job (`run/made_of.py`).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_cpt.config.settings.derived import stage_corpora, train_iters
+from megatron_cpt.config.settings.held_out import DOCUMENTS, VALIDATION, split_dir, training_documents
 from megatron_cpt.config.settings.schema import CorpusConfig, RunConfig
+from megatron_cpt.data.shards.corpus_documents import document_inputs
 from megatron_cpt.errors import ConfigError, LaunchError
 from megatron_cpt.launch.submission.submit import Submission
+from megatron_cpt.launch.submission.work import Link, Work
 from megatron_cpt.run.directory import RunDir, run_dir
 from megatron_cpt.run.ledger import read_jobs
+from megatron_cpt.run.made_of import fingerprint
 from megatron_cpt.run.progress import last_checkpoint
 
 TOKENS_SUFFIX = "_text_document"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """One node of the graph."""
-
-    name: str
-    """Unique in the graph: `tokenize-D0`, `train` ..."""
-    stage: str
-    """Kind, as in the site file's `stages`."""
-    arguments: tuple[str, ...]
-    """Of `megatron-cpt`."""
-    needs: tuple[str, ...] = ()
-    is_done: bool = False
-    num_array_tasks: int | None = None
-
-
-def pipeline_stages(submission: Submission, *, num_array_tasks: int = 1, soup_last: int = 0) -> list[Stage]:
+def pipeline_stages(submission: Submission, *, num_array_tasks: int = 1, soup_last: int = 0) -> list[Work]:
     """Return the graph in an order in which every stage comes after those it needs.
 
     Raises: ConfigError when a corpus has documents but says not where its tokens go.
     """
     config, run, options = submission.loaded.config, submission.run, submission.run_arguments
     iterations = train_iters(config.training)
-    stages = _tokenize_stages(config, num_array_tasks, run)
+    stages = _tokenize_stages(config, num_array_tasks)
     tokenized = tuple(stage.name for stage in stages)
-    is_trained = last_checkpoint(run) >= iterations
+    tokens = _token_paths(config)
     stages.append(
-        Stage(
+        Work(
             name="build-index",
             stage="build-index",
-            arguments=("blend", "build-index", *options),
+            words=("blend", "build-index", *options),
             needs=tokenized,
-            is_done=is_trained or _has_finished(run, "build-index"),
+            reads=tokens,
         )
     )
     before_training = ["build-index"]
-    source = Path(config.init.from_path or "")
-    if config.init.from_path and (source / "config.json").is_file():
-        multiple = str(config.model.make_vocab_size_divisible_by)
+    source = config.init.from_path
+    if source and (Path(source) / "config.json").is_file():
         stages.append(
-            Stage(
+            Work(
                 name="convert-in",
                 stage="convert",
-                arguments=("convert", "hf-to-mcore", str(source), str(run.path / "init"),
-                           "--make-vocab-size-divisible-by", multiple),
-                is_done=is_trained or (run.path / "init" / "release" / "manifest.json").is_file(),
+                words=("convert", "init", *options),
+                reads=(source,),
+                writes=(str(run.path / "init"),),
             )
-        )  # fmt: skip
+        )
         before_training.append("convert-in")
     stages.append(
-        Stage(
-            name="train", stage="train", arguments=("train", *options), needs=tuple(before_training), is_done=is_trained
+        Work(
+            name="train",
+            stage="train",
+            words=("train", *options),
+            needs=tuple(before_training),
+            on_ranks=True,
+            link=Link(number=1),
         )
     )
     last_export = run.checkpoints_hf / f"iter_{iterations:07d}"
     stages.append(
-        Stage(
+        Work(
             name="convert-out",
             stage="convert",
-            arguments=("convert", "all", *options),
+            words=("convert", "all", *options),
             needs=("train",),
-            is_done=(last_export / "config.json").is_file(),
+            reads=(str(run.checkpoints),),
+            writes=(str(run.checkpoints_hf),),
         )
     )
     after_training = [("cpt", last_export)]
@@ -93,18 +89,19 @@ def pipeline_stages(submission: Submission, *, num_array_tasks: int = 1, soup_la
         if config.init.from_path is not None:
             compared = ("--evaluation", str(run.report / "evaluation" / "forgetting.json"))
     stages.append(
-        Stage(
+        Work(
             name="report",
             stage="report",
-            arguments=("report", str(run.path), "--output", str(run.report), *compared),
+            words=("report", str(run.path), "--output", str(run.report), *compared),
             needs=(stages[-1].name,),
-            is_done=(run.report / "report.md").is_file() and is_trained,
+            reads=(str(run.metrics_path), *compared[1:]),
+            writes=(str(run.report / "report.md"),),
         )
     )
     return stages
 
 
-def chosen_stages(stages: Sequence[Stage], only: Sequence[str]) -> list[Stage]:
+def chosen_stages(stages: Sequence[Work], only: Sequence[str]) -> list[Work]:
     """Return the stages named, or of the kinds named, in `only`; all of them when it is empty.
 
     Raises: LaunchError naming the stages there are.
@@ -116,22 +113,87 @@ def chosen_stages(stages: Sequence[Stage], only: Sequence[str]) -> list[Stage]:
     return [stage for stage in stages if not only or stage.name in only or stage.stage in only]
 
 
-def _tokenize_stages(config: RunConfig, num_array_tasks: int, run: RunDir) -> list[Stage]:
+def current_stages(submission: Submission, stages: Sequence[Work]) -> set[str]:
+    """Return the names of the stages that are made of their inputs as these are now, and so are those they need."""
+    run, jobs = submission.run, read_jobs(submission.run.jobs)
+    by_name = {stage.name: stage for stage in stages}
+    is_trained = last_checkpoint(run) >= train_iters(submission.loaded.config.training)
+    settled = {"train", "build-index", "convert-in"} if is_trained else set()  # a trained run is not trained again
+    alone = settled | {
+        stage.name
+        for stage in stages
+        if stage.link is None and _is_current(stage, jobs, has_outputs=stage.joined_by is None)
+    }
+    current: set[str] = set()
+    for stage in stages:
+        joined = stage.joined_by is None or stage.joined_by in alone
+        needed = () if stage.name in settled else stage.needs
+        if stage.name in alone and joined and all(name in current for name in needed if name in by_name):
+            current.add(stage.name)
+    return current
+
+
+def _is_current(stage: Work, jobs: Mapping[str, Mapping[str, Any]], *, has_outputs: bool) -> bool:
+    """Return whether the newest job of this name finished, made of these inputs, and its outputs are as it left them."""
+    newest = next((job for job in reversed(list(jobs)) if jobs[job].get("name") == stage.name and "/" not in job), None)
+    if newest is None:
+        return False
+    records: list[Mapping[str, Any]] = [jobs[newest]]
+    if jobs[newest].get("num_array_tasks"):
+        records = [record for job, record in jobs.items() if job.startswith(f"{newest}/")]
+        if len(records) < int(jobs[newest]["num_array_tasks"]):
+            return False
+    inputs = fingerprint(stage.reads, stage.words)
+    if any(record.get("state") != "finished" or record.get("inputs") != inputs for record in records):
+        return False
+    last = max(records, key=lambda record: float(record.get("time") or 0))
+    return not has_outputs or last.get("outputs") == fingerprint(stage.writes)
+
+
+def _token_paths(config: RunConfig) -> tuple[str, ...]:
+    data_dir = Path(config.paths.data_dir)
+    paths: list[str] = []
+    for corpus in config.data.corpora.values():
+        paths += [str(data_dir / pattern) for pattern in (*corpus.tokens, *corpus.validation)]
+    return tuple(paths)
+
+
+def _tokenize_stages(config: RunConfig, num_array_tasks: int) -> list[Work]:
     stages = []
     read = stage_corpora(config.data)
     for name, corpus in config.data.corpora.items():
         parts: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = []
+        split: tuple[str, ...] = ()
+        if corpus.held_out is not None and name in read:
+            stages.append(_split_stage(config, name, corpus))
+            split = (stages[-1].name,)
         if name in read:
-            parts.append((f"tokenize-{name}", corpus.documents, corpus.tokens))
+            parts.append((f"tokenize-{name}", training_documents(name, corpus), corpus.tokens))
         parts.append((f"tokenize-{name}-validation", corpus.validation_documents, corpus.validation))
         for label, documents, tokens in parts:
             if documents and tokens:
                 # a validation set is small: one job
                 tasks = 1 if label.endswith("-validation") else num_array_tasks
-                stages += _tokenize_corpus(config, label, documents, tokens[0], tasks, run)
+                made = _tokenize_corpus(config, label, documents, tokens[0], tasks)
+                stages += [dataclasses.replace(stage, needs=stage.needs or split) for stage in made]
             elif documents and not tokens and not label.endswith("validation"):
                 raise ConfigError(_no_tokens(name, corpus))
     return stages
+
+
+def _split_stage(config: RunConfig, name: str, corpus: CorpusConfig) -> Work:
+    """Return the job that takes a corpus's held-out documents apart."""
+    output = Path(config.paths.data_dir) / split_dir(name)
+    documents = document_inputs(config, corpus.documents)
+    inputs = [f"{DOCUMENTS}={path}" for path in documents]
+    words = ("data", "split", *inputs, "--name", VALIDATION, "--fraction", repr(corpus.held_out), "--compress")
+    return Work(
+        name=f"split-{name}",
+        stage="tokenize",
+        words=(*words, "--output", str(output)),
+        reads=tuple(documents),
+        writes=(str(output),),
+    )
 
 
 def _no_tokens(name: str, corpus: CorpusConfig) -> str:
@@ -142,38 +204,41 @@ def _no_tokens(name: str, corpus: CorpusConfig) -> str:
 
 
 def _tokenize_corpus(
-    config: RunConfig, label: str, documents: tuple[str, ...], tokens: str, num_array_tasks: int, run: RunDir
-) -> list[Stage]:
+    config: RunConfig, label: str, documents: tuple[str, ...], tokens: str, num_array_tasks: int
+) -> list[Work]:
     """Return the job that makes a corpus's token files; an array that makes parts of one shard needs one that joins them."""
     data_dir = Path(config.paths.data_dir)
-    arguments = ["tokenize", "--input", *(str(data_dir / pattern) for pattern in documents)]
-    arguments += ["--tokenizer", str(data_dir / (config.data.tokenizer or ""))]
+    inputs = document_inputs(config, documents)
+    tokenizer = str(data_dir / (config.data.tokenizer or ""))
+    words = ["tokenize", "--input", *inputs, "--tokenizer", tokenizer]
     target = data_dir / tokens
     is_one_shard = tokens.endswith(TOKENS_SUFFIX)
     if is_one_shard:
-        arguments += ["--output-prefix", str(target).removesuffix(TOKENS_SUFFIX)]
+        words += ["--output-prefix", str(target).removesuffix(TOKENS_SUFFIX)]
+        made = str(target)
     else:
-        arguments += ["--output-dir", str(target).split("*", 1)[0].rstrip("/")]
-    files = [target.with_name(target.name + suffix) for suffix in (".bin", ".idx", ".json")]
-    is_whole = is_one_shard and all(path.is_file() for path in files)
+        made = str(target).split("*", 1)[0].rstrip("/")
+        words += ["--output-dir", made]
     is_array = num_array_tasks > 1
     if is_array:
-        arguments += ["--shard", "{array_index}/{num_array_tasks}"]
-    stage = Stage(
+        words += ["--shard", "{array_index}/{num_array_tasks}"]
+    join = label.replace("tokenize-", "merge-", 1) if is_array and is_one_shard else None
+    stage = Work(
         name=label,
         stage="tokenize",
-        arguments=tuple(arguments),
-        is_done=is_whole or ((is_array or not is_one_shard) and _has_finished(run, label)),
+        words=tuple(words),
         num_array_tasks=num_array_tasks if is_array else None,
+        reads=(*inputs, tokenizer),
+        writes=(made,),
+        joined_by=join,
     )
-    if not (is_array and is_one_shard):
+    if join is None:
         return [stage]
-    join = ("data", "merge", "--output-prefix", str(target), "--remove-inputs")
-    name = label.replace("tokenize-", "merge-", 1)
-    return [stage, Stage(name=name, stage="tokenize", arguments=join, needs=(label,), is_done=is_whole)]
+    merge = ("data", "merge", "--output-prefix", str(target), "--remove-inputs", "--replace")
+    return [stage, Work(name=join, stage="tokenize", words=merge, needs=(label,), writes=(str(target),))]
 
 
-def _soup_stage(config: RunConfig, run: RunDir, output: Path, soup_last: int, iterations: int) -> Stage:
+def _soup_stage(config: RunConfig, run: RunDir, output: Path, soup_last: int, iterations: int) -> Work:
     interval = config.checkpoint.save_interval
     saved = [*range(interval, iterations, interval), iterations]
     if len(saved) < soup_last:
@@ -183,61 +248,68 @@ def _soup_stage(config: RunConfig, run: RunDir, output: Path, soup_last: int, it
             f"--soup-last {soup_last}: checkpoint.keep_last keeps {config.checkpoint.keep_last}. Raise it to {soup_last}."
         )
     models = [str(run.checkpoints_hf / f"iter_{iteration:07d}") for iteration in saved[-soup_last:]]
-    return Stage(
+    return Work(
         name="soup",
         stage="soup",
-        arguments=("soup", "--inputs", *models, "--output", str(output)),
+        words=("soup", "--inputs", *models, "--output", str(output)),
         needs=("convert-out",),
-        is_done=(output / "config.json").is_file(),
+        reads=tuple(models),
+        writes=(str(output),),
     )
 
 
-def _evaluation_stage(config: RunConfig, run: RunDir, models: Sequence[tuple[str, Path]], needs: str) -> Stage | None:
-    """Return bits per byte of the stage's start and end on every held-out text; None where there is no such text."""
-    data_dir = Path(config.paths.data_dir)
-    arguments = ["evaluate", "perplexity"]
-    source = config.init.from_path
-    if source is not None:
-        arguments = ["evaluate", "forgetting", "--model", f"base={_base_model(config, source)}"]
-    for name, path in models:
-        arguments += ["--model", f"{name}={path}"]
-    texts = [
-        f"{name}={data_dir / path}"
+def held_out_texts(config: RunConfig) -> dict[str, list[str]]:
+    """Return corpus -> paths of its held-out documents, for those that have some."""
+    return {
+        name: document_inputs(config, corpus.validation_documents)
         for name, corpus in config.data.corpora.items()
-        for path in corpus.validation_documents
+        if corpus.validation_documents
+    }
+
+
+def text_words(config: RunConfig) -> list[str]:
+    """Return `--text NAME=PATH` for every held-out text."""
+    return [
+        word
+        for name, paths in held_out_texts(config).items()
+        for path in paths
+        for word in ("--text", f"{name}={path}")
     ]
-    for text in texts:
-        arguments += ["--text", text]
+
+
+def _evaluation_stage(config: RunConfig, run: RunDir, models: Sequence[tuple[str, Path]], needs: str) -> Work | None:
+    """Return bits per byte of the stage's start and end on every held-out text; None where there is no such text."""
+    texts = text_words(config)
     if not texts:
         return None
+    words = ["evaluate", "perplexity"]
+    source = config.init.from_path
+    measured: list[str] = [str(path) for _, path in models]
+    if source is not None:
+        base = _base_model(config, source)
+        words = ["evaluate", "forgetting", "--model", f"base={base}"]
+        measured.append(base)
+    for name, path in models:
+        words += ["--model", f"{name}={path}"]
+    words += texts
     if config.data.tokenizer:
-        arguments += ["--tokenizer", str(data_dir / config.data.tokenizer)]
+        words += ["--tokenizer", str(Path(config.paths.data_dir) / config.data.tokenizer)]
     output = run.report / "evaluation"
     result = output / ("perplexity.json" if source is None else "forgetting.json")
-    arguments += ["--output", str(result if source is None else output)]
-    is_done = result.is_file()
-    return Stage(name="evaluate", stage="evaluate", arguments=tuple(arguments), needs=(needs,), is_done=is_done)
+    words += ["--output", str(result if source is None else output)]
+    return Work(
+        name="evaluate",
+        stage="evaluate",
+        words=tuple(words),
+        needs=(needs,),
+        reads=(*measured, *(path for paths in held_out_texts(config).values() for path in paths)),
+        writes=(str(result),),
+    )
 
 
 def _base_model(config: RunConfig, source: str) -> str:
     if not source.startswith("variant:"):
         return source
-    import dataclasses
-
     name, _, iteration = source.removeprefix("variant:").partition("@")
     checkpoints = run_dir(dataclasses.replace(config, variant=name)).checkpoints
     return str(checkpoints / f"iter_{int(iteration):07d}" if iteration else checkpoints)
-
-
-def _has_finished(run: RunDir, name: str) -> bool:
-    """Return whether the ledger knows a finished job of this name; all tasks of an array must have finished."""
-    jobs = read_jobs(run.jobs)
-    for job, record in jobs.items():
-        if record.get("name") != name or "/" in job:
-            continue
-        tasks = [other for identifier, other in jobs.items() if identifier.startswith(f"{job}/")]
-        expected = record.get("num_array_tasks") or 0
-        states = [task.get("state") for task in tasks] if expected else [record.get("state")]
-        if states and all(state == "finished" for state in states) and len(states) >= expected:
-            return True
-    return False

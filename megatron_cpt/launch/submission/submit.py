@@ -1,29 +1,24 @@
-"""Submission: check everything on this node first, then hand jobs to their scheduler and note them in the ledger."""
+"""What a submission is, and the job of each piece of its work."""
 
 import dataclasses
+import json
 import logging
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_cpt.config.loading.resolve import LoadedConfig
 from megatron_cpt.config.settings.derived import train_iters
 from megatron_cpt.errors import LaunchError
-from megatron_cpt.files import write_text
 from megatron_cpt.launch.node.preflight import excluded_path, read_excluded
 from megatron_cpt.launch.node.supervisor import HOSTFILE
-from megatron_cpt.launch.scheduler import queue
-from megatron_cpt.launch.scheduler.job import Dependency, Job, parse_dependency
-from megatron_cpt.launch.scheduler.render import render_job
+from megatron_cpt.launch.scheduler.job import Job
 from megatron_cpt.launch.scheduler.site import Site
-from megatron_cpt.launch.submission.validate import check_site, check_training
+from megatron_cpt.launch.submission.work import Link, Work
 from megatron_cpt.run.directory import RunDir, run_dir
-from megatron_cpt.run.ledger import append_record, read_jobs
-from megatron_cpt.run.lock import run_lock
-from megatron_cpt.run.progress import last_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +43,7 @@ class Submission:
 
     @property
     def scheduler(self) -> str:
-        """pbs or slurm."""
+        """local, pbs or slurm."""
         return self.loaded.config.launch.scheduler
 
     @property
@@ -57,99 +52,43 @@ class Submission:
         return RunDir((self.work_dir / run_dir(self.loaded.config).path).absolute())
 
 
-def submit_chain(submission: Submission, *, num_links: int = 1, max_failures: int = 2) -> list[str]:
-    """Submit training as `num_links` jobs, each after the one before; return their ids (none in a dry run).
-
-    Links of the run that are queued or running already count: only the missing ones are submitted, behind them.
-
-    Raises: LaunchError, DataError, ConfigError before anything is queued.
-    """
-    if num_links < 1:
-        raise LaunchError(f"--chain {num_links}: a chain has at least one link. Give 1 or more.")
-    check_site(submission.loaded.config, submission.site)
-    iterations = train_iters(submission.loaded.config.training)
-    if last_checkpoint(submission.run) >= iterations:
-        logger.info("%s: finished at iteration %d, nothing to submit", submission.run.path, iterations)
-        return []
-    check_training(submission.loaded, submission.run)
-    dependencies = parse_dependency(submission.depend, submission.scheduler) if submission.depend else ()
-    if submission.dry_run:
-        jobs = [
-            training_job(submission, link, must_finish=link == num_links, max_failures=max_failures)
-            for link in range(1, num_links + 1)
-        ]
-        _print_dry_run(submission, jobs, dependencies)
-        return []
-    queue.check_commands(submission.scheduler)
-    queue.check_dependencies(submission.scheduler, dependencies)
-    with run_lock(submission.run.jobs / "submit.lock", "another submission"):
-        alive = live_jobs(submission, "train")
-        if alive and num_links == 1:
-            raise LaunchError(
-                f"{submission.run.path}: job {', '.join(alive)} of this run is queued or running. One job at a time may "
-                "work on a run. Wait, cancel it, or use --chain to line up links behind it."
-            )
-        return submit_chain_links(submission, alive, dependencies, num_links=num_links, max_failures=max_failures)
+def job_of(submission: Submission, work: Work) -> Job:
+    """Return the job of a piece of work."""
+    if work.points is not None:
+        return _sweep_job(submission, work)
+    if work.link is not None:
+        return training_job(submission, work.link)
+    if work.on_ranks:
+        return rank_job(submission, work.stage, f"{work.name}-{submission.stamp}", work.words)
+    return stage_job(submission, work)
 
 
-def submit_chain_links(
-    submission: Submission,
-    alive: Sequence[str],
-    dependencies: Sequence[Dependency],
-    *,
-    num_links: int,
-    max_failures: int,
-) -> list[str]:
-    """Submit the links that are missing behind those that are `alive`; return all ids. The caller holds the lock."""
-    chain = read_jobs(submission.run.jobs)[alive[-1]].get("chain") if alive else None
-    submission = dataclasses.replace(submission, chain=chain)
-    if not alive:
-        (submission.run.path / "stop_chain").unlink(missing_ok=True)
-    ids = list(alive[:num_links])
-    for link in range(len(ids) + 1, num_links + 1):
-        waits = (Dependency("afterany", (ids[-1],)),) if ids else dependencies
-        job = training_job(submission, link, must_finish=link == num_links, max_failures=max_failures)
-        fields = {"chain": submission.chain or submission.stamp, "link": link, "name": "train"}
-        ids.append(queue_job(submission, job, waits, fields))
-    return ids
-
-
-def submit_stage(
-    submission: Submission,
-    stage: str,
-    arguments: Sequence[str],
-    *,
-    dependencies: Sequence[Dependency] = (),
-    num_array_tasks: int | None = None,
-    name: str | None = None,
-) -> str:
-    """Submit one job that runs `megatron-cpt ARGUMENTS` once (or per array task) on one node; return its id."""
-    job = stage_job(submission, stage, arguments, num_array_tasks=num_array_tasks, name=name)
-    return queue_job(submission, job, dependencies, {"name": name or stage, "num_array_tasks": num_array_tasks})
-
-
-def live_jobs(submission: Submission, stage: str, name: str | None = None) -> list[str]:
-    """Return the ids of this run's jobs of a stage that the scheduler still holds, in the order of submission."""
-    candidates = [
-        job
-        for job, record in read_jobs(submission.run.jobs).items()
-        if record.get("stage") == stage
-        and record.get("scheduler") == submission.scheduler
-        and (name is None or record.get("name") == name)
-        and "/" not in job
-    ]
-    states = queue.job_states(submission.scheduler, candidates)
-    return [job for job in candidates if states[job].state in queue.ALIVE]
-
-
-def training_job(submission: Submission, link: int, *, must_finish: bool, max_failures: int) -> Job:
+def training_job(submission: Submission, link: Link) -> Job:
     """Return the job of one link of a chain."""
     config = submission.loaded.config
     options = ["--chain", submission.chain or submission.stamp, "--train-iters", str(train_iters(config.training))]
-    options += ["--max-failures", str(max_failures), *(["--must-finish"] if must_finish else [])]
+    options += ["--max-failures", str(link.max_failures), *(["--must-finish"] if link.is_last else [])]
     words = ["train", *submission.run_arguments]
-    job = rank_job(submission, "train", f"train-{submission.stamp}-{link:03d}", words, options)
+    job = rank_job(submission, "train", f"train-{submission.stamp}-{link.number:03d}", words, options)
     return dataclasses.replace(job, may_requeue=True)
+
+
+def _sweep_job(submission: Submission, work: Work) -> Job:
+    """Return the array whose tasks each train one point of a sweep."""
+    job = training_job(submission, work.link or Link(number=1))
+    split = job.command.index("--")
+    command = (
+        *job.command[:split],
+        "--points",
+        str(work.points),
+        "--",
+        submission.python,
+        "-m",
+        "megatron_cpt",
+        "train",
+    )
+    name = f"{submission.loaded.config.task}-sweep"
+    return dataclasses.replace(job, stage="train", name=name, command=command, num_array_tasks=work.num_array_tasks)
 
 
 def rank_job(
@@ -173,6 +112,7 @@ def rank_job(
     options = ["--launcher", launcher, "--processes", site.processes, "--nodes", str(launch.nodes)]
     options += ["--gpus-per-node", str(launch.gpus_per_node), *more_options]
     options += ["--preflight"] if site.preflight else []
+    options += ["--device", launch.device] if launch.device else []
     options += ["--forward", ",".join(site.environment)] if site.environment else []
     command = [submission.python, "-m", "megatron_cpt", *words]
     job = _job(submission, stage, label, options, command)
@@ -197,24 +137,20 @@ def rank_job(
     )
 
 
-def stage_job(
-    submission: Submission,
-    stage: str,
-    arguments: Sequence[str],
-    *,
-    num_array_tasks: int | None = None,
-    name: str | None = None,
-) -> Job:
-    """Return the job of a stage that runs once, on one node, or as an array."""
-    if num_array_tasks is not None and not 1 <= num_array_tasks <= submission.site.max_array_tasks:
+def stage_job(submission: Submission, work: Work) -> Job:
+    """Return the job of work that runs once, on one node, or as an array."""
+    tasks, most = work.num_array_tasks, submission.site.max_array_tasks
+    if tasks is not None and not 1 <= tasks <= most:
         raise LaunchError(
-            f"{stage}: an array of {num_array_tasks} tasks. Between 1 and {submission.site.max_array_tasks} are allowed "
-            "(site.max_array_tasks). Choose another number."
+            f"{work.stage}: an array of {tasks} tasks. Between 1 and {most} are allowed (site.max_array_tasks). Choose "
+            "another number."
         )
-    options = ["--num-array-tasks", str(num_array_tasks)] if num_array_tasks else []
-    command = [submission.python, "-m", "megatron_cpt", *arguments]
-    label = f"{name or stage}-{submission.stamp}"
-    return dataclasses.replace(_job(submission, stage, label, options, command), num_array_tasks=num_array_tasks)
+    options = ["--num-array-tasks", str(tasks)] if tasks else []
+    if work.reads or work.writes:
+        options += ["--reads", json.dumps(work.reads), "--writes", json.dumps(work.writes)]
+    command = [submission.python, "-m", "megatron_cpt", *work.words]
+    label = f"{work.name}-{submission.stamp}"
+    return dataclasses.replace(_job(submission, work.stage, label, options, command), num_array_tasks=tasks)
 
 
 def _job(submission: Submission, stage: str, label: str, options: list[str], command: list[str]) -> Job:
@@ -256,44 +192,3 @@ def _package_path() -> dict[str, str]:
 
 def _filled(text: str, nodes: int, gpus_per_node: int) -> str:
     return text.format(nodes=nodes, gpus_per_node=gpus_per_node)
-
-
-def queue_job(submission: Submission, job: Job, dependencies: Sequence[Dependency], fields: dict[str, object]) -> str:
-    """Write the job's script, hand it to the scheduler and note it in the ledger with `fields`; return its id."""
-    run, scheduler = submission.run, submission.scheduler
-    job.log_dir.mkdir(parents=True, exist_ok=True)  # PBS holds a job, Slurm fails it, whose log folder is missing
-    script = run.jobs / f"{job.log_dir.name}.sh"
-    write_text(script, render_job(job, scheduler))
-    identifier = queue.submit(scheduler, script, dependencies)
-    append_record(
-        run.jobs,
-        identifier,
-        stage=job.stage,
-        scheduler=scheduler,
-        state="submitted",
-        command=queue.submit_command(scheduler, script, dependencies),
-        dependencies=[str(dependency) for dependency in dependencies],
-        nodes=job.nodes,
-        script=str(script),
-        log_dir=str(job.log_dir),
-        **fields,
-    )
-    link = run.logs / identifier.replace("/", "_")
-    if not link.exists():
-        link.symlink_to(job.log_dir.name)
-    logger.info("%s: job %s, logs in %s", job.stage, identifier, job.log_dir)
-    return identifier
-
-
-def _print_dry_run(submission: Submission, jobs: Sequence[Job], first: Sequence[Dependency]) -> None:
-    """Write every script and the command that would submit it to stdout; ids of jobs to come are PREVIOUS."""
-    for index, job in enumerate(jobs):
-        script = submission.run.jobs / f"{job.log_dir.name}.sh"
-        dependencies = first if index == 0 else [Dependency("afterany", ("PREVIOUS",))]
-        command = queue.submit_command(submission.scheduler, script, dependencies)
-        show_dry_run(script, render_job(job, submission.scheduler), command)
-
-
-def show_dry_run(script: Path, text: str, command: Sequence[str], write: Callable[[str], object] | None = None) -> None:
-    """Write a script and the command that would submit it."""
-    (write or sys.stdout.write)(f"# {script}\n{text}\n$ {shlex.join(command)}\n\n")

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,25 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cpt.config.loading.resolve import LoadedConfig
-from megatron_cpt.config.settings.derived import train_iters, world_size
-from megatron_cpt.errors import ConfigError, LaunchError
+from megatron_cpt.config.settings.derived import train_iters
+from megatron_cpt.errors import ConfigError, CptError, LaunchError
 from megatron_cpt.files import write_json
-from megatron_cpt.launch.node.processes import process_environment
-from megatron_cpt.launch.scheduler import queue
-from megatron_cpt.launch.scheduler.job import Dependency, Job, parse_dependency
-from megatron_cpt.launch.scheduler.local import run_local
-from megatron_cpt.launch.scheduler.render import render_job
+from megatron_cpt.launch.scheduler.job import Dependency
+from megatron_cpt.launch.submission.chain import Submitted
+from megatron_cpt.launch.submission.executor import Executor, after_of, executor_of
 from megatron_cpt.launch.submission.grid import Point
-from megatron_cpt.launch.submission.submit import (
-    Submission,
-    live_jobs,
-    queue_job,
-    show_dry_run,
-    stage_job,
-    training_job,
-)
-from megatron_cpt.launch.submission.validate import check_site, check_training
-from megatron_cpt.run.directory import run_dir
+from megatron_cpt.launch.submission.submit import Submission, job_of
+from megatron_cpt.launch.submission.validate import check_training
+from megatron_cpt.launch.submission.work import Link, Work
 from megatron_cpt.run.ledger import ACTIVE_STATES, append_record, read_jobs
 from megatron_cpt.run.lock import run_lock
 from megatron_cpt.run.progress import last_checkpoint
@@ -72,8 +62,6 @@ def check_sweep(sweep: Sweep) -> None:
         raise ConfigError(
             "evaluation.eval_interval: 0. A sweep compares held-out losses, which are measured during training. Set it."
         )
-    if config.launch.scheduler != "local":
-        check_site(config, sweep.submission.site)
     for submission in sweep.submissions:
         if not is_finished(submission):
             check_training(submission.loaded, submission.run)
@@ -102,103 +90,97 @@ def write_sweep(sweep: Sweep) -> Path:
     return folder / "sweep.json"
 
 
-def run_sweep(sweep: Sweep) -> int:
-    """Train the missing points on this machine, one after the other, then write the report; return an exit code.
+def submit_sweep(sweep: Sweep) -> Submitted:
+    """Train the missing points and write the report: here one after the other, on a cluster as one array with the report
+    behind it.
 
-    A point that fails (a peak that diverges, say) does not stop the others; a user's mistake (2) does.
+    A point that fails here (a peak that diverges, say) does not stop the others; a user's mistake (2) does.
     """
-    check_sweep(sweep)
-    failed = 0
-    for point, submission in zip(sweep.points, sweep.submissions, strict=True):
-        config = submission.loaded.config
-        if is_finished(submission):
-            logger.info("%-24s finished", point.label)
-            continue
-        if sweep.submission.dry_run:
-            sys.stdout.write(f"$ megatron-cpt train {_shown(submission.run_arguments)}\n")
-            continue
-        logger.info("%-24s megatron-cpt train %s", point.label, _shown(submission.run_arguments))
-        code = run_local(
-            run_dir(config),
-            submission.run_arguments,
-            num_ranks=world_size(config),
-            max_restarts=config.launch.max_restarts,
-        )
+    executor = executor_of(sweep.submission)
+    problems = executor.problems()
+    try:
+        check_sweep(sweep)
+    except CptError as problem:
+        problems.append(str(problem))
+    missing = [index for index, submission in enumerate(sweep.submissions) if not is_finished(submission)]
+    if sweep.submission.dry_run:
+        _show(sweep, executor, missing)
+    if problems:
+        raise LaunchError("\n".join(problems))
+    if sweep.submission.dry_run:
+        return Submitted()
+    with run_lock(sweep.submission.run.jobs / "submit.lock", "another submission"):
+        executor.begin()
+        write_sweep(sweep)
+        return _queue(sweep, executor) if executor.waits else _run_here(sweep, executor, missing)
+
+
+def _run_here(sweep: Sweep, executor: Executor, missing: Sequence[int]) -> Submitted:
+    ids, failed = [], 0
+    for index in missing:
+        point = executor_of(sweep.submissions[index])
+        ids.append(point.submit(_point_work(sweep, index)))
+        code = point.states(ids[-1:])[ids[-1]].exit_code or 0
         failed = failed or code
         if code in (2, 130):
-            return code
-    report = _report_arguments(sweep)
-    if sweep.submission.dry_run:
-        sys.stdout.write(f"$ megatron-cpt {_shown(report)}\n")
-        return 0
-    write_sweep(sweep)
-    environment = {**os.environ, "PYTHONPATH": process_environment(os.environ, 1)["PYTHONPATH"]}
-    code = subprocess.run([sys.executable, "-m", "megatron_cpt", *report], env=environment, check=False).returncode
-    return failed or code
+            return Submitted(ids=tuple(ids), exit_code=code)
+    ids.append(executor.submit(_report_work(sweep)))
+    return Submitted(ids=tuple(ids), exit_code=failed or executor.states(ids[-1:])[ids[-1]].exit_code or 0)
 
 
-def submit_sweep(sweep: Sweep) -> list[str]:
-    """Submit the missing points as one array and the report behind it; return the new jobs' ids (none in a dry run)."""
-    check_sweep(sweep)
+def _queue(sweep: Sweep, executor: Executor) -> Submitted:
     base = sweep.submission
-    first = parse_dependency(base.depend, base.scheduler) if base.depend else ()
-    if base.dry_run:
-        missing = [index for index, submission in enumerate(sweep.submissions) if not is_finished(submission)]
-        _show(sweep, missing, first)
-        return []
-    queue.check_commands(base.scheduler)
-    queue.check_dependencies(base.scheduler, first)
-    with run_lock(base.run.jobs / "submit.lock", "another submission"):
-        alive = live_jobs(base, "train")
-        taken = _labels_alive(sweep, alive)
-        missing = []
-        for index, (point, submission) in enumerate(zip(sweep.points, sweep.submissions, strict=True)):
-            state = "finished" if is_finished(submission) else "queued or running" if point.label in taken else ""
-            logger.info("%-24s %s", point.label, state or "submitted")
-            missing += [] if state else [index]
-        write_sweep(sweep)
-        ids = []
-        if missing:
-            job, table = array_job(sweep, missing)
-            write_json(_table_path(sweep), table)
-            labels = [sweep.points[index].label for index in missing]
-            fields = {"name": "sweep", "num_array_tasks": len(missing), "points": labels, "chain": base.stamp}
-            ids.append(queue_job(base, job, first, fields))
-            for task, index in enumerate(missing):
-                run = sweep.submissions[index].run
-                append_record(run.jobs, f"{ids[0]}/{task}", stage="train", scheduler=base.scheduler, state="submitted")
-        if missing or not (alive or live_jobs(base, "report") or (base.run.report / "sweep.md").is_file()):
-            waits = (Dependency("afterany", (*alive, *ids)),) if alive or ids else first
-            report = stage_job(base, "report", _report_arguments(sweep))
-            ids.append(queue_job(base, report, waits, {"name": "report"}))
-    return ids
+    alive = executor.live("train")
+    taken = _labels_alive(sweep, alive)
+    missing = []
+    for index, (point, submission) in enumerate(zip(sweep.points, sweep.submissions, strict=True)):
+        state = "finished" if is_finished(submission) else "queued or running" if point.label in taken else ""
+        logger.info("%-24s %s", point.label, state or "submitted")
+        missing += [] if state else [index]
+    ids = []
+    if missing:
+        write_json(_table_path(sweep), point_table(sweep, missing))
+        ids.append(executor.submit(array_work(sweep, missing), executor.parents()))
+        for task, index in enumerate(missing):
+            run = sweep.submissions[index].run
+            append_record(run.jobs, f"{ids[0]}/{task}", stage="train", scheduler=base.scheduler, state="submitted")
+    if missing or not (alive or executor.live("report") or (base.run.report / "sweep.md").is_file()):
+        ids.append(executor.submit(_report_work(sweep), after_of((*alive, *ids), executor.parents(), "afterany")))
+    return Submitted(ids=tuple(ids))
 
 
-def array_job(sweep: Sweep, missing: Sequence[int]) -> tuple[Job, list[dict[str, Any]]]:
-    """Return the job of the points in `missing`, and the table that tells each task what to train.
+def array_work(sweep: Sweep, missing: Sequence[int]) -> Work:
+    """Return the work of the points in `missing` as one array, whose table tells each task what to train.
 
     Raises: LaunchError when the site allows no array that large.
     """
-    base = sweep.submission
-    if len(missing) > base.site.max_array_tasks:
-        raise LaunchError(
-            f"--grid: {len(missing)} points. The site allows {base.site.max_array_tasks} array tasks. Use a smaller grid."
-        )
-    job = training_job(base, 1, must_finish=True, max_failures=MAX_FAILURES)
-    split = job.command.index("--")
-    program = (base.python, "-m", "megatron_cpt", "train")
-    command = (*job.command[:split], "--points", str(_table_path(sweep)), "--", *program)
-    table = [
+    most = sweep.submission.site.max_array_tasks
+    if len(missing) > most:
+        raise LaunchError(f"--grid: {len(missing)} points. The site allows {most} array tasks. Use a smaller grid.")
+    return Work(
+        name="sweep",
+        stage="train",
+        words=("train",),
+        on_ranks=True,
+        link=Link(number=1, max_failures=MAX_FAILURES),
+        num_array_tasks=len(missing),
+        points=str(_table_path(sweep)),
+        fields={"points": [sweep.points[index].label for index in missing]},
+    )
+
+
+def point_table(sweep: Sweep, missing: Sequence[int]) -> list[dict[str, Any]]:
+    """Return what each task of the array trains."""
+    label = job_of(sweep.submission, array_work(sweep, missing)).log_dir.name
+    return [
         {
-            "run": str(sweep.submissions[index].run.path),
-            "log_dir": str(sweep.submissions[index].run.logs / job.log_dir.name),
-            "train_iters": train_iters(sweep.submissions[index].loaded.config.training),
-            "arguments": list(sweep.submissions[index].run_arguments),
+            "run": str(submission.run.path),
+            "log_dir": str(submission.run.logs / label),
+            "train_iters": train_iters(submission.loaded.config.training),
+            "arguments": list(submission.run_arguments),
         }
-        for index in missing
+        for submission in (sweep.submissions[index] for index in missing)
     ]
-    job = dataclasses.replace(job, stage="train", name=f"{base.loaded.config.task}-sweep", command=command)
-    return dataclasses.replace(job, num_array_tasks=len(missing)), table
 
 
 def sweep_submission(submission: Submission, name: str) -> Submission:
@@ -225,27 +207,29 @@ def _table_path(sweep: Sweep) -> Path:
     return sweep.submission.run.jobs / f"points-{sweep.submission.stamp}.json"
 
 
-def _report_arguments(sweep: Sweep) -> list[str]:
-    return ["evaluate", "sweep", str(sweep.submission.run.path), "--output", str(sweep.submission.run.report)]
+def _point_work(sweep: Sweep, index: int) -> Work:
+    words = ("train", *sweep.submissions[index].run_arguments)
+    return Work(name="train", stage="train", words=words, on_ranks=True, link=Link(number=1))
 
 
-def _show(sweep: Sweep, missing: Sequence[int], first: Sequence[Dependency]) -> None:
-    base = sweep.submission
+def _report_work(sweep: Sweep) -> Work:
+    run = sweep.submission.run
+    return Work(name="report", stage="report", words=("evaluate", "sweep", str(run.path), "--output", str(run.report)))
+
+
+def _show(sweep: Sweep, executor: Executor, missing: Sequence[int]) -> None:
+    if not executor.waits:
+        for index in missing:
+            executor.show(_point_work(sweep, index))
+        executor.show(_report_work(sweep))
+        return
     for index, point in enumerate(sweep.points):
         state = "" if index in missing else "  (finished)"
-        sys.stdout.write(f"# {point.label}: {_shown(sweep.submissions[index].run_arguments)}{state}\n")
+        sys.stdout.write(f"# {point.label}: {shlex.join(sweep.submissions[index].run_arguments)}{state}\n")
     sys.stdout.write("\n")
-    waits: Sequence[Dependency] = first
+    waits: Sequence[Dependency] = executor.shown_parents()
     if missing:
-        job, table = array_job(sweep, missing)
-        script = base.run.jobs / f"{job.log_dir.name}.sh"
-        sys.stdout.write(f"# {_table_path(sweep)}\n{json.dumps(table, indent=1)}\n\n")
-        show_dry_run(script, render_job(job, base.scheduler), queue.submit_command(base.scheduler, script, first))
+        sys.stdout.write(f"# {_table_path(sweep)}\n{json.dumps(point_table(sweep, missing), indent=1)}\n\n")
+        executor.show(array_work(sweep, missing), waits)
         waits = (Dependency("afterany", ("<sweep>",)),)
-    report = stage_job(base, "report", _report_arguments(sweep))
-    script = base.run.jobs / f"{report.log_dir.name}.sh"
-    show_dry_run(script, render_job(report, base.scheduler), queue.submit_command(base.scheduler, script, waits))
-
-
-def _shown(arguments: Sequence[str]) -> str:
-    return shlex.join(arguments)
+    executor.show(_report_work(sweep), waits)

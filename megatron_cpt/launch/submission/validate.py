@@ -38,19 +38,25 @@ def check_site(config: RunConfig, site: Site) -> None:
 
 
 def check_training(loaded: LoadedConfig, run: RunDir, *, data_will_exist: bool = False) -> None:
-    """Check what a training job will need: data, the checkpoint it starts from, disk.
+    """Raise LaunchError listing everything that a training job will need and has not (`training_problems`)."""
+    mistakes = training_problems(loaded, run, data_will_exist=data_will_exist)
+    if mistakes:
+        raise LaunchError("\n".join(mistakes))
+
+
+def training_problems(loaded: LoadedConfig, run: RunDir, *, data_will_exist: bool = False) -> list[str]:
+    """Return what a training job will need and has not, a line each: data, the checkpoint it starts from, disk.
 
     `data_will_exist`: an earlier job of the same pipeline makes the token files.
-
-    Raises: LaunchError listing every problem (DataError or CheckpointError texts included).
     """
     mistakes = []
     config = loaded.config
-    if not data_will_exist:
-        try:
-            check_data(config)
-        except CptError as problem:
-            mistakes.append(str(problem))
+    from megatron_cpt.data.blend.plan import check_tokenizer_rows  # only here: numpy and the tokenizer's library
+
+    try:
+        check_tokenizer_rows(config) if data_will_exist else check_data(config)
+    except CptError as problem:
+        mistakes.append(str(problem))
     if last_checkpoint(run) == 0:
         mistakes += _init_mistakes(config)
     plan = plan_run(config)
@@ -62,8 +68,7 @@ def check_training(loaded: LoadedConfig, run: RunDir, *, data_will_exist: bool =
             f"{config.paths.runs_dir}: {format_bytes(plan.room_bytes)} free{quota}. {plan.num_checkpoints} checkpoints of "
             f"{format_bytes(plan.checkpoint_bytes)} need {format_bytes(needed)}. Set checkpoint.keep_last."
         )
-    if mistakes:
-        raise LaunchError("\n".join(mistakes))
+    return mistakes
 
 
 def check_data(config: RunConfig) -> None:

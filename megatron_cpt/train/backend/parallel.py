@@ -28,6 +28,7 @@ def initialize_parallel(config: RunConfig, timeout_seconds: int = 1800, met: Cal
 
     Raises: ConfigError when the number of ranks does not fit the layout.
     """
+    check_device(config)
     cpu.substitute()
     parallel, training = config.parallel, config.training
     if not torch.distributed.is_initialized():
@@ -60,6 +61,24 @@ def initialize_parallel(config: RunConfig, timeout_seconds: int = 1800, met: Cal
         training.global_batch_size,
         training.micro_batch_size,
         parallel_state.get_data_parallel_world_size(),
+    )
+
+
+def check_device(config: RunConfig) -> None:
+    """Raise ConfigError where this rank would train on another device than `launch.device` names."""
+    wanted, found = config.launch.device, "cpu" if cpu.is_cpu() else "cuda"
+    if wanted in (None, found):
+        return
+    host = socket.gethostname()
+    if wanted == "xpu":
+        raise ConfigError(
+            f"launch.device is xpu, and training does not drive Intel GPUs; on {host} it would run on {found}. Use a site with "
+            "CUDA devices, or set launch.device=cpu to train on CPU on purpose."
+        )
+    has = f"built for {'CUDA ' + torch.version.cuda if torch.version.cuda else 'CPU'}"
+    raise ConfigError(
+        f"launch.device is {wanted}, and torch {torch.__version__} ({has}) finds {found} on {host}. Look at the driver "
+        f"(nvidia-smi) and at the installed wheel (megatron-cpt doctor), or set launch.device={found} where it is meant."
     )
 
 

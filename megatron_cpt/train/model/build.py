@@ -146,6 +146,7 @@ def build_model_chunks(config: RunConfig, megatron_config: TransformerConfig | N
         if config.training.neftune_alpha and model.pre_process:
             add_embedding_noise(model, config)
         set_rotary_frequencies(model, config.model)
+        set_latent_epsilon(model, config.model)
         if not cpu.is_cpu():
             model.cuda(torch.cuda.current_device())
         if config.training.compile:
@@ -214,7 +215,7 @@ def build_training_model(config: RunConfig) -> tuple[list[DistributedDataParalle
 def _say_what_attends(config: RunConfig) -> None:
     if not config.data.reset_attention_mask and config.model.window_size is None:
         return
-    if uses_transformer_engines_attention(config):
+    if uses_transformer_engines_attention(config.data):
         logger.info("windows end in Transformer Engine's attention")
     elif reason := reason_for_mask(config):
         logger.info("documents or windows end by a mask of sequence x sequence: %s", reason)
@@ -234,6 +235,23 @@ def set_rotary_frequencies(chunk: GPTModel, model: ModelConfig) -> None:
     if hasattr(chunk, "rotary_pos_emb") and not (model.multi_latent_attention and model.rope_scaling_type == "yarn"):
         embedding = chunk.rotary_pos_emb
         embedding.inv_freq = rotary_frequencies(model).to(embedding.inv_freq.device)
+
+
+def set_latent_epsilon(chunk: GPTModel, model: ModelConfig) -> None:
+    """Give the norms on the latent vectors their own epsilon; megatron-core has one for all norms.
+
+    They are modules of their own, or part of the projection that follows (Transformer Engine).
+    """
+    if model.latent_layernorm_epsilon is None:
+        return
+    names = ("q_layernorm", "kv_layernorm", "linear_q_up_proj", "linear_kv_up_proj")
+    for layer in chunk.decoder.layers:
+        found: list[Any] = [getattr(layer.self_attention, name, None) for name in names]
+        norms = [norm for norm in found if hasattr(norm, "eps")]
+        if len(norms) != (2 if model.q_lora_rank else 1):
+            raise RuntimeError(f"{len(norms)} norms of latent vectors have an epsilon to set, {names} were looked at")
+        for norm in norms:
+            norm.eps = model.latent_layernorm_epsilon
 
 
 def rotary_frequencies(model: ModelConfig) -> Tensor:

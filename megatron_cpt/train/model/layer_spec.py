@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from megatron_cpt.config.settings.schema import RunConfig
+from megatron_cpt.config.settings.schema import DataConfig
 from megatron_cpt.train.model.attention import SdpaCoreAttention
 
 
@@ -28,9 +28,9 @@ def has_transformer_engine() -> bool:
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
-def uses_transformer_engines_attention(config: RunConfig) -> bool:
+def uses_transformer_engines_attention(data: DataConfig) -> bool:
     """Return whether Transformer Engine attends itself; isolated documents it would not see."""
-    return has_transformer_engine() and not config.data.reset_attention_mask
+    return has_transformer_engine() and not data.reset_attention_mask
 
 
 def build_layer_spec(

@@ -16,7 +16,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_cpt.config.settings.schema import RunConfig
+from megatron_cpt.config.settings.schema import ParallelConfig, RunConfig
 from megatron_cpt.train.model.attention import context_parallel_chunks
 
 
@@ -33,7 +33,7 @@ def add_embedding_noise(model: Any, config: RunConfig) -> None:
             (config.training.seq_length, output.shape[2]),
             output.device,
         )
-        return output + local_positions(noise, config).to(output.dtype)
+        return output + local_positions(noise, config.parallel).to(output.dtype)
 
     model.embedding.register_forward_hook(add)
 
@@ -51,7 +51,7 @@ def embedding_noise(
     return torch.stack(samples, dim=1) * largest
 
 
-def local_positions(whole: Tensor, config: RunConfig) -> Tensor:
+def local_positions(whole: Tensor, parallel: ParallelConfig) -> Tensor:
     """Return this rank's positions of `[s, b, h]`: its context-parallel chunks, of these its tensor-parallel part."""
     size = parallel_state.get_context_parallel_world_size()
     if size > 1:
@@ -59,7 +59,7 @@ def local_positions(whole: Tensor, config: RunConfig) -> Tensor:
         whole = torch.cat(
             [chunks[chunk] for chunk in context_parallel_chunks(parallel_state.get_context_parallel_rank(), size)]
         )
-    if config.parallel.sequence_parallel:
+    if parallel.sequence_parallel:
         parts = whole.chunk(parallel_state.get_tensor_model_parallel_world_size())
         whole = parts[parallel_state.get_tensor_model_parallel_rank()]
     return whole

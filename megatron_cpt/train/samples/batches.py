@@ -16,11 +16,13 @@ from megatron.core import parallel_state
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from torch import Tensor
 
+from megatron_cpt.config.checks.vocabulary import vocabulary_problem
 from megatron_cpt.config.megatron.arguments import megatron_arguments
-from megatron_cpt.config.settings.schema import RunConfig
+from megatron_cpt.config.settings.schema import ModelConfig, RunConfig
 from megatron_cpt.data.blend.fim import fill_in_middle
 from megatron_cpt.data.blend.stage_order import StageOrder
 from megatron_cpt.data.tokenizer.interface import load_tokenizer
+from megatron_cpt.errors import DataError
 from megatron_cpt.train.backend import cpu
 from megatron_cpt.train.model.attention import context_parallel_chunks
 from megatron_cpt.train.model.attention_bounds import Visibility, apart, document_numbers, reason_for_mask
@@ -127,6 +129,7 @@ def _batch(
     samples: list[dict[str, Any]], numbers: Sequence[int], is_real: list[bool], config: RunConfig, eod_id: int
 ) -> Batch:
     ids = torch.stack([torch.cat([sample["tokens"], sample["labels"][-1:]]) for sample in samples])
+    _check_ids(ids, numbers, config.model)
     loss_mask = torch.stack([sample["loss_mask"] for sample in samples])
     loss_mask = loss_mask * torch.tensor(is_real, dtype=torch.float32).unsqueeze(1)
     pieces = None
@@ -135,6 +138,23 @@ def _batch(
         pieces = torch.stack([sample.get("pieces", row) for sample, row in zip(samples, of_documents, strict=True)])
     sources = torch.tensor([int(sample.get("dataset_id", 0)) for sample in samples])
     return build_batch(ids, config, eod_id, loss_mask, sources, pieces=pieces, sample_ids=torch.tensor(list(numbers)))
+
+
+def _check_ids(ids: Tensor, numbers: Sequence[int], model: ModelConfig) -> None:
+    """Refuse ids without a row of the model: they would train another token, or read past the embedding.
+
+    Raises: DataError naming the sample.
+    """
+    low, high = int(ids.min()), int(ids.max())
+    if low >= 0 and high < model.vocab_size:
+        return
+    wrong = (ids < 0) | (ids >= model.vocab_size)
+    sample = numbers[int(wrong.any(1).nonzero()[0])]
+    found = low if low < 0 else high
+    problem = vocabulary_problem(f"sample {sample:,}", high + 1, model, "Run `megatron-cpt data audit` on the shards.")
+    raise DataError(
+        problem or f"sample {sample:,}: holds the id {found:,}. Run `megatron-cpt data audit` on the shards."
+    )
 
 
 def build_batch(
@@ -164,7 +184,7 @@ def build_batch(
     else:
         pieces = None
     visibility = Visibility(tuple(tokens.shape), pieces, config.model.window_size, positions)
-    if uses_transformer_engines_attention(config):
+    if uses_transformer_engines_attention(config.data):
         visibility = Visibility(tuple(tokens.shape))  # it knows of windows and of context parallelism
     elif reason_for_mask(config) is None:
         visibility = visibility.with_bounds()

@@ -11,19 +11,19 @@ import numpy
 
 from megatron_cpt.config.settings.batch_sizes import BatchSizes
 from megatron_cpt.config.settings.iteration_ranges import Ranges, clipped, merged, parse_range, ranges_text, read_ranges
-from megatron_cpt.config.settings.schema import RunConfig
+from megatron_cpt.config.settings.schema import DataConfig
 from megatron_cpt.data.lists.data_list import DataEntry
 from megatron_cpt.files import write_text
 from megatron_cpt.run.directory import RunDir
 from megatron_cpt.train.samples.stage_samples import BlendedSamples
 
 
-def skipped_ranges(config: RunConfig, run: RunDir, manifest: dict[str, Any] | None) -> Ranges:
+def skipped_ranges(data: DataConfig, run: RunDir, manifest: dict[str, Any] | None) -> Ranges:
     """Return the iterations that a run skips: before the checkpoint what it did skip, after it what is to be skipped.
 
     Raises: ConfigError when the file holds something else.
     """
-    wanted = merged([*map(parse_range, config.data.skip_iterations), *read_ranges(run.skip_iterations_path)])
+    wanted = merged([*map(parse_range, data.skip_iterations), *read_ranges(run.skip_iterations_path)])
     if manifest is None:
         return wanted
     passed = merged(map(parse_range, manifest.get("skipped_iterations", ())))

@@ -19,6 +19,7 @@ from megatron_cpt.config.settings.schema import RunConfig
 from megatron_cpt.data.blend.plan import finish_stage
 from megatron_cpt.data.lists.data_list import read_data_list
 from megatron_cpt.errors import DataError
+from megatron_cpt.evaluate.page.build import LivePage
 from megatron_cpt.run.directory import RunDir, run_dir
 from megatron_cpt.run.progress import read_progress
 from megatron_cpt.train.backend.agreement import check_ranks_agree
@@ -83,7 +84,7 @@ def _train_stage(loaded: LoadedConfig, ends: contextlib.ExitStack, watchdog: Wat
     if config.training.deterministic:
         torch.use_deterministic_algorithms(True)
     interrupts = Interrupts(config.launch, run.path)
-    on_rank_0(lambda: check_wandb(config))
+    on_rank_0(lambda: check_wandb(config.logging))
     stage = prepare(loaded, watchdog=watchdog)
     if stage is None:
         if rank == 0:
@@ -91,6 +92,7 @@ def _train_stage(loaded: LoadedConfig, ends: contextlib.ExitStack, watchdog: Wat
         logger.info("%s: finished, nothing to do", run.path)
         return "finished"
     writer = MetricsWriter(run, is_writer=rank == 0, config=config, iteration=stage.iteration)
+    page = LivePage(run, is_writer=rank == 0)
     saver, log, curve = Saver(stage, writer), StepLog(stage, interrupts), schedule(config)
     spikes = SpikeDetector(config.training.spike_threshold, stage.recent_losses)
     has_dropout = config.model.hidden_dropout > 0 or config.model.attention_dropout > 0
@@ -101,6 +103,7 @@ def _train_stage(loaded: LoadedConfig, ends: contextlib.ExitStack, watchdog: Wat
     if config.evaluation.eval_interval and iteration == 0:
         with log.evaluation(), watchdog.during("evaluation"):
             _evaluate(stage, writer, iteration)
+            page.rewrite()
     watchdog.enter("step")
     batches_ahead = ends.enter_context(_batches_ahead(stage))
     while iteration < stage.iterations:
@@ -139,6 +142,7 @@ def _train_stage(loaded: LoadedConfig, ends: contextlib.ExitStack, watchdog: Wat
         if config.evaluation.eval_interval and (iteration % config.evaluation.eval_interval == 0 or is_last):
             with log.evaluation(), watchdog.during("evaluation"):
                 _evaluate(stage, writer, iteration)
+                page.rewrite()
         request = interrupts.agreed()
         if iteration % config.checkpoint.save_interval == 0 or is_last or request is not None:
             with log.save(is_new=True), watchdog.during("saving"):
@@ -155,6 +159,7 @@ def _train_stage(loaded: LoadedConfig, ends: contextlib.ExitStack, watchdog: Wat
         finish_stage(config, stage.entries)
     writer.write("end", iteration=iteration, reason=reason)
     writer.close()
+    page.rewrite(is_last=True)
     logger.info("%s: ended at iteration %d of %d: %s", run.path, iteration, stage.iterations, reason)
     return reason
 

@@ -14,19 +14,25 @@ from typing import Any
 
 from megatron.core.optimizer import MegatronOptimizer
 
+from megatron_cpt.checkpoint.huggingface.options import ImportOptions
+from megatron_cpt.checkpoint.torch_dist.kept_files import share_companions
 from megatron_cpt.checkpoint.torch_dist.mcore import newest_good_checkpoint, read_manifest
 from megatron_cpt.config.loading.resolve import LoadedConfig, write_resolved
 from megatron_cpt.config.settings.batch_sizes import BatchSizes, batch_sizes
-from megatron_cpt.config.settings.derived import train_iters, train_samples, train_tokens
+from megatron_cpt.config.settings.derived import may_change_data_list, train_iters, train_samples, train_tokens
 from megatron_cpt.config.settings.iteration_ranges import Ranges
 from megatron_cpt.config.settings.schema import RunConfig
 from megatron_cpt.data.blend.plan import plan_blend
+from megatron_cpt.data.blend.sources import validation_prefixes
 from megatron_cpt.data.blend.stage_order import StageOrder, write_order
 from megatron_cpt.data.blend.start_position import continued_order
 from megatron_cpt.data.blend.table import BlendPlan
 from megatron_cpt.data.lists.data_list import DataEntry, read_data_list, write_data_list
+from megatron_cpt.data.shards.corpus_documents import check_tokenized
+from megatron_cpt.data.shards.discovery import content_problems
 from megatron_cpt.data.tokenizer.interface import Tokenizer, load_tokenizer
 from megatron_cpt.errors import ConfigError, DamagedError, DataError
+from megatron_cpt.files import write_json
 from megatron_cpt.run.data_history import keep_superseded
 from megatron_cpt.run.directory import RunDir, run_dir
 from megatron_cpt.run.revision import code_revision
@@ -43,10 +49,10 @@ from megatron_cpt.train.state.resume_check import (
     check_model_fits,
     check_position,
     check_unchanged,
-    may_change_data_list,
     reads_other_data,
 )
 from megatron_cpt.train.state.start_weights import initial_checkpoint
+from megatron_cpt.train.watch.environment import environment
 from megatron_cpt.train.watch.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -69,6 +75,8 @@ class Stage:
     optimizer: MegatronOptimizer
     hf: dict[str, Any] | None
     """What an export to Hugging Face needs to know of the model that the stage began with."""
+    imported: dict[str, Any]
+    """Options with which this model was converted, as its manifest holds them; an export needs them again."""
     skipped: Ranges
     """Iterations that pass without a step."""
     resume: Path | None
@@ -111,6 +119,7 @@ class Stage:
             "content": "full",
             "tokenizer": self.tokenizer.identity,
             "hf": self.hf,
+            **self.imported,
         }
 
 
@@ -155,14 +164,17 @@ def _prepare(
     differences = check_unchanged(manifest["config"] if manifest else None, config, resume or run.path)
 
     if resume and manifest:
-        check_position(manifest, config, resume)
+        check_position(manifest, config.training, resume)
     may_change_list = own is None or may_change_data_list(config)
     is_changed = manifest is not None and reads_other_data(manifest["config"], config)
 
     def planned() -> StageOrder:
         plan = plan_blend(config, begun=run.data_list_path, order=_continued_order(config, run, manifest))
         if not from_start:
+            if own is None:
+                check_tokenized(config)
             _prepare_run_dir(loaded, run, plan, iteration, is_changed=is_changed, may_change_list=may_change_list)
+        _check_contents(config, plan.entries)
         return plan.order
 
     order: StageOrder = on_rank_0(planned)
@@ -180,6 +192,8 @@ def _prepare(
     with watchdog.during("loading" if resume else "preparation"):  # a model may be converted first
         origin = _load_start(config, run, resume, model, optimizer)
     origin_manifest = on_rank_0(lambda: read_manifest(origin)) if origin else {}
+    if origin is not None:
+        on_rank_0(lambda: share_companions(origin, run.checkpoints))
     return Stage(
         config=config,
         run=run,
@@ -192,13 +206,26 @@ def _prepare(
         model=model,
         optimizer=optimizer,
         hf=origin_manifest.get("hf"),
-        skipped=on_rank_0(lambda: skipped_ranges(config, run, manifest)),
+        imported=ImportOptions.of(origin_manifest).record(),
+        skipped=on_rank_0(lambda: skipped_ranges(config.data, run, manifest)),
         resume=resume,
         iteration=iteration,
         counted=dict(manifest["tokens_per_corpus"]) if manifest else {},
         recent_losses=manifest.get("recent_losses", []) if manifest else [],
         differences=differences,
     )
+
+
+def _check_contents(config: RunConfig, entries: list[DataEntry]) -> None:
+    """Look at blocks of every shard that is read: a damaged one would be trained on.
+
+    Raises: DataError naming the damaged ones.
+    """
+    held_out = config.data.corpora if config.evaluation.eval_interval else ()
+    prefixes = [entry.prefix for entry in entries]
+    prefixes += [prefix for corpus in held_out for prefix in validation_prefixes(config, corpus, [])]
+    if problems := content_problems(list(dict.fromkeys(prefixes))):
+        raise DataError("\n".join(problems))
 
 
 def go_back(stage: Stage) -> None:
@@ -211,7 +238,7 @@ def go_back(stage: Stage) -> None:
     stage.resume, stage.iteration = directory, int(manifest["iteration"])
     stage.counted = dict(manifest["tokens_per_corpus"])
     stage.recent_losses = manifest.get("recent_losses", [])
-    stage.skipped = on_rank_0(lambda: skipped_ranges(config, run, manifest))
+    stage.skipped = on_rank_0(lambda: skipped_ranges(config.data, run, manifest))
 
 
 def set_hyperparameters(optimizer: MegatronOptimizer, config: RunConfig) -> None:
@@ -310,3 +337,4 @@ def _prepare_run_dir(
         write_data_list(run.data_list_path, plan.entries)
     write_resolved(loaded, run.config_path)
     run.revision_path.write_text(code_revision() + "\n", encoding="utf-8")
+    write_json(run.environment_path, environment())

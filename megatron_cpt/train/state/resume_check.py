@@ -7,7 +7,7 @@ from typing import Any
 from megatron_cpt.checkpoint.torch_dist.mcore import read_manifest
 from megatron_cpt.config.settings.batch_sizes import batch_sizes
 from megatron_cpt.config.settings.fields import default_value
-from megatron_cpt.config.settings.schema import ModelConfig, RunConfig
+from megatron_cpt.config.settings.schema import CheckpointConfig, ModelConfig, RunConfig, TrainingConfig
 from megatron_cpt.config.settings.values import ALL_SETTINGS, Duration
 from megatron_cpt.errors import CheckpointError, ConfigError
 
@@ -68,7 +68,7 @@ def check_unchanged(stored: dict[str, Any] | None, config: RunConfig, directory:
         differences.append(line)
         if key in FIXED_SETTINGS:
             raise ConfigError(f"{directory}: {line}. It cannot change in a run that has begun. Use another variant.")
-        if _changes_results(key) and not _is_accepted(key, config):
+        if _changes_results(key) and not _is_accepted(key, config.checkpoint):
             decisive[key] = line
     if decisive:
         keys = list(dict.fromkeys(".".join(key.split(".")[:2]) for key in decisive))
@@ -79,18 +79,18 @@ def check_unchanged(stored: dict[str, Any] | None, config: RunConfig, directory:
     return differences
 
 
-def check_position(manifest: dict[str, Any], config: RunConfig, directory: Path) -> None:
+def check_position(manifest: dict[str, Any], training: TrainingConfig, directory: Path) -> None:
     """Raise ConfigError when the settings put a checkpoint's iteration at another place than its run reached.
 
     Consent cannot help: the run would jump in its data, its schedule and its counts.
     """
     iteration = int(manifest["iteration"])
     samples, tokens = int(manifest["consumed_samples"]), int(manifest["consumed_tokens"])
-    now = batch_sizes(config.training).samples(iteration)
-    if (now, now * config.training.seq_length) != (samples, tokens):
+    now = batch_sizes(training).samples(iteration)
+    if (now, now * training.seq_length) != (samples, tokens):
         raise ConfigError(
             f"{directory}: the run consumed {samples} samples ({tokens} tokens) in {iteration} iterations, which with these "
-            f"settings take {now} samples ({now * config.training.seq_length} tokens). Batch and sequence length of steps that "
+            f"settings take {now} samples ({now * training.seq_length} tokens). Batch and sequence length of steps that "
             f"were made cannot change. Restore them, or begin a stage here that reads on: megatron-cpt fork --run "
             f"{directory.parent.parent} --iteration {iteration} --to-variant NAME --data continue KEY=VALUE."
         )
@@ -105,11 +105,6 @@ def reads_other_data(stored: dict[str, Any], config: RunConfig) -> bool:
     )
 
 
-def may_change_data_list(config: RunConfig) -> bool:
-    """Return whether a run that has begun may read another data list: it follows from the length and the data."""
-    return any(key.split(".")[0] in (ALL_SETTINGS, "training", "data") for key in config.checkpoint.accept_changes)
-
-
 def _changes_results(key: str) -> bool:
     if key.startswith("data.corpora.") and key.rpartition(".")[2] in FREE_OF_A_CORPUS:
         return False
@@ -122,8 +117,8 @@ def _changes_reading(key: str) -> bool:
     return _changes_results(key) and not key.split(".")[1].startswith(treated)
 
 
-def _is_accepted(key: str, config: RunConfig) -> bool:
-    return any(name == ALL_SETTINGS or f"{key}.".startswith(f"{name}.") for name in config.checkpoint.accept_changes)
+def _is_accepted(key: str, checkpoint: CheckpointConfig) -> bool:
+    return any(name == ALL_SETTINGS or f"{key}.".startswith(f"{name}.") for name in checkpoint.accept_changes)
 
 
 def _stated(value: Any) -> Any:

@@ -42,6 +42,8 @@ def initial_checkpoint(config: RunConfig, run: RunDir) -> Path | None:
             run.path / "init",
             model=config.model,
             make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
+            ignore_config=config.init.ignore_config,
+            skip_tensors=config.init.skip_tensors,
         )
         return find_checkpoint(converted, config.checkpoint.verify_on_load)
     foreign = foreign_format(path)

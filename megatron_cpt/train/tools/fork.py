@@ -28,7 +28,7 @@ from megatron_cpt.config.loading.resolve import LoadedConfig, load_config, read_
 from megatron_cpt.config.loading.sources import read_yaml
 from megatron_cpt.config.settings.batch_sizes import batch_sizes
 from megatron_cpt.config.settings.derived import duration_samples
-from megatron_cpt.config.settings.schema import RunConfig
+from megatron_cpt.config.settings.schema import CheckpointConfig, RunConfig
 from megatron_cpt.config.settings.values import parse_duration
 from megatron_cpt.data.blend.start_position import data_differences
 from megatron_cpt.errors import CheckpointError, ConfigError
@@ -86,7 +86,7 @@ def plan_fork(
             f"{path}: no config.yaml. A run directory is needed: <runs_dir>/<task>/<params>/<size>/<variant>."
         )
     source = read_resolved(run.config_path)
-    directory = _source_checkpoint(run, iteration, source)
+    directory = _source_checkpoint(run, iteration, source.checkpoint)
     iteration = int(read_manifest(directory)["iteration"])
     words = run_names(run, {"--task": task or f"tasks/{source.task}", "--params": source.params, "--size": source.size})
     names = dict(zip(words[::2], words[1::2], strict=True))
@@ -144,14 +144,14 @@ def _continues(data: str | None, decay: str | None, source: RunConfig, branch: R
     return not different
 
 
-def _source_checkpoint(run: RunDir, iteration: int | None, source: RunConfig) -> Path:
+def _source_checkpoint(run: RunDir, iteration: int | None, checkpoint: CheckpointConfig) -> Path:
     if iteration is None:
-        directory = newest_good_checkpoint(run.checkpoints, source.checkpoint.verify_on_load)
+        directory = newest_good_checkpoint(run.checkpoints, checkpoint.verify_on_load)
         if directory is None:
             raise CheckpointError(f"{run.checkpoints}: no checkpoint. The run must have saved one. Train it first.")
         return directory
     directory = checkpoint_dir(run.checkpoints, iteration)
-    verify_checkpoint(directory, source.checkpoint.verify_on_load)
+    verify_checkpoint(directory, checkpoint.verify_on_load)
     return directory
 
 

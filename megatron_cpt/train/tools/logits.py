@@ -25,7 +25,7 @@ from megatron_cpt.config.megatron.arguments import megatron_arguments
 from megatron_cpt.config.settings.schema import ModelConfig, RunConfig, TrainingConfig
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.train.backend.parallel import finish_parallel, initialize_parallel
-from megatron_cpt.train.model.build import CptGPTModel, set_rotary_frequencies, transformer_config
+from megatron_cpt.train.model.build import CptGPTModel, set_latent_epsilon, set_rotary_frequencies, transformer_config
 from megatron_cpt.train.model.layer_spec import build_layer_spec
 from megatron_cpt.train.state.approved import load_approved
 
@@ -118,6 +118,7 @@ def _run_megatron_layer(checkpoint: Path, model: ModelConfig, layer: int, hidden
         **megatron_arguments(config, "GPTModel"),
     )
     set_rotary_frequencies(chunk, model)
+    set_latent_epsilon(chunk, model)
     state = chunk.sharded_state_dict(metadata={"non_homogeneous_layers": True})
     state = {name: value for name, value in state.items() if not name.endswith("_extra_state")}
     apply_prefix_mapping(state, {"decoder.layers.0.": f"decoder.layers.{layer}."})
@@ -154,7 +155,9 @@ def _run_hf_layer(folder: HFFolder, model: ModelConfig, layer: int, hidden: torc
     with tempfile.TemporaryDirectory() as scratch:
         (Path(scratch) / "config.json").write_text(json.dumps(config), encoding="utf-8")
         save_file(tensors, Path(scratch) / "model.safetensors", {"format": "pt"})
-        alone = AutoModelForCausalLM.from_pretrained(scratch, dtype=torch.float32, attn_implementation="eager").eval()
+        alone = AutoModelForCausalLM.from_pretrained(
+            scratch, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
+        ).eval()
     captured: list[Any] = []
     alone.model.layers[0].register_forward_hook(lambda module, inputs, output: captured.append(output))
     alone.model(inputs_embeds=hidden, use_cache=False)

@@ -28,12 +28,16 @@ def run_preflight(directory: Path) -> tuple[list[RankReport], float | None]:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    torch.distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
+    # a node that lacks its GPU joins too, so that it can be named: NCCL is used only once every rank is known to have one
+    torch.distributed.init_process_group("gloo", timeout=TIMEOUT)
     try:
         report = _measure(directory, device)
         reports: list[RankReport] = [report] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(reports, report)
-        return reports, _all_reduce_bandwidth(device)
+        if len({one.kind for one in reports}) > 1:
+            return reports, None
+        group = torch.distributed.new_group(backend="nccl", timeout=TIMEOUT) if on_gpu else None
+        return reports, _all_reduce_bandwidth(device, group)
     finally:
         torch.distributed.destroy_process_group()
 
@@ -55,6 +59,7 @@ def _measure(directory: Path, device: torch.device) -> RankReport:
         free_memory_bytes=free,
         total_memory_bytes=total,
         clock=time.time(),
+        kind=device.type,
         versions=f"Python {platform.python_version()}, torch {torch.__version__}",
     )
 
@@ -91,7 +96,7 @@ def _disk_rate(directory: Path) -> float | None:
         path.unlink(missing_ok=True)
 
 
-def _all_reduce_bandwidth(device: torch.device) -> float | None:
+def _all_reduce_bandwidth(device: torch.device, group: torch.distributed.ProcessGroup | None) -> float | None:
     """Return bytes x 2 (n - 1) / n per second, the bus bandwidth as nccl-tests define it; None on one rank."""
     ranks = torch.distributed.get_world_size()
     if ranks == 1:
@@ -101,7 +106,7 @@ def _all_reduce_bandwidth(device: torch.device) -> float | None:
     for _ in range(5):
         torch.distributed.barrier()
         started = time.perf_counter()
-        torch.distributed.all_reduce(tensor)
+        torch.distributed.all_reduce(tensor, group=group)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - started)

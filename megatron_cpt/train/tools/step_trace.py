@@ -107,7 +107,7 @@ class RunTrace:
         self._readings: dict[Path, _Reading] = {}
         newest = last_checkpoint(self.run)
         manifest = read_manifest(self.run.checkpoints / f"iter_{newest:07d}") if newest else None
-        self.skipped = skipped_ranges(self.config, self.run, manifest)
+        self.skipped = skipped_ranges(self.config.data, self.run, manifest)
 
     def is_skipped(self, iteration: int) -> bool:
         """Return whether the run passes an iteration without a step."""

@@ -8,17 +8,17 @@ import importlib.util
 import os
 from typing import Any
 
-from megatron_cpt.config.settings.schema import RunConfig
+from megatron_cpt.config.settings.schema import LoggingConfig, RunConfig
 from megatron_cpt.errors import ConfigError
 from megatron_cpt.files import text_hash
 from megatron_cpt.run.directory import RunDir
 
 
-def check_wandb(config: RunConfig) -> None:
+def check_wandb(logging: LoggingConfig) -> None:
     """Raise ConfigError when a run wants W&B and the package is not installed."""
-    if config.logging.wandb_project is not None and importlib.util.find_spec("wandb") is None:
+    if logging.wandb_project is not None and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
-            f"logging.wandb_project is {config.logging.wandb_project}, and the package wandb is not installed. "
+            f"logging.wandb_project is {logging.wandb_project}, and the package wandb is not installed. "
             "Install the extra wandb (pip install -e '.[wandb]' in the checkout, or pip install wandb), or set "
             "logging.wandb_project=null."
         )

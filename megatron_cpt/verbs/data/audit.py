@@ -29,9 +29,10 @@ def run(arguments: argparse.Namespace) -> int | None:
     # numpy and the tokenizer libraries are slow to import; --help must not wait for them
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from megatron_cpt.data.audit.shards import audit_all, shard_prefixes
-    from megatron_cpt.data.tokenizer.interface import load_tokenizer
+    from megatron_cpt.data.tokenizer.interface import check_reading, load_tokenizer
 
     tokenizer = load_tokenizer(arguments.tokenizer, arguments.eod_token)
+    check_reading(tokenizer)
     audits = audit_all(shard_prefixes(arguments.input), tokenizer, arguments.samples)
     sys.stdout.write("".join(map(str, audits)))
     bad = sum(bool(audit.problems) for audit in audits)

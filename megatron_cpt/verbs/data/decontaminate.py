@@ -11,6 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_cpt.verbs.data.cleaning_arguments import add_output_arguments, print_plan
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("inputs", nargs="+", metavar="[NAME=]PATH", help="training documents, by corpus")
@@ -22,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min-words", type=int, default=8, help="shortest evaluation text looked for (default: 8)")
     parser.add_argument("--min-matches", type=int, default=1, help="passages from which a document goes (default: 1)")
     parser.add_argument("--compress", action="store_true", help="write .zst")
+    add_output_arguments(parser)
     parser.add_argument("--skip-bad-lines", action="store_true", help="leave out lines that hold no document")
     parser.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
 
@@ -31,16 +34,26 @@ def run(arguments: argparse.Namespace) -> None:
     from megatron_cpt.data.reading.named_corpora import named_corpora  # heavy: numpy
     from megatron_cpt.data.reading.record_files import Reading
 
+    corpora = named_corpora(arguments.inputs, keep_bad_files=arguments.skip_bad_lines)
+    if arguments.dry_run:
+        print_plan(
+            corpora,
+            {name: [arguments.output / name] for name in corpora},
+            arguments.compress,
+            arguments.output_format == "same",
+        )
+        return
     options = DecontaminationOptions(
         ngram=arguments.ngram,
         min_words=arguments.min_words,
         min_matches=arguments.min_matches,
         is_compressed=arguments.compress,
+        keeps_tables=arguments.output_format == "same",
     )
     passages = read_passages(named_corpora(arguments.against), Reading(key=arguments.against_key), options)
     reading = Reading(key=arguments.key, skip_bad_lines=arguments.skip_bad_lines)
     report = decontaminate(
-        named_corpora(arguments.inputs, keep_bad_files=arguments.skip_bad_lines),
+        corpora,
         passages,
         arguments.output,
         reading,

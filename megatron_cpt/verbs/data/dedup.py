@@ -11,6 +11,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_cpt.verbs.data.cleaning_arguments import add_output_arguments, print_plan
+from megatron_cpt.verbs.tokenize import parse_part_argument
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("inputs", nargs="+", metavar="[NAME=]PATH", help="documents, by corpus")
@@ -23,8 +26,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ngram", type=int, default=5, help="words per shingle (default: 5)")
     parser.add_argument("--num-perm", type=int, default=64, help="hash functions of a signature (default: 64)")
     parser.add_argument("--threshold", type=float, default=0.85, help="similarity of duplicates (default: 0.85)")
+    parser.add_argument(
+        "--verify", action="store_true", help="compare candidates by their exact similarity, which reads them again"
+    )
+    parser.add_argument(
+        "--similar-to",
+        choices=["cluster", "kept"],
+        default="cluster",
+        help="what goes is like some document of its cluster, or like one that stays (default: cluster)",
+    )
     parser.add_argument("--seed", type=int, default=42, help="seed of the hash functions (default: 42)")
     parser.add_argument("--compress", action="store_true", help="write .zst")
+    add_output_arguments(parser)
+    parser.add_argument(
+        "--part",
+        type=parse_part_argument,
+        metavar="I/N",
+        help="make the signatures of the i-th of n parts, for a job array; the command without --part then does the rest",
+    )
     parser.add_argument("--skip-bad-lines", action="store_true", help="leave out lines that hold no document")
     parser.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
     parser.add_argument("--memory-gb", type=float, default=1.0, help="memory for sorting (default: 1)")
@@ -37,6 +56,15 @@ def run(arguments: argparse.Namespace) -> None:
     from megatron_cpt.data.reading.named_corpora import named_corpora  # heavy: numpy
     from megatron_cpt.data.reading.record_files import Reading
 
+    corpora = named_corpora(arguments.inputs, keep_bad_files=arguments.skip_bad_lines)
+    if arguments.dry_run:
+        print_plan(
+            corpora,
+            {name: [arguments.output / name] for name in corpora},
+            arguments.compress,
+            arguments.output_format == "same",
+        )
+        return
     minhash = MinHashOptions(
         ngram=arguments.ngram,
         num_perm=arguments.num_perm,
@@ -46,12 +74,21 @@ def run(arguments: argparse.Namespace) -> None:
         is_prompt=arguments.prompts,
     )
     report = deduplicate(
-        named_corpora(arguments.inputs, keep_bad_files=arguments.skip_bad_lines),
+        corpora,
         arguments.output,
         Reading(key=arguments.key, skip_bad_lines=arguments.skip_bad_lines),
-        DedupOptions(minhash=minhash, scope=arguments.scope, keep=arguments.keep, is_compressed=arguments.compress),
+        DedupOptions(
+            minhash=minhash,
+            scope=arguments.scope,
+            keep=arguments.keep,
+            is_verified=arguments.verify,
+            similar_to=arguments.similar_to,
+            is_compressed=arguments.compress,
+            keeps_tables=arguments.output_format == "same",
+        ),
         work=arguments.work,
         workers=arguments.workers,
         memory_bytes=int(arguments.memory_gb * (1 << 30)),
+        part=arguments.part,
     )
-    sys.stdout.write(report_table(report))
+    sys.stdout.write(report_table(report) if report else "the signatures of this part are there\n")

@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--remove-inputs", action="store_true", help="remove the joined shards when the result is whole"
     )
+    parser.add_argument("--replace", action="store_true", help="let an older result of other documents give way")
 
 
 def run(arguments: argparse.Namespace) -> int | None:
@@ -36,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int | None:
         if not (arguments.remove_inputs and manifest_path(output).exists()):
             raise
         prefixes = []  # removed by the same command before
-    manifest = merge_shards(prefixes, output) if prefixes else read_shard_manifest(output)
+    manifest = merge_shards(prefixes, output, replace=arguments.replace) if prefixes else read_shard_manifest(output)
     if arguments.remove_inputs:
         remove_shards(prefixes)
     sys.stdout.write(

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from megatron_cpt.config.settings.values import parse_count
 from megatron_cpt.errors import DataError
+from megatron_cpt.verbs.data.cleaning_arguments import add_output_arguments, print_plan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=42, help="another seed draws others (default: 42)")
     parser.add_argument("--key", default="text", help="field with the text or the chat messages (default: text)")
     parser.add_argument("--compress", action="store_true", help="write .zst")
+    add_output_arguments(parser)
     parser.add_argument("--skip-bad-lines", action="store_true", help="leave out lines that hold no document")
 
 
@@ -38,8 +40,13 @@ def run(arguments: argparse.Namespace) -> None:
         number = None if arguments.number is None else parse_count(arguments.number)
     except ValueError as problem:
         raise DataError(f"--number: {problem}.") from None
+    sources = list_sources(arguments.inputs, keep_bad_files=arguments.skip_bad_lines)
+    keeps_tables = arguments.output_format == "same"
+    if arguments.dry_run:
+        print_plan({"": sources}, {"": [arguments.output]}, arguments.compress, keeps_tables)
+        return
     report = sample(
-        list_sources(arguments.inputs, keep_bad_files=arguments.skip_bad_lines),
+        sources,
         arguments.output,
         Reading(key=arguments.key, skip_bad_lines=arguments.skip_bad_lines),
         SampleOptions(
@@ -49,6 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
             edges=tuple(arguments.edges),
             seed=arguments.seed,
             is_compressed=arguments.compress,
+            keeps_tables=keeps_tables,
         ),
     )
     for name, row in report["buckets"].items():

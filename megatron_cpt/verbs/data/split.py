@@ -12,6 +12,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from megatron_cpt.errors import DataError
+from megatron_cpt.verbs.data.cleaning_arguments import add_output_arguments, print_plan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fraction", type=Fraction, required=True, help="part of the documents: 0.001, 1/1000")
     parser.add_argument("--key", default="text", help="field with the text or the chat messages (default: text)")
     parser.add_argument("--compress", action="store_true", help="write .zst")
+    add_output_arguments(parser)
     parser.add_argument("--skip-bad-lines", action="store_true", help="leave out lines that hold no document")
     parser.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
 
@@ -34,13 +36,23 @@ def run(arguments: argparse.Namespace) -> None:
         raise DataError(
             f"--fraction {arguments.fraction} --name {arguments.name}: a part between 0 and 1 and a file name other than train are needed."
         )
+    corpora = named_corpora(arguments.inputs, keep_bad_files=arguments.skip_bad_lines)
+    if arguments.dry_run:
+        print_plan(
+            corpora,
+            {name: [arguments.output / name / side for side in ("train", arguments.name)] for name in corpora},
+            arguments.compress,
+            arguments.output_format == "same",
+        )
+        return
     counts = split_validation(
-        named_corpora(arguments.inputs, keep_bad_files=arguments.skip_bad_lines),
+        corpora,
         arguments.output,
         Reading(key=arguments.key, skip_bad_lines=arguments.skip_bad_lines),
         name=arguments.name,
         fraction=arguments.fraction,
         is_compressed=arguments.compress,
+        keeps_tables=arguments.output_format == "same",
         workers=arguments.workers,
     )
     for corpus, row in counts.items():

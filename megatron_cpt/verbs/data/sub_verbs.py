@@ -20,6 +20,7 @@ SUB_VERBS = {
     "adopt": "check token shards of another tool and write their manifests",
     "dedup": "remove exact and near-duplicate documents",
     "decontaminate": "remove documents that hold passages of evaluation sets",
+    "languages": "tell the language of every document: statistics, a column, a filter",
     "sample": "take a random subset, by field value or score",
     "prepare-chat": "turn conversations into token shards with masks of what is learned",
     "pack": "pack the documents of a token shard into training sequences by best fit",

@@ -38,9 +38,11 @@ def run(arguments: argparse.Namespace) -> int | None:
 
     tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else None
     if arguments.document is not None:
-        origins = [origin for number in arguments.document for origin in trace_documents(arguments.prefix, number)]
+        origins = [
+            origin for number in arguments.document for origin in trace_documents(arguments.prefix, number, tokenizer)
+        ]
     else:
-        origins = [trace_token(arguments.prefix, position) for position in arguments.token]
+        origins = [trace_token(arguments.prefix, position, tokenizer) for position in arguments.token]
     for origin in origins:
         sys.stdout.write(f"{origin}\n")
         if tokenizer:

@@ -1,0 +1,1 @@
+"""The page `report.html`: everything a run directory knows, in one file without a network."""
