@@ -6,13 +6,14 @@ verb modules import their library function inside `run`, so that `--help` stays 
 """
 
 import argparse
+import logging
 import os
 import sys
 
 from megatron_cpt import __version__
 from megatron_cpt.errors import CptError, storage_error
 from megatron_cpt.log import configure_logging
-from megatron_cpt.verbs.dispatch import load_verb, parse_words
+from megatron_cpt.verbs.dispatch import Parser, load_verb, parse_words
 
 VERBS = {
     "init": "write a task from a model, some text and a number of tokens",
@@ -43,7 +44,7 @@ VERBS = {
 def main(argv: list[str] | None = None) -> None:
     """Run one verb and leave with its exit code: 0 done, 2 a mistake the user can mend, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="megatron-cpt",
         description="Continual pre-training on Megatron-Core.",
         epilog="verbs:\n"
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
 def _run_verb(verb: str, argv: list[str]) -> int:
     module, parser = load_verb(verb, f"megatron-cpt {verb}")
     arguments = parse_words(parser, argv)
-    configure_logging()
+    configure_logging(logging.WARNING if arguments.quiet else logging.INFO)
     try:
         return module.run(arguments) or 0
     except CptError as error:

@@ -1,10 +1,19 @@
 """Logging and progress: results go to stdout, everything else to stderr, INFO from one rank only."""
 
+import contextlib
 import logging
 import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
+from typing import ClassVar, TextIO
+
+CLEAR = "\r\x1b[K"
+TERMINAL_SECONDS = 0.3
+"""Between two looks at progress on a terminal."""
+SENSIBLE_SECONDS, SENSIBLE_SHARE = 2.0, 0.005
+"""What has to be done before it is told how long the rest takes."""
 
 
 def configure_logging(level: int = logging.INFO) -> None:
@@ -14,7 +23,9 @@ def configure_logging(level: int = logging.INFO) -> None:
     """
     rank = os.environ.get("RANK", "0")
     prefix = "" if rank == "0" else f"[rank {rank}] "
-    handler = logging.StreamHandler(sys.stderr)
+    handler: logging.Handler = logging.StreamHandler(sys.stderr)
+    if rank == "0" and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+        handler = TerminalHandler(sys.stderr)
     handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
     root = logging.getLogger()
     root.handlers[:] = [handler]
@@ -23,6 +34,41 @@ def configure_logging(level: int = logging.INFO) -> None:
     logging.captureWarnings(True)
     for noisy in ("megatron", "transformers", "matplotlib", "torch", "torch.utils.cpp_extension", "py.warnings"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+class TerminalHandler(logging.StreamHandler[TextIO]):
+    """Shows progress on one line that is written over, and warnings and errors in colour unless NO_COLOR is set.
+
+    Where stderr is no terminal nothing of this is used: every record is a line.
+    """
+
+    _COLOURS: ClassVar = {logging.WARNING: "33", logging.ERROR: "31", logging.CRITICAL: "31"}
+
+    def __init__(self, stream: TextIO):
+        super().__init__(stream)
+        self._has_open_line = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record: progress over the open line, anything else on a line of its own."""
+        is_progress = bool(getattr(record, "is_progress", False))
+        text = self.format(record)
+        if is_progress:
+            text = text[: shutil.get_terminal_size().columns - 1]  # a wrapped line could not be written over
+        elif record.levelno in self._COLOURS and not os.environ.get("NO_COLOR"):
+            text = f"\x1b[{self._COLOURS[record.levelno]}m{text}\x1b[0m"
+        with contextlib.suppress(OSError):
+            self.stream.write(f"{CLEAR if self._has_open_line else ''}{text}{'' if is_progress else chr(10)}")
+            self.stream.flush()
+        self._has_open_line = is_progress
+
+    def close(self) -> None:
+        """End the open line."""
+        if self._has_open_line:
+            with contextlib.suppress(OSError, ValueError):
+                self.stream.write("\n")
+                self.stream.flush()
+            self._has_open_line = False
+        super().close()
 
 
 class Progress:
@@ -41,9 +87,12 @@ class Progress:
         """Count `amount` more; log a line when the last one is old enough."""
         self.done += amount
         now = time.monotonic()
-        if now - self.logged >= self.interval_seconds:
+        is_terminal = any(isinstance(handler, TerminalHandler) for handler in logging.getLogger().handlers)
+        if now - self.logged >= (
+            min(self.interval_seconds, TERMINAL_SECONDS) if is_terminal else self.interval_seconds
+        ):
             self.logged = now
-            logging.getLogger(__name__).info("%s", self.line(note))
+            logging.getLogger(__name__).info("%s", self.line(note), extra={"is_progress": True})
 
     def line(self, note: str = "") -> str:
         """Return `label: 12% (3.1 of 25.8 MB), 5.2 MB/s, 4 s left`."""
@@ -53,7 +102,8 @@ class Progress:
             share = (
                 f"{self.label}: {self.done / self.total:.0%} ({_short(self.done)} of {_short(self.total)} {self.unit})"
             )
-            if rate > 0:
+            is_told = time.monotonic() - self.started >= SENSIBLE_SECONDS and self.done / self.total >= SENSIBLE_SHARE
+            if rate > 0 and is_told:  # the first files are no measure of the rest
                 parts.append(f"{format_seconds(max(self.total - self.done, 0) / rate)} left")
         else:
             share = f"{self.label}: {_short(self.done)} {self.unit}"

@@ -19,7 +19,7 @@ def pages() -> dict[str, str]:
     return module.pages()
 
 
-@pytest.mark.parametrize("name", ["configuration.md", "commands.md", "formats.md"])
+@pytest.mark.parametrize("name", ["configuration.md", "commands.md", "formats.md", "models.md"])
 def test_the_reference_is_up_to_date(pages, name):
     written = (ROOT / "docs" / "reference" / name).read_text(encoding="utf-8")
     assert pages[name] == written, f"docs/reference/{name} is out of date. Run `make docs` and commit it."

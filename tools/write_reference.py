@@ -7,11 +7,13 @@ Example: tools/write_reference.py --check    (exit code 1 when a page is out of 
 import argparse
 import ast
 import dataclasses
+import importlib.util
 import re
 import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from megatron_cpt.cli import VERBS
 from megatron_cpt.config.loading.explain import field_texts
@@ -67,7 +69,57 @@ def pages() -> dict[str, str]:
         "configuration.md": "\n".join(configuration_page()),
         "commands.md": "\n".join(commands_page()),
         "formats.md": "\n".join(formats_page()),
+        "models.md": "\n".join(models_page()),
     }
+
+
+def models_page() -> Iterator[str]:
+    """Yield the lines of the page of models: architectures that convert, and public models with the result for each."""
+    # torch: only for this page
+    from megatron_cpt.checkpoint.huggingface.quantized import quantization
+    from megatron_cpt.checkpoint.huggingface.read_config import family_of_config, model_config_from_hf
+    from megatron_cpt.checkpoint.mapping.families.known import FAMILIES
+    from megatron_cpt.errors import CheckpointError
+
+    yield NOTE
+    yield "# Models\n"
+    yield (
+        "Each architecture converts both ways bit for bit, trains under Megatron-Core, and exports for transformers 4.57 and 5.\n"
+    )
+    yield "| architecture | `model_type` | what it is |\n|---|---|---|"
+    for family in FAMILIES.values():
+        what = sys.modules[family.read.__module__].__doc__ or ""
+        kinds = ", ".join(f"`{kind}`" for kind in (family.model_type, *family.other_types))
+        yield f"| `{family.architecture}` | {kinds} | {' '.join(what.split()).rstrip('.')} |"
+    yield (
+        "\n## Public models\n\nThe complete keys of each model's config.json (`tests/checkpoint/public_configs.py`), read as a "
+        "conversion reads them.\n"
+    )
+    yield "| model | architecture | result |\n|---|---|---|"
+    for name, config in _public_configs():
+        plain_keys = {key: value for key, value in config.items() if key != "quantization_config"}
+        try:
+            quantization(config, "config.json")
+            model_config_from_hf(plain_keys)
+            result = f"converts as `{family_of_config(config).model_type}`"
+        except CheckpointError as problem:
+            reason = re.split(
+                r" (?:Known: |Every key must be|This model cannot)", str(problem).removeprefix("config.json: ")
+            )[0]
+            result = f"refused: {reason}".replace("|", "\\|")
+        yield f"| {name} | `{(config.get('architectures') or [None])[0]}` | {result} |"
+    yield ""
+
+
+def _public_configs() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield name and config.json of each public model of the tests' table."""
+    path = ROOT / "tests" / "checkpoint" / "public_configs.py"
+    spec = importlib.util.spec_from_file_location("public_configs", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield from module.CONVERTS.items()
+    yield from ((name, config) for name, (config, _) in module.REFUSED.items())
 
 
 def configuration_page() -> Iterator[str]:

@@ -6,6 +6,10 @@ Examples:
   megatron-cpt checkpoint list runs/t/p/50B/main/checkpoints
   megatron-cpt checkpoint verify runs/t/p/50B/main/checkpoints
   megatron-cpt checkpoint prune runs/t/p/50B/main/checkpoints --keep-last 3 --keep-every 1000 --dry-run
+  megatron-cpt checkpoint inspect runs/t/p/50B/main/checkpoints/iter_0001000 --tensors
+  megatron-cpt checkpoint diff runs/t/p/50B/main/checkpoints/iter_0001000 runs/t/p/50B/main/checkpoints/iter_0002000
+  megatron-cpt checkpoint protect runs/t/p/50B/main/checkpoints 1000 2000
+  megatron-cpt checkpoint adopt old/iter_0001000 --params llama3-1b
   megatron-cpt checkpoint copy runs/t/p/50B/main/checkpoints /archive/t
 """
 

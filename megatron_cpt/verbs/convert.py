@@ -6,6 +6,7 @@ Examples:
   megatron-cpt convert hf-to-mcore models/Qwen3-0.6B converted/qwen3-0.6b --verify
   megatron-cpt convert mcore-to-hf runs/t/p/50B/main/checkpoints/iter_0001000 out/hf --tokenizer data/tokenizer
   megatron-cpt convert foreign-to-mcore old/iter_0001000 converted/old --params llama-1b --optimizer needed
+  megatron-cpt convert foreign-to-hf old/iter_0001000 out/old-hf --params llama-1b --tokenizer data/tokenizer
   megatron-cpt convert init --task tasks/demo --params demo-5m --size 8M --variant base
   megatron-cpt convert latest --task tasks/demo --params demo-5m --size 8M --variant base
   megatron-cpt convert all --task tasks/demo --params demo-5m --size 8M --every 1000
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_cpt.config.loading.resolve import add_run_arguments, load_from_arguments
+from megatron_cpt.errors import ConfigError
 from megatron_cpt.verbs.model_arguments import params_model, parse_bytes
 
 if TYPE_CHECKING:
@@ -213,6 +215,8 @@ def _extension(arguments: argparse.Namespace) -> VocabExtension | None:
     from megatron_cpt.checkpoint.huggingface.vocabulary import extension_for
 
     if arguments.extend_vocab is None:
+        if arguments.new_tokenizer is not None:
+            raise ConfigError("--new-tokenizer: says which ids are new. Give --extend-vocab ROWS (or auto) with it.")
         return None
     return extension_for(
         arguments.hf_dir,

@@ -5,23 +5,77 @@ rest, with an example, the description. A verb with sub-verbs has a table of the
 """
 
 import argparse
+import difflib
 import importlib
+import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import NoReturn
+
+from megatron_cpt.log import configure_logging
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that names the nearest word there is for one that there is not."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong and leave with exit code 2."""
+        choice = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        known = (
+            re.findall(r"[\w.-]+", choice[2])
+            if choice
+            else [name for name in self._option_string_actions if name[:2] == "--"]
+        )
+        unknown = re.search(r"unrecognized arguments:.*?(--[\w-]+)", message)
+        word = choice[1] if choice else unknown[1] if unknown else ""
+        close = difflib.get_close_matches(word, known, n=1, cutoff=0.6) if word else []
+        hint = f" Did you mean {close[0]}?" if close else ""
+        super().error(f"{message}.{hint}" if hint else message)
 
 
 def load_verb(name: str, program: str) -> tuple[ModuleType, argparse.ArgumentParser]:
     """Import the module of a verb (`data dedup` is `verbs/data/dedup.py`) and return it with its parser."""
     module = importlib.import_module(verb_module(name))
     summary, _, description = (module.__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=program,
         description=f"{summary}\n{description}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress, warnings and errors only")
     module.add_arguments(parser)
+    _describe_sub_commands(parser, program, module.__doc__ or "")
     return module, parser
+
+
+def examples(text: str, command: str) -> list[str]:
+    """Return the examples of a command in a verb's docstring, each with its continued lines."""
+    found: list[str] = []
+    lines = iter(text.splitlines())
+    for line in lines:
+        start = re.search(rf"{re.escape(command)}(?= |$).*", line)
+        if start is None:
+            continue
+        example = start[0]
+        while example.endswith("\\"):
+            example += "\n" + next(lines)
+        found.append(example)
+    return found
+
+
+def _describe_sub_commands(parser: argparse.ArgumentParser, program: str, text: str) -> None:
+    """Give each sub-command's help its summary and its examples from the verb's docstring."""
+    for action in parser._actions:
+        if not isinstance(action, argparse._SubParsersAction):
+            continue
+        summaries = {choice.dest: choice.help or "" for choice in action._choices_actions}
+        for name, part in action.choices.items():
+            shown = "\n".join(f"  {example}" for example in examples(text, f"{program} {name}"))
+            summary = summaries.get(name, "").replace("%%", "%")
+            part.description = f"{summary}\n\nExample:\n{shown}" if shown else summary
+            part.formatter_class = argparse.RawDescriptionHelpFormatter
 
 
 def parse_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
@@ -51,5 +105,8 @@ def add_sub_verbs(parser: argparse.ArgumentParser, sub_verbs: Mapping[str, str])
 def run_sub_verb(verb: str, sub_verb: str, rest: Sequence[str]) -> int | None:
     """Run `megatron-cpt VERB SUB_VERB REST`."""
     module, parser = load_verb(f"{verb} {sub_verb}", f"megatron-cpt {verb} {sub_verb}")
-    code: int | None = module.run(parse_words(parser, rest))
+    arguments = parse_words(parser, rest)
+    if arguments.quiet:
+        configure_logging(logging.WARNING)
+    code: int | None = module.run(arguments)
     return code

@@ -12,8 +12,14 @@ times is one set of several paths. A result that is on disk already, of the same
   divergence   how far each layer's weights moved from the first model's; a table and a chart
   sweep        compare the points of `submit sweep` by what they learned and forgot; a table, a chart, JSON
 
-Example: megatron-cpt evaluate forgetting --model base=hf/base --model cpt=runs/ja/8b/80B/main/checkpoints
-             --text D0=data/D0.validation.jsonl.zst --text D1=data/D1.validation.jsonl.zst --output evaluation
+Examples:
+  megatron-cpt evaluate forgetting --model base=hf/base --model cpt=runs/ja/8b/80B/main/checkpoints \\
+      --text D0=data/D0.validation.jsonl.zst --text D1=data/D1.validation.jsonl.zst --output evaluation
+  megatron-cpt evaluate perplexity --model base=hf/base --text D0=data/D0.validation.jsonl.zst --output base.json
+  megatron-cpt evaluate generate --model base=hf/base --model cpt=hf/cpt --prompt 'Once upon a time' --output samples.json
+  megatron-cpt evaluate harness --model cpt=hf/cpt --tasks hellaswag,arc_easy --output harness
+  megatron-cpt evaluate divergence --model base=hf/base --model cpt=hf/cpt --output divergence
+  megatron-cpt evaluate sweep runs/demo/demo-5m/300K/replay+sweep --output sweep
 """
 
 import argparse

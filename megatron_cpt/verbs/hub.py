@@ -5,7 +5,9 @@
 
 HF_ENDPOINT names another server, HF_TOKEN (or `hf auth login`) who you are. --dry-run needs no network.
 
-Example: megatron-cpt hub push models/danish-7b --repo my-team/danish-7b --max-shard-size 2GB --private --dry-run
+Examples:
+  megatron-cpt hub push models/danish-7b --repo my-team/danish-7b --max-shard-size 2GB --private --dry-run
+  megatron-cpt hub download Qwen/Qwen3-0.6B --to models/Qwen3-0.6B
 """
 
 import argparse
@@ -22,6 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     push.add_argument("--repo", required=True, metavar="NAME", help="OWNER/NAME; it is created where it does not exist")
     push.add_argument("--max-shard-size", default="2GB", metavar="SIZE", help="largest weight file (default: 2GB)")
     push.add_argument("--private", action="store_true", help="create it as a private repository")
+    push.add_argument("--base-model", metavar="NAME", help="base model that the card names, where the export has none")
+    push.add_argument("--evaluation", type=Path, metavar="FILE", help="Markdown report that the card quotes")
     push.add_argument("--message", help="what the commit says (default: Upload FOLDER)")
     push.add_argument("--dry-run", action="store_true", help="say what would be sent and stop")
     download = subparsers.add_parser("download", help="fetch a repository")
@@ -37,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     # imported here: torch takes seconds to start
-    from megatron_cpt.checkpoint.huggingface.hub import download, plan_push, push
+    from megatron_cpt.checkpoint.huggingface.hub import check_repo_name, download, plan_push, push
     from megatron_cpt.log import format_bytes
     from megatron_cpt.verbs.model_arguments import parse_bytes
 
@@ -54,7 +58,14 @@ def run(arguments: argparse.Namespace) -> None:
         sys.stdout.write(f"{arguments.to}: {count:,} files, {format_bytes(size)} of {arguments.repo}\n")
         return
     max_shard_bytes = parse_bytes(arguments.max_shard_size)
-    plan = plan_push(arguments.folder, max_shard_bytes, arguments.kind)
+    check_repo_name(arguments.repo)
+    plan = plan_push(
+        arguments.folder,
+        max_shard_bytes,
+        arguments.kind,
+        base=arguments.base_model,
+        evaluation=arguments.evaluation,
+    )
     sys.stdout.write(str(plan))
     branch = f" (branch {arguments.revision})" if arguments.revision else ""
     if arguments.dry_run:

@@ -15,6 +15,10 @@ Example:
   megatron-cpt submit train --task tasks/demo --params demo-5m --size 300K --variant base launch.gpus_per_node=2
   megatron-cpt submit sweep --grid replay=0.05,0.25 --grid optimizer.lr=1e-3,2e-3 --task tasks/demo --params demo-5m \
       --size 300K --variant replay
+  megatron-cpt submit pipeline --task tasks/demo --params demo-5m --size 300K --variant replay --soup-last 3
+  megatron-cpt submit evaluate --task tasks/demo --params demo-5m --size 300K --variant replay
+  megatron-cpt submit lr-find --task tasks/demo --params demo-5m --size 300K --variant base --lr-min 1e-5 --lr-max 1e-2
+  megatron-cpt submit job --name dedup --command 'data dedup ja=corpus/ja --output clean' --task tasks/ja --params 8b --size 50B
   megatron-cpt submit train --site leonardo --account MINE --chain 3 --dry-run --task tasks/ja --params 8b --size 50B
 """
 

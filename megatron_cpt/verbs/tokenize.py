@@ -16,6 +16,8 @@ import os
 import sys
 from pathlib import Path
 
+from megatron_cpt.verbs.vocabulary import add_keys_argument, add_workers_argument, keys_of
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_input_arguments(parser)
@@ -28,9 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output = parser.add_mutually_exclusive_group(required=True)
     output.add_argument("--output-prefix", type=Path, help="one shard: prefix without _<key>_document")
     output.add_argument("--output-dir", type=Path, help="a tree of shards that mirrors the inputs")
-    parser.add_argument(
-        "--json-keys", nargs="+", default=["text"], help="keys or columns that hold text (default: text)"
-    )
+    add_keys_argument(parser, "key or column that holds text")
     parser.add_argument(
         "--append-eod",
         action=argparse.BooleanOptionalAction,
@@ -50,11 +50,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="begin each document with the token that begins texts: auto does what the tokenizer's post-processor does",
     )
-    parser.add_argument(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: all cores)"
-    )
+    add_workers_argument(parser)
     parser.add_argument(
         "--shard-tokens", type=parse_count_argument, help="group files into shards of about this many tokens (500M)"
+    )
+    parser.add_argument(
+        "--num-shards", type=int, metavar="N", help="group all files, whatever their folders, into N shards"
+    )
+    parser.add_argument(
+        "--across-folders", action="store_true", help="with --shard-tokens: group files of different folders too"
     )
     parser.add_argument(
         "--shard", type=parse_part_argument, metavar="I/N", help="do the i-th of n parts of the work, i from 0 to n-1"
@@ -106,11 +110,13 @@ def run(arguments: argparse.Namespace) -> int | None:
         arguments.tokenizer,
         output_prefix=arguments.output_prefix,
         output_dir=arguments.output_dir,
-        keys=arguments.json_keys,
+        keys=keys_of(arguments),
         append_eod=arguments.append_eod,
         eod_token=arguments.eod_token,
         workers=arguments.workers,
         shard_tokens=arguments.shard_tokens,
+        num_shards=arguments.num_shards,
+        is_across_folders=arguments.across_folders,
         part=arguments.shard,
         on_bad_line=arguments.on_bad_line,
         include=arguments.include,

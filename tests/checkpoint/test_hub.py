@@ -1,14 +1,17 @@
 """The Hub, with a server made up here: what would be sent, what is sent, and what a missing network leaves."""
 
+import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from megatron_cpt import cli
 from megatron_cpt.checkpoint.huggingface.folder import HFFolder
-from megatron_cpt.checkpoint.huggingface.hub import download, plan_push, push
+from megatron_cpt.checkpoint.huggingface.hub import check_repo_name, download, plan_push, push
 from megatron_cpt.errors import CheckpointError
 
 
@@ -26,7 +29,10 @@ class Server:
 
     def create_commit(self, repo, operations, **options):
         self.calls.append(("create_commit", repo, options))
-        self.files = {each.path_in_repo: Path(each.path_or_fileobj).read_bytes() for each in operations}
+        contents = {each.path_in_repo: each.path_or_fileobj for each in operations}
+        self.files = {
+            name: value if isinstance(value, bytes) else Path(value).read_bytes() for name, value in contents.items()
+        }
         return SimpleNamespace(commit_url=f"https://hub.invalid/{repo}/commit/1")
 
 
@@ -38,6 +44,7 @@ def model(hf_models, tmp_path):
         (folder / file.name).write_bytes(file.read_bytes())
     (folder / ".hidden").write_text("stays here")
     (folder / "tokenizer.json").write_text("{}")
+    (folder / "README.md").write_text("card")
     return folder
 
 
@@ -140,3 +147,86 @@ def test_a_download_passes_on_what_is_wanted_and_counts_what_came(tmp_path):
         download("team/data", tmp_path / "d", fetch=fail)
     with pytest.raises(CheckpointError, match="no file matches"):
         download("team/data", tmp_path / "empty", fetch=lambda repo, **options: None)
+
+
+@pytest.mark.parametrize(
+    "name", ["team/-x", "team/x.git", "a/b/c", "team/x--y", "team/", "team/mod el", "team/x..y", "x" * 97]
+)
+def test_a_name_that_the_hub_refuses_is_refused_before_anything_is_read(name):
+    with pytest.raises(CheckpointError, match="is no name on the Hub"):
+        check_repo_name(name)
+
+
+@pytest.mark.parametrize("name", ["team/main", "gpt2", "Qwen/Qwen2.5-7B", "a_b/c.d-e"])
+def test_a_name_of_the_hub_passes(name):
+    check_repo_name(name)
+
+
+def test_a_trained_model_goes_with_a_card_and_without_local_paths(model, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "danish")
+    (folder / "README.md").unlink()
+    secret = "/scratch/project/someone/base"
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "_name_or_path": secret}))
+    (folder / "mergekit_config.yml").write_text(f"models: [{{model: {secret}}}]\n")
+    (folder / "BASE_MODEL_CARD.md").write_text("---\nlicense: apache-2.0\nlanguage: [da]\n---\n# Base\n")
+    (folder / "LICENSE").write_text("text")
+    training = {
+        "iteration": 1000, "tokens": 2_000_000, "tokens_per_corpus": {"web": 1_500_000, "wiki": 500_000}, "lr": 3e-4,
+        "min_lr": 3e-5, "schedule": {"lr_decay_style": "WSD"}, "base": "team/base-7b", "seq_length": 2048,
+        "global_batch_size": 64, "precision": "bf16",
+    }  # fmt: skip
+    (folder / "conversion.json").write_text(json.dumps({"training": training}))
+    report = tmp_path / "report.md"
+    report.write_text("| set | bits per byte |\n")
+    plan = plan_push(folder, 10**9, evaluation=report)
+    written = dict(plan.written)
+    assert json.loads(written["config.json"])["_name_or_path"] == "base"
+    assert not any(b"/scratch" in text for text in written.values())
+    assert set(written) & {name for name, _ in plan.files} == set()
+    card = written["README.md"].decode()
+    for words in (
+        "license: apache-2.0",
+        "base_model: team/base-7b",
+        "| web | 1,500,000 | 75.0 % |",
+        "WSD",
+        "bits per byte",
+    ):
+        assert words in card
+    server = Server()
+    push(plan, "team/danish", 10**9, api=server)
+    assert server.files["README.md"].decode() == card and b"/scratch" not in server.files["config.json"]
+
+
+def test_a_card_that_is_there_stays(model, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "mine")
+    (folder / "README.md").write_text("mine")
+    assert "README.md" not in dict(plan_push(folder, 10**9).written)
+
+
+def test_weights_in_few_bits_are_sent_as_they_are_stored(model, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "few-bits")
+    settings = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": settings}
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    tensors[name + "_scale_inv"] = torch.rand(2, 3)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    server = Server()
+    push(plan_push(folder, 20_000), "team/model", 20_000, api=server)
+    received = tmp_path / "received"
+    received.mkdir()
+    for sent, content in server.files.items():
+        (received / sent).write_bytes(content)
+    there = HFFolder(received, as_stored=True)
+    assert set(there.names()) == set(tensors) and there.dtype(name) == torch.float8_e4m3fn
+    assert torch.equal(there.read(name).view(torch.uint8), tensors[name].view(torch.uint8))
+
+
+def test_a_folder_in_a_format_that_does_not_convert_is_still_sent(model, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "awq")
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "awq"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert plan_push(folder, 10**9).num_bytes > 0

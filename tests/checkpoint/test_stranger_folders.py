@@ -364,3 +364,25 @@ def test_the_command_line_says_an_error_in_one_line_and_leaves_with_2(hf_models,
     )
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "hidden_size is None" in done.stderr
+
+
+def test_a_model_trained_with_another_tokenizer_leaves_its_bases_out(hf_models, tmp_path, caplog):
+    from tokenizers import Tokenizer, models
+
+    source = with_everything(hf_models("llama"), tmp_path / "source")
+    Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(source / "tokenizer.json"))
+    release = hf_to_mcore(source, tmp_path / "mcore")
+    manifest = mcore.read_manifest(release)
+    mcore.write_manifest(release, {**manifest, "tokenizer": {"name": "mine", "hash": "other", "eod_id": 0}})
+    exported = mcore_to_hf(release, tmp_path / "hf")
+    assert "trained with tokenizer mine" in caplog.text and "WITHOUT A TOKENIZER" in caplog.text
+    assert (exported / "LICENSE").exists() and not (exported / "tokenizer.json").exists()
+
+
+def test_a_base_whose_tokenizer_has_an_id_too_many_goes_out_as_it_came_in(hf_models, tmp_path, caplog):
+    from tokenizers import Tokenizer, models
+
+    source = with_everything(hf_models("llama"), tmp_path / "source")
+    Tokenizer(models.WordLevel({"a": 0, "[PAD]": 130}, unk_token="a")).save(str(source / "tokenizer.json"))
+    exported = mcore_to_hf(hf_to_mcore(source, tmp_path / "mcore"), tmp_path / "hf")
+    assert (exported / "tokenizer.json").exists() and "ids up to 130" in caplog.text

@@ -313,7 +313,7 @@ def quick(monkeypatch):
 Pipeline.TestCase.settings = settings(
     max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
 )
-TestPipeline = Pipeline.TestCase
+TestPipeline = pytest.mark.slow(Pipeline.TestCase)
 
 
 def test_conditions_of_links():

@@ -186,3 +186,9 @@ def test_what_megatron_lm_cannot_express_is_named() -> None:
     assert settings_without_flag(run_config()) == []
     assert "model.rope_beta_fast" in settings_without_flag(run_config(YARN))
     assert flag_values(run_config(YARN))["--rotary-scaling-factor"] == "40"
+
+
+def test_a_pattern_of_layers_is_one_word_without_blanks_as_megatrons_parser_takes_it() -> None:
+    flags = megatron_flags(run_config(MLA))
+    assert flags[flags.index("--moe-layer-freq") + 1] == "[0,1,1,1]"
+    assert not any(" " in flag for flag in flags)

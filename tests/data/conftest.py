@@ -70,7 +70,7 @@ def chat_dir(tmp_path_factory):
     tokenizer = build_bpe(special_tokens=CHAT_TOKENS)
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     folder = save_tokenizer(tokenizer, tmp_path_factory.mktemp("tokenizers") / "chat")
-    settings = {"eos_token": "<|end_of_text|>", "bos_token": {"content": "<|begin_of_text|>"}}
+    settings = {"eos_token": "<|end_of_text|>", "bos_token": {"__type": "AddedToken", "content": "<|begin_of_text|>"}}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from megatron_cpt.cli import main
-from megatron_cpt.data.audit.shards import audit_shard
+from megatron_cpt.data.audit.shards import audit_all, audit_shard
 from megatron_cpt.data.shards.adopt import adopt
 from megatron_cpt.data.shards.indexed import bin_path, idx_path, manifest_path, read_index, write_index
 from megatron_cpt.data.tokenize.driver import tokenize
@@ -109,7 +109,8 @@ def test_every_damage_is_found(shard, bpe_dir, damage):
     tokenizer = load_tokenizer(bpe_dir)
     assert audit_shard(shard, tokenizer, None).problems == []
     DAMAGES[damage](shard)
-    assert audit_shard(shard, tokenizer, None).problems
+    (audit,) = audit_all([shard], tokenizer, None)
+    assert audit.problems
 
 
 def test_a_damaged_shard_does_not_keep_the_others_from_being_audited(shard, bpe_dir, tmp_path, capsys):

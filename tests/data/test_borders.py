@@ -189,9 +189,9 @@ def with_bad_files(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "skip"),
     [
-        (["dedup", "c=in", "--output", "out"], "--skip-bad-lines"),
-        (["sample", "in", "--output", "out"], "--skip-bad-lines"),
-        (["split", "c=in", "--output", "out", "--fraction", "0.1", "--name", "v"], "--skip-bad-lines"),
+        (["dedup", "c=in", "--output", "out"], "--on-bad-line skip"),
+        (["sample", "in", "--output", "out"], "--on-bad-line skip"),
+        (["split", "c=in", "--output", "out", "--fraction", "0.1", "--name", "v"], "--on-bad-line skip"),
     ],
 )
 def test_a_file_that_cannot_be_read_stops_the_work_at_its_start_or_is_counted(words, skip, with_bad_files, capsys):
@@ -221,3 +221,31 @@ def test_validate_and_repair_tell_files_that_cannot_be_read(with_bad_files, caps
     assert "in/d.jsonl: 0 documents in 1 lines; 1 file that cannot be read" in capsys.readouterr().out
     assert run("repair", "--input", "in", "--output-dir", "out", "--workers", 1) == 1
     assert {path.name for path in Path("out").glob("*.jsonl")} == {"a.jsonl", "c.jsonl"}
+
+
+def test_the_folders_of_a_tree_become_n_shards_in_order(tmp_path, bpe_dir):
+    from megatron_cpt.data.tokenize.driver import tokenize
+    from megatron_cpt.errors import ConfigError
+
+    names = [f"in/d{folder:02d}/f.jsonl" for folder in range(12)]
+    touch(tmp_path, *names)
+    tokenize([tmp_path / "in"], bpe_dir, output_prefix=tmp_path / "one", workers=1)
+    report = tokenize([tmp_path / "in"], bpe_dir, output_dir=tmp_path / "five", workers=1, num_shards=5)
+    shards = sorted(report.manifests)
+    assert [shard.name for shard in shards] == [f"shard-{number:05d}_text_document" for number in range(5)]
+    joined = b"".join(shard.with_name(f"{shard.name}.bin").read_bytes() for shard in shards)
+    assert joined == (tmp_path / "one_text_document.bin").read_bytes()
+    parts = [
+        tokenize([tmp_path / "in"], bpe_dir, output_dir=tmp_path / "parts", workers=1, num_shards=5, part=(number, 2))
+        for number in range(2)
+    ]
+    assert sorted(len(part.manifests) for part in parts) == [2, 3]
+    tokens = sum(manifest["tokens"] for manifest in report.manifests.values())
+    across = {"shard_tokens": tokens // 3, "is_across_folders": True}
+    grouped = tokenize([tmp_path / "in"], bpe_dir, output_dir=tmp_path / "across", workers=1, **across)
+    assert 2 <= len(grouped.manifests) <= 4
+    for wrong in ({"num_shards": 0}, {"num_shards": 2, "shard_tokens": 5}, {"is_across_folders": True}):
+        with pytest.raises(ConfigError, match="tokenize: "):
+            tokenize([tmp_path / "in"], bpe_dir, output_dir=tmp_path / "x", workers=1, **wrong)
+    with pytest.raises(ConfigError, match="an output prefix is one shard"):
+        tokenize([tmp_path / "in"], bpe_dir, output_prefix=tmp_path / "x", workers=1, num_shards=2)

@@ -367,14 +367,20 @@ def test_an_audit_finds_a_conversation_that_its_source_does_not_give(prepare, ve
     audit = ("data", "audit", "--input", prefix, "--tokenizer", chat_dir)
     code, said = verb(*audit)
     assert code == 0 and "9 samples" in said  # conversations cut to a pack; the split text is passed over
+    source, status = path.read_bytes(), path.stat()
+    for change in ((b"turn 1 of", b"turn 7 of"), (b"turn 0 of", b"turn 6 of")):  # an answer, a question
+        path.write_bytes(source.replace(*change))
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        code, said = verb(*audit)
+        assert code == 1 and "gives other ids or another mask than piece" in said
+    path.write_bytes(source)
+    code, said = verb(*audit)
+    assert code == 1 and "is gone or changed since" in said
     ids = np.memmap(bin_path(prefix), dtype=np.uint16, mode="r+")
     ids[5] += 1
     ids.flush()
     code, said = verb(*audit)
-    assert code == 1 and "gives other ids or another mask than piece" in said
-    path.touch()
-    code, said = verb(*audit)
-    assert code == 1 and "is gone or changed since" in said
+    assert code == 1 and "its checksum differs" in said
 
 
 def test_packs_of_a_tokenized_corpus_are_audited_and_traced(verb, tmp_path, bpe_dir):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_cpt import cli
-from megatron_cpt.checkpoint.huggingface.vocabulary import check_new_tokenizer
+from megatron_cpt.checkpoint.huggingface.vocabulary import extension_for
 from megatron_cpt.config.checks.vocabulary import rows_problem, vocabulary_problem
 from megatron_cpt.config.settings.schema import ModelConfig
 from megatron_cpt.data.shards.indexed import bin_path
@@ -86,6 +86,7 @@ def test_a_plan_refuses_ids_without_rows(verb, rows, project, capsys):
     assert run(*verb, *RUN) == 0
 
 
+@pytest.mark.full
 def test_training_refuses_ids_without_rows_and_damaged_shards(project, tmp_path):
     project(499)
     environment = os.environ | {
@@ -103,17 +104,13 @@ def test_training_refuses_ids_without_rows_and_damaged_shards(project, tmp_path)
 
 
 def test_a_batch_with_an_id_beyond_the_rows_is_refused_by_sample():
-    import dataclasses
-    from types import SimpleNamespace
-
     import torch
 
     from megatron_cpt.errors import DataError
     from megatron_cpt.train.samples.batches import _check_ids
 
-    config = SimpleNamespace(model=dataclasses.replace(model(500)))
     ids = torch.zeros(2, 8, dtype=torch.int64)
-    _check_ids(ids + 499, [6, 7], config.model)
+    _check_ids(ids + 499, [6, 7], model(500))
     for wrong, message in (
         (500, "sample 7 has ids up to 500; the model has 500 rows"),
         (-1, "sample 7: holds the id -1"),
@@ -121,13 +118,14 @@ def test_a_batch_with_an_id_beyond_the_rows_is_refused_by_sample():
         changed = ids.clone()
         changed[1, 3] = wrong
         with pytest.raises(DataError, match=message):
-            _check_ids(changed, [6, 7], config.model)
+            _check_ids(changed, [6, 7], model(500))
 
 
-def test_an_extension_has_rows_for_every_id_of_its_tokenizer(bpe_dir):
-    check_new_tokenizer(bpe_dir, 500)
-    with pytest.raises(CheckpointError, match=r"ids up to 499; the model has 498 rows.*--extend-vocab 500"):
-        check_new_tokenizer(bpe_dir, 498)
+def test_an_extension_has_rows_for_every_id_of_its_tokenizer(bpe_dir, tmp_path):
+    (tmp_path / "config.json").write_text('{"vocab_size": 400}')
+    assert extension_for(tmp_path, bpe_dir, rows=500).vocab_size == 500
+    with pytest.raises(CheckpointError, match="ids up to 499; the model has 498 rows"):
+        extension_for(tmp_path, bpe_dir, rows=498)
 
 
 def test_adopting_again_with_another_tokenizer_is_an_error(project, tmp_path, capsys):

@@ -61,7 +61,7 @@ def make_task(root: Path, architecture: str) -> list[str]:
 
     write_documents(root / "elsewhere" / "D0.jsonl", 1, 120)
     write_documents(root / "data" / "held" / "out.jsonl", 500, 20)
-    base = root / "models" / "base"
+    base = root / "data" / "models" / "base"
     build_hf_model(architecture, vocab_size=304).save_pretrained(base)
     write_tokenizer(base)
     described = model_config_from_hf(json.loads((base / "config.json").read_text()))

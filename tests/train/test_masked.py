@@ -2,6 +2,7 @@
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -136,7 +137,8 @@ def test_a_blend_mixes_masked_packed_and_plain_shards(tmp_path):
 
     original, batches.build_batch = batches.build_batch, Batches()
     try:
-        _, loss_mask, pieces, sample_ids = _batch([plain, chat], (3, 4), [True, True], None, EOD)
+        config = SimpleNamespace(model=SimpleNamespace(vocab_size=10_000))
+        _, loss_mask, pieces, sample_ids = _batch([plain, chat], (3, 4), [True, True], config, EOD)
     finally:
         batches.build_batch = original
     assert pieces[0].tolist() == [0] * 5 + [1] * (SEQ - 5)

@@ -16,6 +16,7 @@ from megatron_cpt.config.settings.schema import RunConfig
 from tests.train.tiny import run_steps, tiny_config
 
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
+LR, MIN_LR = 1e-3, 0.0
 
 
 def load_as_megatron_lm(config: RunConfig, root: str) -> dict[str, Any]:
@@ -53,7 +54,7 @@ def load_as_megatron_lm(config: RunConfig, root: str) -> dict[str, Any]:
     metadata["dp_cp_group"] = parallel_state.get_data_parallel_group(with_context_parallel=True)
     state: dict[str, Any] = {"model": stock.sharded_state_dict(metadata=metadata)}
     state["model"] = {name: value for name, value in state["model"].items() if "_extra_state" not in name}
-    step = None
+    step = rates = None
     if not release and not arguments.no_save_optim:
         model, optimizer = build_training_model(config)
         named = unwrap(model[0]).sharded_state_dict(metadata=metadata)
@@ -61,6 +62,7 @@ def load_as_megatron_lm(config: RunConfig, root: str) -> dict[str, Any]:
         loaded = dist_checkpointing.load(state, directory, strict="assume_ok_unexpected")
         optimizer.load_state_dict(loaded["optimizer"])  # as it is: no mending of ours
         (step,) = {group["step"] for group in optimizer.param_groups}
+        (rates,) = {(group["max_lr"], group["min_lr"]) for group in loaded["optimizer"]["optimizer"]["param_groups"]}
     else:
         loaded = dist_checkpointing.load(state, directory, strict="assume_ok_unexpected")
     result = {
@@ -70,6 +72,7 @@ def load_as_megatron_lm(config: RunConfig, root: str) -> dict[str, Any]:
         "flops": common["num_floating_point_operations_so_far"],
         "scheduler": common.get("opt_param_scheduler"),
         "step": step,
+        "rates": rates,
         "norm": loaded["model"]["decoder.layers.0.input_layernorm.weight"].tolist(),
     }
     stock.load_state_dict(loaded["model"], strict=False)
@@ -81,9 +84,11 @@ def test_megatron_lm_loads_a_checkpoint_of_a_run_with_its_optimizer(ranks, tmp_p
     ranks.run(run_steps, 2, tiny_config(**{TP: 2}), 0, 2, None, str(tmp_path))
     for found in ranks.run(load_as_megatron_lm, 2, tiny_config(**{PP: 1}), str(tmp_path)):
         assert found["args"]["num_layers"] == 4 and found["args"]["tensor_model_parallel_size"] == 2
-        assert found["args"]["no_save_rng"] and found["args"]["swiglu"] and not found["args"]["add_position_embedding"]
+        assert found["args"]["no_save_rng"] and found["args"]["swiglu"] and found["args"]["add_position_embedding"]
         assert (found["iteration"], found["version"], found["flops"], found["step"]) == (2, 3.0, 0, 2)
-        assert {"num_steps", "max_lr", "lr_decay_style", "start_wd"} < found["scheduler"].keys()
+        assert {"num_steps", "lr_decay_style", "start_wd"} < found["scheduler"].keys()
+        rates = (LR, MIN_LR)
+        assert (found["scheduler"]["max_lr"], found["scheduler"]["min_lr"]) == rates == found["rates"]
         stored = DcpReader(tmp_path / "iter_0000002").read(
             "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight"
         )

@@ -283,3 +283,17 @@ def test_several_threads_read_from_few_open_shards(tmp_path, shards, monkeypatch
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda index: dataset[index]["tokens"].tolist(), [*range(200)] * 3))
     assert found == expected * 3
+
+
+@pytest.mark.parametrize(("epochs", "separate"), [(1, False), (1, True), (3, False), (3, True)])
+def test_the_order_of_documents_is_megatron_cores(epochs, separate):
+    from megatron.core.datasets.gpt_dataset import _build_document_index
+
+    from megatron_cpt.train.samples.stage_samples import document_index
+
+    for documents in (np.arange(1000, dtype=np.int32), np.array([3, 1, 9], dtype=np.int64)):
+        ours, theirs = np.random.RandomState(7), np.random.RandomState(7)
+        found = document_index(documents, epochs, ours, separate)
+        expected = _build_document_index(documents, epochs, theirs, separate)
+        assert found.dtype == expected.dtype and np.array_equal(found, expected)
+        assert ours.randint(1 << 30) == theirs.randint(1 << 30)

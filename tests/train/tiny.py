@@ -108,8 +108,14 @@ def run_steps(
 
 def manifest_of(config: RunConfig, iteration: int) -> dict[str, Any]:
     """Return the manifest of a checkpoint of these tests."""
-    model = dataclasses.asdict(config.model)
-    return {"iteration": iteration, "content": "full", "model": model, "config": None, "tokenizer": None}
+    settings = dataclasses.asdict(config)
+    return {
+        "iteration": iteration,
+        "content": "full",
+        "model": settings["model"],
+        "config": settings,
+        "tokenizer": None,
+    }
 
 
 def logits(config: RunConfig, load: str | None, ids: list[list[int]]) -> Any:

@@ -23,13 +23,14 @@ from megatron_cpt.checkpoint.convert.verify import verify_against_hf
 from megatron_cpt.checkpoint.huggingface.companion_files import (
     add_companions,
     check_tokenizer_fits,
-    keep_companions,
+    is_trained_with,
     tokenizer_hash,
-    usable_companions,
     write_configs,
 )
 from megatron_cpt.checkpoint.huggingface.folder import HFFolder, OutputGroup, write_safetensors
+from megatron_cpt.checkpoint.huggingface.model_card import training_record
 from megatron_cpt.checkpoint.huggingface.options import CONVERSION, ImportOptions
+from megatron_cpt.checkpoint.huggingface.quantized import quantization
 from megatron_cpt.checkpoint.huggingface.read_config import (
     POSITION_FIELDS,
     TRAINING_FIELDS,
@@ -42,12 +43,10 @@ from megatron_cpt.checkpoint.huggingface.write_config import hf_config_from_mode
 from megatron_cpt.checkpoint.mapping.units import Unit, check_coverage, family_of, units
 from megatron_cpt.checkpoint.torch_dist import mcore
 from megatron_cpt.checkpoint.torch_dist.dcp_writer import Slice, write_dcp
-from megatron_cpt.checkpoint.torch_dist.kept_files import KEPT
+from megatron_cpt.checkpoint.torch_dist.kept_files import KEPT, kept_companions
 from megatron_cpt.checkpoint.torch_dist.megatron_arguments import write_megatron_metadata
 from megatron_cpt.checkpoint.torch_dist.weights import MegatronWeights, TorchDistWeights
-from megatron_cpt.config.checks.vocabulary import vocabulary_problem
 from megatron_cpt.config.settings.schema import ModelConfig
-from megatron_cpt.data.tokenizer.interface import load_tokenizer
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.files import file_hash, read_json_object, take_lock, text_hash, whole_dir, write_json
 from megatron_cpt.log import Progress, format_bytes
@@ -85,6 +84,7 @@ def hf_to_mcore(
     """
     source = HFFolder(hf_dir) if extension is None else ExtendedFolder(hf_dir, extension)
     where = str(hf_dir / "config.json")
+    quantization(source.config, where)  # of a kind that is not known
     options = source.options.joined(ignore_config, skip_tensors)
     described = model_config_from_hf(source.config, ignore=options.ignore_config, where=where)
     options = _with_mtp(source, described, options, drop=drop_mtp)
@@ -114,7 +114,10 @@ def hf_to_mcore(
             progress=progress,
         )
         write_megatron_metadata(directory, model)
-        keep_companions(hf_dir, directory / KEPT)
+        kept = directory / KEPT
+        kept.mkdir()
+        new_tokenizer = extension.tokenizer if extension is not None else None
+        add_companions(kept, tokenizer=new_tokenizer, kept=hf_dir, uses_kept_tokenizer=True)
         if verify:
             weights = TorchDistWeights(directory)
             tensors = verify_against_hf(source, weights, steps, model, cast, num_workers)
@@ -158,12 +161,10 @@ def mcore_to_hf(
         checkpoint = mcore.find_checkpoint(checkpoint)
     manifest = mcore.read_manifest(checkpoint) if manifest is None else manifest
     model = mcore.manifest_model(manifest, checkpoint)
-    if tokenizer is not None and tokenizer.exists():
-        num_ids = load_tokenizer(tokenizer, needs_eod=False).vocab_size
-        if problem := vocabulary_problem(str(tokenizer), num_ids, model, "Export with the tokenizer of the training."):
-            raise CheckpointError(problem)
     weights = weights or TorchDistWeights(checkpoint)
-    kept = usable_companions(checkpoint, manifest, has_tokenizer_of_its_own=tokenizer is not None)
+    kept = kept_companions(checkpoint)
+    check_tokenizer_fits(tokenizer or kept, model, is_own=tokenizer is None)
+    uses_kept_tokenizer = tokenizer is None and is_trained_with(kept, manifest)
     imported = ImportOptions.of(manifest)
     options = {"dtype": dtype, "max_shard_bytes": max_shard_bytes, "tokenizer": tokenizer_hash(tokenizer or kept)}
     identity = {"kind": "megatron", "files": text_hash(json.dumps(manifest.get("files"), sort_keys=True)), **options}
@@ -198,14 +199,19 @@ def mcore_to_hf(
             directory,
             tokenizer=tokenizer,
             kept=kept,
+            uses_kept_tokenizer=uses_kept_tokenizer,
             eod_id=token_ids["eos_token_id"],
             is_trained=manifest.get("iteration", "release") != "release",
         )
-        check_tokenizer_fits(directory, model, output)
         write_configs(directory, config, copied)
         for name, value in (extra_files or {}).items():
             write_json(directory / name, value)
-        record: dict[str, Any] = {"direction": "mcore_to_hf", "source": identity, **imported.record()}
+        record: dict[str, Any] = {
+            "direction": "mcore_to_hf",
+            "source": identity,
+            **imported.record(),
+            **training_record(manifest),
+        }
         if verify:
             folder = HFFolder(directory)
             record |= {

@@ -27,6 +27,7 @@ from megatron_cpt.checkpoint.mapping.transforms import concatenate_shards
 from megatron_cpt.checkpoint.mapping.units import Unit
 from megatron_cpt.checkpoint.torch_dist.megatron_arguments import find_step
 from megatron_cpt.checkpoint.torch_dist.pickles import load_safely
+from megatron_cpt.checkpoint.torch_dist.weights import is_extra_state
 from megatron_cpt.errors import CheckpointError
 
 MOMENTS = ("param", "exp_avg", "exp_avg_sq")
@@ -186,7 +187,7 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, torch.Tensor]:
     for name, part in value.items():
         if isinstance(part, dict):
             tensors |= _flat(part, f"{prefix}{name}.")
-        elif isinstance(part, torch.Tensor) and not name.endswith("_extra_state"):
+        elif isinstance(part, torch.Tensor) and not is_extra_state(name):
             tensors[prefix + name] = part
     return tensors
 

@@ -14,10 +14,9 @@ from typing import Any
 
 from megatron_cpt.checkpoint.huggingface.folder import SIDE_FILES
 from megatron_cpt.checkpoint.huggingface.options import CONVERSION
-from megatron_cpt.checkpoint.torch_dist.kept_files import kept_companions
 from megatron_cpt.config.checks.vocabulary import vocabulary_problem
 from megatron_cpt.config.settings.schema import ModelConfig
-from megatron_cpt.data.tokenizer.interface import load_tokenizer, same_tokenizer
+from megatron_cpt.data.tokenizer.interface import load_tokenizer
 from megatron_cpt.errors import CheckpointError, DataError
 from megatron_cpt.files import file_hash, text_hash, write_json
 
@@ -55,21 +54,21 @@ def keep_companions(source: Path, target: Path) -> list[str]:
     return copied
 
 
-def usable_companions(checkpoint: Path, manifest: Mapping[str, Any], *, has_tokenizer_of_its_own: bool) -> Path | None:
-    """Return the kept companions for an export, None where there are none.
-
-    Raises: CheckpointError when the model was trained with another tokenizer than the kept one, and no other is given.
-    """
-    kept = kept_companions(checkpoint)
-    if kept is None or has_tokenizer_of_its_own or not has_tokenizer(kept) or not manifest.get("tokenizer"):
-        return kept
-    with contextlib.suppress(DataError):
-        if not same_tokenizer(load_tokenizer(kept).identity, manifest["tokenizer"]):
-            raise CheckpointError(
-                f"{checkpoint}: trained with tokenizer {manifest['tokenizer'].get('name')}, which is not that of its base. "
-                "The export needs the one it was trained with. Name it with --tokenizer."
-            )
-    return kept
+def is_trained_with(kept: Path | None, manifest: Mapping[str, Any]) -> bool:
+    """Return whether the tokenizer that a checkpoint kept of its base is the one that its model was trained with since."""
+    trained = (manifest.get("tokenizer") or {}).get("hash")
+    if kept is None or trained is None or not has_tokenizer(kept):
+        return True
+    try:
+        found = load_tokenizer(kept, needs_eod=False).identity.get("hash")
+    except DataError:
+        return True  # of a kind that is copied and not read here
+    if found != trained:
+        logger.warning(
+            "trained with tokenizer %s, not with that of its base, which is left out. Name it with --tokenizer.",
+            manifest["tokenizer"].get("name"),
+        )
+    return bool(found == trained)
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -89,18 +88,25 @@ def tokenizer_hash(tokenizer: Path | None) -> str | None:
 
 
 def add_companions(
-    directory: Path, *, tokenizer: Path | None, kept: Path | None, eod_id: int | None, is_trained: bool
+    directory: Path,
+    *,
+    tokenizer: Path | None,
+    kept: Path | None,
+    uses_kept_tokenizer: bool,
+    eod_id: int | None = None,
+    is_trained: bool = False,
 ) -> list[str]:
     """Copy `tokenizer` (folder, `tokenizer.json`, SentencePiece model) and what the checkpoint `kept` into an export; return
-    the names of all files. A `tokenizer` takes the place of the kept one; the card of the base goes by another name beside
-    a model that was trained since.
+    the names of all files. A `tokenizer` takes the place of the kept one, which goes along only if `uses_kept_tokenizer`; the
+    card of the base goes by another name beside a model that `is_trained` since.
 
     Raises: CheckpointError when there is no such tokenizer.
     """
     copied = copy_tokenizer(tokenizer, directory, eod_id)
     if kept is not None:
         for name in companions(kept):
-            if tokenizer is not None and (_matches(name.name, _TOKENIZER) or name.parent.name):
+            is_tokenizer = _matches(name.name, _TOKENIZER) or name.parent.name
+            if is_tokenizer and (tokenizer is not None or not uses_kept_tokenizer):
                 continue
             target = directory / (BASE_CARD if is_trained and name.as_posix() == CARD else name)
             if not target.exists():
@@ -115,14 +121,20 @@ def add_companions(
     return copied
 
 
-def check_tokenizer_fits(directory: Path, model: ModelConfig, where: Path) -> None:
-    """Raise CheckpointError when the tokenizer of an export has ids that the model has no rows for."""
+def check_tokenizer_fits(tokenizer: Path | None, model: ModelConfig, *, is_own: bool) -> None:
+    """Raise CheckpointError when a tokenizer has ids that the model has no rows for; warn when it came with the base
+    (`is_own`), which was taken in with it."""
+    if tokenizer is None or not tokenizer.exists() or (tokenizer.is_dir() and not has_tokenizer(tokenizer)):
+        return
     try:
-        tokenizer = load_tokenizer(directory, needs_eod=False)
-    except DataError:
-        return  # of a kind that is copied and not read here
-    problem = vocabulary_problem(f"{where}: the tokenizer", tokenizer.vocab_size, model)
-    if problem:
+        num_ids = load_tokenizer(tokenizer, needs_eod=False).vocab_size
+    except DataError as unread:
+        logger.warning("its ids are not held against the model's rows: %s", unread)
+        return
+    problem = vocabulary_problem(str(tokenizer), num_ids, model, "Export with the tokenizer of the training.")
+    if problem and is_own:
+        logger.warning("%s", problem)
+    elif problem:
         raise CheckpointError(problem)
 
 

@@ -5,6 +5,7 @@ the values. Reading with `preadv` into a tensor of our own keeps the memory boun
 file does not. `pytorch_model*.bin` folders are read by `safe.load_safely`, mapped.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -69,10 +70,10 @@ _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 
 
 class HFFolder:
-    """A model folder: its configuration and its tensors by name, quantized ones as ordinary ones."""
+    """A model folder: its configuration and its tensors by name, quantized ones as ordinary ones (or all `as_stored`)."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, *, as_stored: bool = False):
+        self.path, self._as_stored = path, as_stored
         self.config = _read_config(path / "config.json")
         self._entries: dict[str, tuple[Path, int, int, torch.dtype, tuple[int, ...]]] = {}
         self._pickled: dict[str, torch.Tensor] = {}
@@ -82,7 +83,10 @@ class HFFolder:
             for name, value in content.items():
                 self._add(name, value, file)
         self._check_index()
-        self._quantized = quantization(self.config, str(path / "config.json"))
+        self._quantized: tuple[str, tuple[int, int]] | None = None
+        if not as_stored:
+            with contextlib.suppress(CheckpointError):  # another kind: its tensors read as they are stored
+                self._quantized = quantization(self.config, str(path / "config.json"))
         if self._quantized:
             self.config = {key: value for key, value in self.config.items() if key != "quantization_config"}
 
@@ -133,7 +137,7 @@ class HFFolder:
         if self._is_packed(name):
             return self._unpacked_type()
         dtype = self._dtype(name)
-        if dtype not in FLOAT8:
+        if dtype not in FLOAT8 or self._as_stored:
             return dtype
         if self._quantized is None or not self._has(name + SCALE):
             raise CheckpointError(
@@ -146,7 +150,7 @@ class HFFolder:
         """Return a tensor, read into memory of its own."""
         if self._is_packed(name):
             return mxfp4_values(self._read(name + BLOCKS), self._read(name + BLOCK_SCALES), self.dtype(name))
-        if self._dtype(name) not in FLOAT8:
+        if self._dtype(name) not in FLOAT8 or self._as_stored:
             return self._read(name)
         dtype = self.dtype(name)
         assert self._quantized is not None

@@ -9,13 +9,16 @@ The server is `HF_ENDPOINT`, the token `HF_TOKEN` or that of `hf auth login`, as
 
 import contextlib
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_cpt.checkpoint.huggingface.companion_files import CARD
 from megatron_cpt.checkpoint.huggingface.folder import HFFolder, OutputGroup, shards_of, write_safetensors
+from megatron_cpt.checkpoint.huggingface.model_card import model_card, without_local_paths
 from megatron_cpt.errors import CheckpointError, CptError
 from megatron_cpt.log import Progress, format_bytes
 
@@ -36,23 +39,52 @@ class PushPlan:
     """(name, bytes) of the weight files that take the place of too large ones; their headers come on top."""
     replaced: tuple[str, ...] = ()
     """Weight files that stay here."""
+    written: tuple[tuple[str, bytes], ...] = ()
+    """(path in the repository, content) of files that are made or changed for the push: a model card, paths taken out."""
 
     @property
     def num_bytes(self) -> int:
         """Bytes to send, about."""
-        return sum(size for _, size in (*self.files, *self.new_shards))
+        return sum(size for _, size in (*self.files, *self.new_shards)) + sum(len(text) for _, text in self.written)
 
     def __str__(self) -> str:
         lines = [f"  {format_bytes(size):>10}  {name}" for name, size in self.files]
         lines += [f"  {format_bytes(size):>10}  {name} (made for the push)" for name, size in self.new_shards]
+        lines += [f"  {format_bytes(len(text)):>10}  {name} (written for the push)" for name, text in self.written]
         if self.replaced:
             lines.append(f"  instead of {', '.join(self.replaced)}, larger than allowed")
-        count = len(self.files) + len(self.new_shards)
+        count = len(self.files) + len(self.new_shards) + len(self.written)
         return "\n".join([f"{self.folder}: {count} files, {format_bytes(self.num_bytes)}", *lines]) + "\n"
 
 
-def plan_push(folder: Path, max_shard_bytes: int, kind: str = "model") -> PushPlan:
-    """Return what a push of `folder` would send; hidden files stay.
+def check_repo_name(repo: str) -> None:
+    """Raise CheckpointError when a name is none that the Hub takes."""
+    parts = repo.split("/")
+    if (
+        len(parts) > 2
+        or len(repo) > 96
+        or "--" in repo
+        or ".." in repo
+        or not all(re.fullmatch(r"[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?", part, re.ASCII) for part in parts)
+        or repo.endswith(".git")
+    ):
+        raise CheckpointError(
+            f"--repo {repo}: is no name on the Hub. OWNER/NAME of letters, digits, '-', '_' and '.', without '--' or '..', "
+            "and neither first nor last, is needed, 96 characters at most."
+        )
+
+
+def plan_push(
+    folder: Path,
+    max_shard_bytes: int,
+    kind: str = "model",
+    *,
+    base: str | None = None,
+    evaluation: Path | None = None,
+) -> PushPlan:
+    """Return what a push of `folder` would send; hidden files stay, and so do this machine's paths.
+
+    A model without README.md gets a card: `base` names its base model, `evaluation` is a Markdown report that it quotes.
 
     Raises: CheckpointError when there is no such folder, or as a model it is damaged or incomplete.
     """
@@ -67,10 +99,15 @@ def plan_push(folder: Path, max_shard_bytes: int, kind: str = "model") -> PushPl
     )
     if kind == "dataset":
         return PushPlan(folder=folder, files=_sized(files, folder))
-    model = HFFolder(folder)
+    model = HFFolder(folder, as_stored=True)
     weights = [file for file in model.files if file.suffix == ".safetensors"]
+    written = without_local_paths(folder, [file.relative_to(folder).as_posix() for file in files])
+    if not (folder / CARD).exists():
+        written[CARD] = model_card(folder, base=base, evaluation=evaluation).encode()
+    files = [file for file in files if file.relative_to(folder).as_posix() not in written]
+    made = tuple(written.items())
     if all(file.stat().st_size <= max_shard_bytes for file in weights):
-        return PushPlan(folder=folder, files=_sized(files, folder))
+        return PushPlan(folder=folder, files=_sized(files, folder), written=made)
     shards = shards_of(_groups(model), _for_values(model, max_shard_bytes))
     left = [file for file in files if file not in weights and file.name != _INDEX]
     return PushPlan(
@@ -78,6 +115,7 @@ def plan_push(folder: Path, max_shard_bytes: int, kind: str = "model") -> PushPl
         files=_sized(left, folder),
         new_shards=tuple((name, sum(group.num_bytes for group in groups)) for name, groups in shards),
         replaced=tuple(file.name for file in weights),
+        written=made,
     )
 
 
@@ -101,6 +139,8 @@ def push(
     """
     from huggingface_hub import CommitOperationAdd, HfApi  # heavy, and not needed for a plan
 
+    check_repo_name(repo)
+
     api = api or HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
     with _told_on_one_line("push", repo):
         # before any work: this fails at once without a network, a token or permission
@@ -110,6 +150,7 @@ def push(
     with _new_shards(plan, max_shard_bytes) as extra, _told_on_one_line("push", repo):
         sent = [(name, plan.folder / name) for name, _ in plan.files] + [(path.name, path) for path in extra]
         operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(path)) for name, path in sent]
+        operations += [CommitOperationAdd(path_in_repo=name, path_or_fileobj=text) for name, text in plan.written]
         commit = api.create_commit(
             repo,
             operations,
@@ -155,7 +196,7 @@ def download(
     if not files:
         raise CheckpointError(f"{repo}: no file matches. Check --include and --exclude.")
     if kind == "model" and not include and not exclude and any(output.glob("*.safetensors")):
-        HFFolder(output)
+        HFFolder(output, as_stored=True)
     return len(files), sum(path.stat().st_size for path in files)
 
 
@@ -184,7 +225,7 @@ def _new_shards(plan: PushPlan, max_shard_bytes: int) -> Iterator[list[Path]]:
         return
     with tempfile.TemporaryDirectory(prefix=f".{plan.folder.name}.", suffix=".partial", dir=plan.folder.parent) as name:
         progress = Progress("hub push: cutting", sum(size for _, size in plan.new_shards) / 1e6, "MB")
-        model = HFFolder(plan.folder)
+        model = HFFolder(plan.folder, as_stored=True)
         size = _for_values(model, max_shard_bytes)
         write_safetensors(
             Path(name), _groups(model), max_shard_bytes=size, progress=lambda done: progress.add(done / 1e6)

@@ -48,6 +48,8 @@ class VocabExtension:
     initialised like those that are added. None: every old row was trained."""
     seed: int = 0
     """Of the noise."""
+    tokenizer: Path | None = None
+    """The tokenizer with the new tokens, which takes the place of the base's beside the checkpoint; None: the base's."""
 
     def trained_rows(self, rows: int) -> int:
         """Return how many of `rows` old rows belong to old tokens."""
@@ -148,9 +150,8 @@ def extension_for(
         raise CheckpointError("--extend-vocab auto: a row for each id of the new tokenizer. Give --new-tokenizer.")
     wanted = max(old_rows, new_ids or 0) if rows is None else rows
     wanted = -(-wanted // multiple) * multiple
-    problem = None if new_tokenizer is None or new_ids is None else rows_problem(str(new_tokenizer), new_ids, wanted)
-    if problem:
-        raise CheckpointError(problem)
+    if new_tokenizer is not None:
+        check_new_tokenizer(new_tokenizer, wanted)
     subtokens = {}
     if method == "subtokens":
         if new_tokenizer is None:
@@ -158,7 +159,19 @@ def extension_for(
         subtokens = subtokens_of_new_tokens(folder, new_tokenizer, old_rows if old_ids is None else old_ids)
     elif new_tokenizer is not None and old_ids is not None:
         _check_old_ids(_opened(folder), _opened(new_tokenizer), old_ids, (folder, new_tokenizer))
-    return VocabExtension(vocab_size=wanted, method=method, subtokens=subtokens, num_old_ids=old_ids)
+    return VocabExtension(
+        vocab_size=wanted, method=method, subtokens=subtokens, num_old_ids=old_ids, tokenizer=new_tokenizer
+    )
+
+
+def check_new_tokenizer(new_tokenizer: Path, num_rows: int) -> None:
+    """Refuse a tokenizer that has ids beyond the rows that a vocabulary will have.
+
+    Raises: CheckpointError.
+    """
+    new_ids = _opened(new_tokenizer).vocab_size
+    if problem := rows_problem(str(new_tokenizer), new_ids, num_rows, remedy=f"Give --extend-vocab {new_ids}."):
+        raise CheckpointError(problem)
 
 
 def num_ids(tokenizer: Path) -> int | None:

@@ -30,6 +30,10 @@ VerifyMode = Literal["full", "size"]
 TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
+FOREIGN_ADVICE = (
+    "If Megatron-LM wrote it: `megatron-cpt convert foreign-to-hf` and `foreign-to-mcore` read it, `checkpoint adopt` takes it as "
+    "it is. If megatron-cpt did: the save did not finish. Use an earlier checkpoint."
+)
 
 
 def checkpoint_dir(root: Path, iteration: Iteration) -> Path:
@@ -102,6 +106,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / MANIFEST
     if not _is_there(path):
         found = "no such folder" if not directory.is_dir() else "no manifest.json, the save did not finish"
+        if is_of_megatron_lm(directory):
+            raise CheckpointError(f"{directory}: no manifest.json. {FOREIGN_ADVICE}")
         raise CheckpointError(f"{directory}: {found}. A complete checkpoint is needed.")
     manifest = read_json(path, DamagedError)
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
@@ -179,6 +185,11 @@ def iterations_on_disk(root: Path) -> list[Iteration]:
     return sorted((iteration for iteration in found if iteration is not None), key=_order)
 
 
+def is_of_megatron_lm(directory: Path) -> bool:
+    """Return whether a folder without manifest holds a checkpoint of Megatron-LM, or a save of ours that did not finish."""
+    return _is_there(directory / ".metadata") or any(directory.glob("mp_rank_*/model_optim_rng.pt"))
+
+
 def newest_good_checkpoint(root: Path, mode: VerifyMode = "full", unreadable: Collection[Path] = ()) -> Path | None:
     """Return the newest checkpoint of `root` that verifies, None when `root` has never had one.
 
@@ -213,9 +224,10 @@ def newest_good_checkpoint(root: Path, mode: VerifyMode = "full", unreadable: Co
     if tracked is not None and not checkpoint_dir(root, tracked).exists():
         damaged.append(f"{checkpoint_dir(root, tracked)}: named by {TRACKER} but not there.")
     if damaged:
+        is_foreign = any(FOREIGN_ADVICE in problem for problem in damaged)
+        advice = "" if is_foreign else "Restore one from a copy, or remove the folder to start again."
         raise CheckpointError(
-            f"{root}: no good checkpoint, {len(damaged)} damaged: {' '.join(damaged)} "
-            "Restore one from a copy, or remove the folder to start again."
+            f"{root}: no good checkpoint, {len(damaged)} damaged: {' '.join(damaged)} {advice}".rstrip()
         )
     return None
 

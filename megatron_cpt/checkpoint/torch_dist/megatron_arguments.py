@@ -57,7 +57,7 @@ def megatron_args(model: ModelConfig, **others: Any) -> argparse.Namespace:
         "kv_channels": kv_channels(model),
         "max_position_embeddings": model.max_position_embeddings,
         "position_embedding_type": "rope",
-        "add_position_embedding": False,
+        "add_position_embedding": True,  # its parser's value beside --position-embedding-type rope
         "rotary_base": model.rotary_base,
         "rotary_percent": 1.0,
         "normalization": "RMSNorm",

@@ -34,6 +34,11 @@ _LOCAL_NAMES = {
 }
 
 
+def is_extra_state(name: str) -> bool:
+    """Return whether a key is Transformer Engine's own state and no weight; grouped experts number theirs: `_extra_state1`."""
+    return re.search(r"_extra_state\d*$", name) is not None
+
+
 class MegatronWeights(Protocol):
     """Megatron tensors by Transformer-Engine name, whatever the format on disk."""
 

@@ -168,4 +168,4 @@ def _rope_flags(config: RunConfig) -> list[str]:
 def _flag_text(value: Any) -> str:
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
         return str(int(value))
-    return str(value)
+    return str(value).replace(" ", "") if isinstance(value, list) else str(value)  # a pattern of layers has no blanks

@@ -399,6 +399,8 @@ _RUN = (
         flag_value=lambda config: config.init.load == "weights" and config.init.from_path is not None,
         honoured_by="train/state/checkpointing.py",
     ),
+    Row("init.ignore_config", honoured_by="train/state/start_weights.py"),
+    Row("init.skip_tensors", honoured_by="train/state/start_weights.py"),
     Row("checkpoint.save_interval", flag="--save-interval", honoured_by="train/stage/loop.py"),
     Row("checkpoint.keep_last", honoured_by="checkpoint/torch_dist/retention.py"),
     Row("checkpoint.keep_every", honoured_by="checkpoint/torch_dist/retention.py"),

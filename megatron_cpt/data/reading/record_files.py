@@ -112,7 +112,7 @@ def read_records(
             detail = f" ({value.detail})" if value.detail else ""
             raise DataError(
                 f"{source.path}:{line}: {value.kind}{detail}. A document is needed. Repair the file with "
-                "`megatron-cpt data repair`, or skip bad lines with --skip-bad-lines."
+                "`megatron-cpt data repair`, or skip bad lines with --on-bad-line skip."
             )
         tally.rejects[value.kind] += 1
         if reject is not None:

@@ -78,6 +78,8 @@ def kept_documents(num_documents: int, spans: Sequence[tuple[int, int]]) -> np.n
 
     Raises: DataError when a span lies outside of the shard.
     """
+    if not spans:
+        return np.arange(num_documents, dtype=np.int32)
     keep = np.ones(num_documents, dtype=bool)
     for first, last in spans:
         if last >= num_documents:

@@ -92,6 +92,8 @@ def tokenize(
     eod_token: str | None = None,
     workers: int = 1,
     shard_tokens: int | None = None,
+    num_shards: int | None = None,
+    is_across_folders: bool = False,
     part: tuple[int, int] | None = None,
     on_bad_line: str = "fail",
     include: Sequence[str] = (),
@@ -106,7 +108,8 @@ def tokenize(
 ) -> Report:
     """Tokenize `inputs` into one shard per key (`output_prefix`) or a tree of shards (`output_dir`).
 
-    Shards that are whole already, of the same inputs, tokenizer and options, are kept. `part` is (i, n): the i-th of n
+    In a tree files are grouped into shards of about `shard_tokens` within their folder, or over all folders where
+    `is_across_folders`; or all into `num_shards` of similar size. Shards that are whole already, of the same inputs, tokenizer and options, are kept. `part` is (i, n): the i-th of n
     members of a job array, counted from 0. The output does not depend on `workers` and `engine`. `special_tokens` is text,
     token or reject (None: text), `bos` is auto, on or off; by default an output that an earlier release began continues as it
     began, with control tokens as tokens and without BOS.
@@ -124,6 +127,7 @@ def tokenize(
             f"tokenize: special_tokens is {special_tokens!r} and bos {bos!r}. Choose one of {', '.join(SPECIAL_TOKENS)}, and "
             f"one of {', '.join(BOS)}."
         )
+    _check_grouping(output_dir, shard_tokens, num_shards, is_across_folders)
     sources = list_sources(inputs, include, exclude, format, keep_bad_files=on_bad_line == "skip")
     tokenizer = load_tokenizer(tokenizer_path, eod_token)
     layout = Layout(keys=tuple(keys), txt_documents=txt_documents, max_document_bytes=max_document_bytes)
@@ -135,6 +139,8 @@ def tokenize(
         "on_bad_line": on_bad_line,
         "provenance": provenance,
         "shard_tokens": shard_tokens,
+        **({"num_shards": num_shards} if num_shards else {}),
+        **({"across_folders": True} if is_across_folders else {}),
     }
     if output_prefix is not None:
         plans = plan_one(output_prefix, sources, part)
@@ -146,7 +152,7 @@ def tokenize(
     read_special_tokens(tokenizer, "token" if options["special_tokens"] == "token" else "text")
     if output_dir is not None:
         target = shard_tokens / tokens_per_byte(sources, tokenizer, layout) if shard_tokens else None
-        plans = plan_tree(output_dir, sources, target, part)
+        plans = plan_tree(output_dir, sources, target, part, num_shards=num_shards, is_across_folders=is_across_folders)
     if output_prefix is not None and part is not None:
         whole = plan_one(output_prefix, sources, None)
         if all(is_finished(plan, keys, tokenizer.identity, options) for plan in whole):
@@ -170,6 +176,19 @@ def tokenize(
     return Report(
         manifests=manifests, num_reused=(len(plans) - len(pending)) * len(keys), engine=used, reject_files=reject_files
     )
+
+
+def _check_grouping(
+    output_dir: Path | None, shard_tokens: int | None, num_shards: int | None, is_across_folders: bool
+) -> None:
+    if num_shards is not None and (num_shards < 1 or shard_tokens or is_across_folders):
+        raise ConfigError(
+            f"tokenize: num_shards is {num_shards}. A number from 1 on is needed, which says alone how files are grouped."
+        )
+    if is_across_folders and not shard_tokens:
+        raise ConfigError("tokenize: files of different folders are grouped by shard_tokens. Give --shard-tokens.")
+    if output_dir is None and (num_shards or is_across_folders):
+        raise ConfigError("tokenize: an output prefix is one shard. Give --output-dir for several.")
 
 
 def _reading_options(tokenizer: Tokenizer, special_tokens: str | None, bos: str, *, is_older: bool) -> dict[str, Any]:

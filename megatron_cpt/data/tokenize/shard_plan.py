@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_cpt.data.reading.documents import Source, plain_name
-from megatron_cpt.data.reading.grouping import groups_of, packed_share
+from megatron_cpt.data.reading.grouping import even_groups, groups_of, packed_share
 from megatron_cpt.data.reading.streams import Layout, parse_piece, pieces_of
 from megatron_cpt.data.tokenizer.interface import Tokenizer
 from megatron_cpt.errors import DataError
@@ -55,23 +55,31 @@ def plan_tree(
     sources: Sequence[Source],
     target_bytes: float | None,
     part: tuple[int, int] | None,
+    *,
+    num_shards: int | None = None,
+    is_across_folders: bool = False,
 ) -> list[ShardPlan]:
     """Return shards below `output_dir` that mirror the input tree: one per file, or groups of about `target_bytes`.
 
-    Files are grouped within their folder, in order, and never cut. `part` (i, n) leaves every n-th shard from the i-th
+    Files are grouped within their folder, or over all folders, in order, and never cut; `num_shards`: into so many groups of
+    similar size over all folders. `part` (i, n) leaves every n-th shard from the i-th
     on, counted in the order of size, so that the members of a job array have similar work.
     """
     plans = []
     folders: dict[Path, list[Source]] = {}
     for source in sources:
-        folders.setdefault(output_dir / source.relative.parent, []).append(source)
+        folder = output_dir if num_shards or is_across_folders else output_dir / source.relative.parent
+        folders.setdefault(folder, []).append(source)
     for folder, members in folders.items():
-        groups = [[source] for source in members] if target_bytes is None else groups_of(members, target_bytes)
+        if num_shards:
+            groups = even_groups(members, num_shards)
+        else:
+            groups = [[source] for source in members] if target_bytes is None else groups_of(members, target_bytes)
         for number, group in enumerate(groups):
-            if target_bytes is None:
+            if target_bytes is None and not num_shards:
                 name = plain_name(group[0].relative.name)
             else:
-                name = f"{group[0].relative.parent.name or 'shard'}-{number:05d}"
+                name = f"{'shard' if folder == output_dir else folder.name}-{number:05d}"
             plans.append(ShardPlan(base=folder / name, sources=tuple(group)))
     _check_unique(plans)
     if part is None:

@@ -36,6 +36,7 @@ from megatron_cpt.launch.node.processes import (
 )
 from megatron_cpt.log import configure_logging
 from megatron_cpt.run.directory import RunDir
+from megatron_cpt.run.environment import write_environment
 from megatron_cpt.run.ledger import append_record, read_jobs
 from megatron_cpt.run.lock import HELD, run_lock
 from megatron_cpt.run.made_of import fingerprint
@@ -147,6 +148,7 @@ def main(argv: Sequence[str]) -> int:
         if arguments.points is not None:
             _take_point(arguments)
         with caught_signals() as signals:
+            _record_environment(arguments)
             if not arguments.launcher:
                 return _run_once(arguments, signals)
             return _run_ranks(arguments, signals)
@@ -156,6 +158,15 @@ def main(argv: Sequence[str]) -> int:
         code = 1 if isinstance(error, LaunchError) else 2
         append_record(arguments.run / "jobs", _record_id(arguments), state="failed", exit_code=code, reason=str(error))
         return code
+
+
+def _record_environment(arguments: argparse.Namespace) -> None:
+    """Write the environment of this job's first node beside its log; a disk that takes no more is met again later."""
+    index = f"_{array_index(os.environ):05d}" if arguments.is_array else ""
+    with contextlib.suppress(OSError):
+        write_environment(
+            arguments.log_dir / f"environment{index}.json", os.environ, tuple(arguments.forward.split(","))
+        )
 
 
 def _take_point(arguments: argparse.Namespace) -> None:

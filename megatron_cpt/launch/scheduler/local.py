@@ -5,6 +5,7 @@ shown in the terminal, signals passed to the ranks, restarts after a crash, and 
 failed first.
 """
 
+import codecs
 import contextlib
 import itertools
 import logging
@@ -32,6 +33,7 @@ from megatron_cpt.launch.node.processes import (
 )
 from megatron_cpt.launch.scheduler.queue import JobState
 from megatron_cpt.run.directory import RunDir
+from megatron_cpt.run.environment import write_environment
 from megatron_cpt.run.ledger import ACTIVE_STATES, append_record
 from megatron_cpt.run.lock import run_lock
 from megatron_cpt.run.made_of import fingerprint
@@ -67,6 +69,7 @@ def run_local(
     with run_lock(run.jobs / "lock.json", job), caught_signals() as signals:
         log_dir.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, *program, *arguments]
+        write_environment(log_dir / "environment.json", os.environ)
         append_record(
             run.jobs,
             job,
@@ -171,11 +174,12 @@ def _is_alive(record: Mapping[str, Any]) -> bool:
 
 def _copy(pipe: IO[bytes], target: TextIO, log: IO[bytes]) -> None:
     """Copy a pipe to the terminal and to the log as it comes; a closed terminal does not end the job."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a chunk may end inside a character
     while chunk := os.read(pipe.fileno(), 1 << 16):
         log.write(chunk)
         log.flush()
         with contextlib.suppress(OSError, ValueError):
-            target.write(chunk.decode(errors="replace"))
+            target.write(decoder.decode(chunk))
             target.flush()
 
 

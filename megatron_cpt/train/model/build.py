@@ -201,6 +201,9 @@ def build_training_model(config: RunConfig) -> tuple[list[DistributedDataParalle
     optimizer = get_megatron_optimizer(optimizer_config, model, use_gloo_process_groups=False)
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         part.init_state_fn(part.optimizer, part.config)  # so that a run can be saved before its first update
+        for group in part.optimizer.param_groups:
+            # Megatron-LM's scheduler reads the groups' own bounds, and its optimizer finds groups by them
+            group["max_lr"], group["min_lr"] = config.optimizer.lr, config.optimizer.min_lr
     megatron_config.grad_scale_func = optimizer.scale_loss
     megatron_config.finalize_model_grads_func = finalize_model_grads
     if config.parallel.overlap_grad_reduce:

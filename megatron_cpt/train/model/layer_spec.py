@@ -46,6 +46,8 @@ def build_layer_spec(
     """
     if use_transformer_engine:
         block = gpt_layer_specs.get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+        if config.multi_latent_attention:
+            block = _with_named_norms(block)
         return _with_sdpa(block) if isolates_documents else block
     offset = get_transformer_layer_offset(config, vp_stage=vp_stage)
     layers = range(offset, offset + get_num_layers_to_build(config, vp_stage=vp_stage))
@@ -90,15 +92,32 @@ class DuplicatedLinear(torch.nn.Module):
         return torch.nn.functional.linear(inputs, self.weight), None
 
 
-class LocalMLASelfAttention(multi_latent_attention.MLASelfAttention):
-    """Latent attention with the norms that the spec names.
+class NamedNormsMLASelfAttention(multi_latent_attention.MLASelfAttention):
+    """Latent attention with the norms that the spec names, under the local spec and under Transformer Engine's.
 
-    megatron-core 0.19 wants a fused norm on queries that are projected directly; DeepSeek-V2-Lite has none there.
+    megatron-core 0.19 puts a fused norm on queries that are projected directly, one weight more per layer and another
+    function; models without `q_lora_rank` (DeepSeek-V2-Lite) have no norm there.
     """
 
     def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
         names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
         return {name: getattr(submodules, name) for name in names}
+
+
+class LocalMLASelfAttention(NamedNormsMLASelfAttention):
+    """Latent attention whose down-projections are duplicated over tensor-parallel ranks.
+
+    megatron-core's attribute check accepts a duplicated projection only under the name `TELinear`, so the name stands for ours
+    while the module is built, and no longer: Transformer Engine's models of the same process need it.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        before = multi_latent_attention.TELinear
+        multi_latent_attention.TELinear = DuplicatedLinear
+        try:
+            super().__init__(*arguments, **options)
+        finally:
+            multi_latent_attention.TELinear = before
 
 
 def _local_layer_spec(config: TransformerConfig, *, is_moe: bool) -> ModuleSpec:
@@ -118,8 +137,6 @@ def _local_layer_spec(config: TransformerConfig, *, is_moe: bool) -> ModuleSpec:
     attention.core_attention = SdpaCoreAttention
     keys: dict[str, str] = {}
     if is_mla:
-        # the attribute check in MLASelfAttention accepts a duplicated projection only under this name
-        multi_latent_attention.TELinear = DuplicatedLinear
         layer.self_attention.module = LocalMLASelfAttention
         attention.linear_q_down_proj = attention.linear_kv_down_proj = DuplicatedLinear
         attention.kv_layernorm = LocalRMSNorm
@@ -134,6 +151,13 @@ def _local_layer_spec(config: TransformerConfig, *, is_moe: bool) -> ModuleSpec:
         keys["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     layer.sharded_state_dict_keys_map = keys
     return spec
+
+
+def _with_named_norms(block: TransformerBlockSubmodules) -> TransformerBlockSubmodules:
+    block = copy.deepcopy(block)
+    for layer in block.layer_specs:
+        layer.submodules.self_attention.module = NamedNormsMLASelfAttention
+    return block
 
 
 def _with_sdpa(block: TransformerBlockSubmodules) -> TransformerBlockSubmodules:

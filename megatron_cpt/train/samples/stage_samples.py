@@ -220,7 +220,10 @@ def _shard_samples(
     documents = kept_documents(len(indexed.sequence_lengths), skip.get(entry.prefix, ()))
     # A pack is one sample, and the token after its last belongs to another pack.
     config = dataclasses.replace(config, add_extra_token_to_sequence=form.packed_seq_length is None)
-    per_epoch = samples_per_epoch(indexed.sequence_lengths[documents], config)
+    lengths = indexed.sequence_lengths
+    lengths = lengths[documents] if len(documents) < len(lengths) else lengths
+    num_tokens = int(lengths.sum(dtype=np.int64))
+    per_epoch = samples_per_epoch(lengths, config)
     # A shard smaller than one sequence is left to megatron-core, which joins its epochs; a round is its epoch.
     in_round = (entry.first_sample or 0) + num_samples
     first_sample, last_sample = ((entry.first_sample or 0) + place for place in (drawn.start, drawn.stop))
@@ -246,12 +249,32 @@ def _shard_samples(
 
         def build(to: Path, config: GPTDatasetConfig = epoch_config) -> GPTDataset:
             built = dataclasses.replace(config, path_to_cache=os.fspath(to))
-            with mock.patch.object(gpt_dataset, "safe_numpy_load", _plain_array):
+            with (
+                mock.patch.object(gpt_dataset, "safe_numpy_load", _plain_array),
+                mock.patch.object(gpt_dataset, "_build_document_index", document_index),
+                mock.patch.object(GPTDataset, "_get_num_tokens_per_epoch", lambda _: num_tokens),
+            ):
                 return GPTDataset(indexed, entry.prefix, documents, key["num_samples"], Split.train, built)
 
         _build_once(folder, build, key)
         datasets.append(build(folder))
     return ShardSamples(datasets, length, first_sample, mask)
+
+
+def document_index(
+    documents: np.ndarray, num_epochs: int, random_state: np.random.RandomState, separate_final_epoch: bool
+) -> np.ndarray:
+    """Return the documents of all epochs in their order, int32 [epochs * documents]; the last epoch may be shuffled alone.
+
+    The same as megatron-core's function of this purpose, without its 16 bytes per document on the way and a third faster.
+    """
+    parts = [num_epochs - 1, 1] if separate_final_epoch and num_epochs > 1 else [num_epochs]
+    shuffled = []
+    for epochs in parts:
+        part = np.tile(documents.astype(np.int32, copy=False), epochs)
+        random_state.shuffle(part)
+        shuffled.append(part)
+    return shuffled[0] if len(shuffled) == 1 else np.concatenate(shuffled)
 
 
 def samples_per_epoch(sequence_lengths: np.ndarray, config: GPTDatasetConfig) -> int:

@@ -91,7 +91,13 @@ def _train_stage(loaded: LoadedConfig, ends: contextlib.ExitStack, watchdog: Wat
             _finish_after_a_kill(config, run)
         logger.info("%s: finished, nothing to do", run.path)
         return "finished"
-    writer = MetricsWriter(run, is_writer=rank == 0, config=config, iteration=stage.iteration)
+    writer = MetricsWriter(
+        run,
+        is_writer=rank == 0,
+        config=config,
+        iteration=stage.iteration,
+        consumed_tokens=stage.tokens(stage.iteration),
+    )
     page = LivePage(run, is_writer=rank == 0)
     saver, log, curve = Saver(stage, writer), StepLog(stage, interrupts), schedule(config)
     spikes = SpikeDetector(config.training.spike_threshold, stage.recent_losses)

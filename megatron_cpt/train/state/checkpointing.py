@@ -46,6 +46,7 @@ from megatron_cpt.checkpoint.torch_dist.megatron_arguments import (
     write_common,
 )
 from megatron_cpt.checkpoint.torch_dist.pickles import first_line
+from megatron_cpt.checkpoint.torch_dist.weights import is_extra_state
 from megatron_cpt.config.settings.schema import ModelConfig
 from megatron_cpt.errors import CheckpointError, storage_error
 from megatron_cpt.files import file_hash, read_json_object, write_json
@@ -152,7 +153,7 @@ def _common_state(iteration: int, manifest: dict[str, Any]) -> dict[str, Any]:
         "num_steps": samples,
         "lr_decay_style": (config.get("schedule") or {}).get("lr_decay_style"),
         "lr_decay_steps": samples,
-        "min_lr": (config.get("schedule") or {}).get("min_lr"),
+        "min_lr": (config.get("optimizer") or {}).get("min_lr"),
         "start_wd": (config.get("optimizer") or {}).get("weight_decay"),
         "end_wd": (config.get("optimizer") or {}).get("weight_decay"),
         "wd_incr_style": "constant",
@@ -280,7 +281,7 @@ def _sharded_model(model: list[Any]) -> ShardedStateDict:
         part = unwrap(chunk).sharded_state_dict(metadata=_metadata())
         # Transformer Engine's fp8 state: absent from converted checkpoints, empty in bf16
         state["model" if len(model) == 1 else f"model{index}"] = {
-            name: value for name, value in part.items() if not name.endswith("_extra_state")
+            name: value for name, value in part.items() if not is_extra_state(name)
         }
     return state
 

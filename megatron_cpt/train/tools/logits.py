@@ -21,6 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 from megatron_cpt.checkpoint.huggingface.folder import HFFolder
 from megatron_cpt.checkpoint.torch_dist.dcp import DcpReader
 from megatron_cpt.checkpoint.torch_dist.mcore import manifest_model, read_manifest
+from megatron_cpt.checkpoint.torch_dist.weights import is_extra_state
 from megatron_cpt.config.megatron.arguments import megatron_arguments
 from megatron_cpt.config.settings.schema import ModelConfig, RunConfig, TrainingConfig
 from megatron_cpt.errors import CheckpointError
@@ -120,7 +121,7 @@ def _run_megatron_layer(checkpoint: Path, model: ModelConfig, layer: int, hidden
     set_rotary_frequencies(chunk, model)
     set_latent_epsilon(chunk, model)
     state = chunk.sharded_state_dict(metadata={"non_homogeneous_layers": True})
-    state = {name: value for name, value in state.items() if not name.endswith("_extra_state")}
+    state = {name: value for name, value in state.items() if not is_extra_state(name)}
     apply_prefix_mapping(state, {"decoder.layers.0.": f"decoder.layers.{layer}."})
     chunk.load_state_dict(load_approved(state, checkpoint), strict=False)
     chunk.eval()

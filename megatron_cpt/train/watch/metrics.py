@@ -17,6 +17,7 @@ from megatron_cpt.config.settings.schema import ModelConfig, RunConfig
 from megatron_cpt.files import naming
 from megatron_cpt.log import format_bytes, format_count, format_seconds
 from megatron_cpt.run.directory import RunDir
+from megatron_cpt.train.watch.tensorboard import Events
 from megatron_cpt.train.watch.wandb_run import start_wandb
 
 logger = logging.getLogger(__name__)
@@ -42,11 +43,13 @@ class MetricsWriter:
     is told to forget that part; W&B draws over `iteration`, since what is logged for an earlier step of its own it drops.
     """
 
-    def __init__(self, run: RunDir, *, is_writer: bool, config: RunConfig, iteration: int = 0):
+    def __init__(
+        self, run: RunDir, *, is_writer: bool, config: RunConfig, iteration: int = 0, consumed_tokens: int = 0
+    ):
         self.is_writer = is_writer
-        self._path, self._tensorboard = run.metrics_path, run.tensorboard
+        self._path = run.metrics_path
         self._file = None
-        self._events: Any = None
+        self._events: Events | None = None
         self._wandb: Any = None
         if not is_writer:
             return
@@ -56,7 +59,7 @@ class MetricsWriter:
         if config.logging.wandb_project is not None:
             self._wandb = start_wandb(run, config)
         if config.logging.tensorboard:
-            self._start_events(iteration)
+            self._events = Events(run.tensorboard, config, iteration, consumed_tokens)
 
     def write(self, kind: str, **values: Any) -> None:
         """Append one record of `kind` with the current time. JSON has no NaN and no infinity: they become null."""
@@ -66,10 +69,9 @@ class MetricsWriter:
         with naming(self._path):
             self._file.write(json.dumps({"kind": kind, **record, "time": round(time.time(), 3)}) + "\n")
             self._file.flush()
-        if kind == "rollback" and self._events is not None:
-            self._events.close()
-            self._start_events(values["iteration"])
-        if kind not in ("train", "validation"):
+        if self._events is not None:
+            self._events.write(kind, values)
+        if self._wandb is None or kind not in ("train", "validation"):
             return
         group = f"validation/{values['corpus']}" if kind == "validation" else "train"
         scalars = {
@@ -77,20 +79,8 @@ class MetricsWriter:
             for name, value in values.items()
             if name not in ("iteration", "consumed_samples", "consumed_tokens") and isinstance(value, int | float)
         }
-        if self._events is not None:
-            for name, value in scalars.items():
-                self._events.add_scalar(name, value, values["iteration"])
-        if self._wandb is not None:
-            place = {name: values[name] for name in ("iteration", "consumed_tokens")}
-            self._wandb.log({**scalars, **place})
-
-    def _start_events(self, iteration: int) -> None:
-        """Open an event file that takes the place of events after an iteration."""
-        # imported here: it costs a second, and only one rank needs it
-        from torch.utils.tensorboard import SummaryWriter
-
-        purge_step = iteration + 1 if iteration else 0
-        self._events = SummaryWriter(str(self._tensorboard), max_queue=100, flush_secs=30, purge_step=purge_step)
+        place = {name: values[name] for name in ("iteration", "consumed_tokens")}
+        self._wandb.log({**scalars, **place})
 
     def close(self) -> None:
         """Flush and close the files."""

@@ -15,13 +15,14 @@ from pathlib import Path
 from megatron_cpt.config.loading.resolve import add_run_arguments
 from megatron_cpt.errors import DataError
 from megatron_cpt.verbs.run_arguments import load_run
+from megatron_cpt.verbs.vocabulary import add_workers_argument
 
 logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_arguments(parser)
-    parser.add_argument("--workers", type=int, default=1, help="processes, each for a shard at a time (default: 1)")
+    add_workers_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:

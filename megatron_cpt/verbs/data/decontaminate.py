@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from megatron_cpt.verbs.data.cleaning_arguments import add_output_arguments, print_plan
+from megatron_cpt.verbs.vocabulary import add_bad_line_argument, add_workers_argument, skips_bad_lines
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min-matches", type=int, default=1, help="passages from which a document goes (default: 1)")
     parser.add_argument("--compress", action="store_true", help="write .zst")
     add_output_arguments(parser)
-    parser.add_argument("--skip-bad-lines", action="store_true", help="leave out lines that hold no document")
-    parser.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
+    add_bad_line_argument(parser)
+    add_workers_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -34,7 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
     from megatron_cpt.data.reading.named_corpora import named_corpora  # heavy: numpy
     from megatron_cpt.data.reading.record_files import Reading
 
-    corpora = named_corpora(arguments.inputs, keep_bad_files=arguments.skip_bad_lines)
+    corpora = named_corpora(arguments.inputs, keep_bad_files=skips_bad_lines(arguments))
     if arguments.dry_run:
         print_plan(
             corpora,
@@ -51,7 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
         keeps_tables=arguments.output_format == "same",
     )
     passages = read_passages(named_corpora(arguments.against), Reading(key=arguments.against_key), options)
-    reading = Reading(key=arguments.key, skip_bad_lines=arguments.skip_bad_lines)
+    reading = Reading(key=arguments.key, skip_bad_lines=skips_bad_lines(arguments))
     report = decontaminate(
         corpora,
         passages,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from megatron_cpt.verbs.data.cleaning_arguments import add_output_arguments, print_plan
 from megatron_cpt.verbs.tokenize import parse_part_argument
+from megatron_cpt.verbs.vocabulary import add_bad_line_argument, add_workers_argument, skips_bad_lines
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="I/N",
         help="make the signatures of the i-th of n parts, for a job array; the command without --part then does the rest",
     )
-    parser.add_argument("--skip-bad-lines", action="store_true", help="leave out lines that hold no document")
-    parser.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
+    add_bad_line_argument(parser)
+    add_workers_argument(parser)
     parser.add_argument("--memory-gb", type=float, default=1.0, help="memory for sorting (default: 1)")
     parser.add_argument("--work", type=Path, help="folder for what is spilled (default: beside the output)")
 
@@ -56,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
     from megatron_cpt.data.reading.named_corpora import named_corpora  # heavy: numpy
     from megatron_cpt.data.reading.record_files import Reading
 
-    corpora = named_corpora(arguments.inputs, keep_bad_files=arguments.skip_bad_lines)
+    corpora = named_corpora(arguments.inputs, keep_bad_files=skips_bad_lines(arguments))
     if arguments.dry_run:
         print_plan(
             corpora,
@@ -76,7 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
     report = deduplicate(
         corpora,
         arguments.output,
-        Reading(key=arguments.key, skip_bad_lines=arguments.skip_bad_lines),
+        Reading(key=arguments.key, skip_bad_lines=skips_bad_lines(arguments)),
         DedupOptions(
             minhash=minhash,
             scope=arguments.scope,

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from megatron_cpt.verbs.data.cleaning_arguments import add_output_arguments, print_plan
+from megatron_cpt.verbs.vocabulary import add_bad_line_argument, add_workers_argument, skips_bad_lines
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min-score", type=float, default=0.5, help="less sure is und, undetermined (default: 0.5)")
     parser.add_argument("--compress", action="store_true", help="write .zst")
     add_output_arguments(parser, with_format=False)
-    parser.add_argument("--skip-bad-lines", action="store_true", help="leave out lines that hold no document")
-    parser.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
+    add_bad_line_argument(parser)
+    add_workers_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -32,14 +33,14 @@ def run(arguments: argparse.Namespace) -> None:
     from megatron_cpt.data.reading.named_corpora import named_corpora
     from megatron_cpt.data.reading.record_files import Reading
 
-    corpora = named_corpora(arguments.inputs, keep_bad_files=arguments.skip_bad_lines)
+    corpora = named_corpora(arguments.inputs, keep_bad_files=skips_bad_lines(arguments))
     if arguments.dry_run:
         print_plan(corpora, {name: [arguments.output / name] for name in corpora}, arguments.compress)
         return
     report = label_languages(
         corpora,
         arguments.output,
-        Reading(key=arguments.key, skip_bad_lines=arguments.skip_bad_lines),
+        Reading(key=arguments.key, skip_bad_lines=skips_bad_lines(arguments)),
         LanguageOptions(
             column=arguments.column,
             keep=tuple(arguments.keep),

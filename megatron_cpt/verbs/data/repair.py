@@ -11,16 +11,12 @@ import argparse
 
 from megatron_cpt.errors import ConfigError
 from megatron_cpt.verbs.data.rewriting_arguments import add_rewriting_arguments, run_rewriting
+from megatron_cpt.verbs.vocabulary import add_keys_argument, keys_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_rewriting_arguments(parser)
-    parser.add_argument(
-        "--json-keys",
-        nargs="+",
-        default=["text"],
-        help="keys a record needs; chat records need conversations or messages instead",
-    )
+    add_keys_argument(parser, "key a record needs; chat records need conversations or messages instead")
     parser.add_argument(
         "--encoding",
         default="auto",
@@ -30,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int | None:
     check_encoding(arguments.encoding)
-    return run_rewriting(arguments, "repair", tuple(arguments.json_keys), "skip", encoding=arguments.encoding)
+    return run_rewriting(arguments, "repair", keys_of(arguments), "skip", encoding=arguments.encoding)
 
 
 def check_encoding(name: str) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from megatron_cpt.config.settings.values import parse_count
 from megatron_cpt.errors import DataError
 from megatron_cpt.verbs.data.cleaning_arguments import add_output_arguments, print_plan
+from megatron_cpt.verbs.vocabulary import add_bad_line_argument, skips_bad_lines
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--key", default="text", help="field with the text or the chat messages (default: text)")
     parser.add_argument("--compress", action="store_true", help="write .zst")
     add_output_arguments(parser)
-    parser.add_argument("--skip-bad-lines", action="store_true", help="leave out lines that hold no document")
+    add_bad_line_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -40,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
         number = None if arguments.number is None else parse_count(arguments.number)
     except ValueError as problem:
         raise DataError(f"--number: {problem}.") from None
-    sources = list_sources(arguments.inputs, keep_bad_files=arguments.skip_bad_lines)
+    sources = list_sources(arguments.inputs, keep_bad_files=skips_bad_lines(arguments))
     keeps_tables = arguments.output_format == "same"
     if arguments.dry_run:
         print_plan({"": sources}, {"": [arguments.output]}, arguments.compress, keeps_tables)
@@ -48,7 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
     report = sample(
         sources,
         arguments.output,
-        Reading(key=arguments.key, skip_bad_lines=arguments.skip_bad_lines),
+        Reading(key=arguments.key, skip_bad_lines=skips_bad_lines(arguments)),
         SampleOptions(
             number=number,
             conditions=tuple(arguments.where),

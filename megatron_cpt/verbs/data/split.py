@@ -13,6 +13,7 @@ from pathlib import Path
 
 from megatron_cpt.errors import DataError
 from megatron_cpt.verbs.data.cleaning_arguments import add_output_arguments, print_plan
+from megatron_cpt.verbs.vocabulary import add_bad_line_argument, add_workers_argument, skips_bad_lines
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--key", default="text", help="field with the text or the chat messages (default: text)")
     parser.add_argument("--compress", action="store_true", help="write .zst")
     add_output_arguments(parser)
-    parser.add_argument("--skip-bad-lines", action="store_true", help="leave out lines that hold no document")
-    parser.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
+    add_bad_line_argument(parser)
+    add_workers_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -36,7 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise DataError(
             f"--fraction {arguments.fraction} --name {arguments.name}: a part between 0 and 1 and a file name other than train are needed."
         )
-    corpora = named_corpora(arguments.inputs, keep_bad_files=arguments.skip_bad_lines)
+    corpora = named_corpora(arguments.inputs, keep_bad_files=skips_bad_lines(arguments))
     if arguments.dry_run:
         print_plan(
             corpora,
@@ -48,7 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
     counts = split_validation(
         corpora,
         arguments.output,
-        Reading(key=arguments.key, skip_bad_lines=arguments.skip_bad_lines),
+        Reading(key=arguments.key, skip_bad_lines=skips_bad_lines(arguments)),
         name=arguments.name,
         fraction=arguments.fraction,
         is_compressed=arguments.compress,

@@ -4,23 +4,16 @@ Example: megatron-cpt data validate --input 'corpora/**/*.jsonl.zst'
 """
 
 import argparse
-import os
 import sys
 
 from megatron_cpt.verbs.tokenize import add_input_arguments
+from megatron_cpt.verbs.vocabulary import add_keys_argument, add_workers_argument, keys_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_input_arguments(parser)
-    parser.add_argument(
-        "--json-keys",
-        nargs="+",
-        default=["text"],
-        help="keys a record needs; chat records need conversations or messages instead",
-    )
-    parser.add_argument(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: all cores)"
-    )
+    add_keys_argument(parser, "key a record needs; chat records need conversations or messages instead")
+    add_workers_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> int | None:
@@ -40,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int | None:
         Rewriting(
             sources=(source,),
             output=None,
-            keys=tuple(arguments.json_keys),
+            keys=keys_of(arguments),
             max_document_bytes=arguments.max_document_bytes,
             txt_documents=arguments.txt_documents,
         )
