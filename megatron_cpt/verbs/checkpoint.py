@@ -72,8 +72,8 @@ def run(arguments: argparse.Namespace) -> int | None:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from megatron_cpt.checkpoint.inspection import checkpoint_table  # torch
     from megatron_cpt.checkpoint.torch_dist.retention import read_protected
+    from megatron_cpt.checkpoint.torch_dist.table import checkpoint_table
 
     sys.stdout.write(checkpoint_table(arguments.root, read_protected(arguments.root)))
     return 0

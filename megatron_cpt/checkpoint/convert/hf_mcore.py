@@ -49,7 +49,7 @@ from megatron_cpt.checkpoint.torch_dist.megatron_arguments import write_megatron
 from megatron_cpt.checkpoint.torch_dist.weights import MegatronWeights, TorchDistWeights
 from megatron_cpt.config.settings.schema import ModelConfig
 from megatron_cpt.errors import CheckpointError
-from megatron_cpt.files import read_json, take_lock, text_hash, whole_dir, write_json
+from megatron_cpt.files import read_json_object, take_lock, text_hash, whole_dir, write_json
 from megatron_cpt.log import Progress, format_bytes
 
 logger = logging.getLogger(__name__)
@@ -337,7 +337,7 @@ def _cast_type(step: Unit, stored: torch.dtype, cast: torch.dtype | None) -> tor
 def _is_exported(output: Path, identity: dict[str, Any]) -> bool:
     if not output.exists():
         return False
-    record = read_json(output / CONVERSION, CheckpointError) if (output / CONVERSION).exists() else {}
+    record = read_json_object(output / CONVERSION, CheckpointError) if (output / CONVERSION).exists() else {}
     files = record.get("files", {})
     if record.get("source") == identity and all(
         (output / name).is_file() and (output / name).stat().st_size == entry["bytes"] for name, entry in files.items()

@@ -66,7 +66,7 @@ def _copy_file(source: Path, target: Path, entry: dict[str, Any], progress: Prog
 def _copy_bytes(source: Path, target: Path, known_by: str = "", progress: Progress | None = None) -> str:
     """Copy a file; return its hash, of the kind of `known_by`."""
     digest = ContentDigest(known_by)
-    with source.open("rb") as reader, target.open("wb") as writer, naming(target):
+    with naming(target), source.open("rb") as reader, target.open("wb") as writer:
         while chunk := _read(reader, source):
             digest.update(chunk)
             writer.write(chunk)

@@ -71,7 +71,7 @@ def write_dcp(
     def write_part(number: int) -> tuple[str, str, dict[MetadataIndex, _StorageInfo]]:
         name = f"__0_{number}.distcp"
         placed = {}
-        with (directory / name).open("wb") as raw, naming(directory / name):
+        with naming(directory / name), (directory / name).open("wb") as raw:
             file = cast("IO[bytes]", hashing := HashingWriter(raw))
             for part in parts[number]:
                 offset = file.tell()
@@ -94,7 +94,7 @@ def write_dcp(
             storage.update(placed)
     index = Metadata(_state_dict_metadata(slices, objects or {}), storage_data=storage)
     index.storage_meta, index.version = StorageMeta(), CURRENT_DCP_VERSION
-    with (directory / METADATA).open("wb") as raw, naming(directory / METADATA):
+    with naming(directory / METADATA), (directory / METADATA).open("wb") as raw:
         file = HashingWriter(raw)
         pickle.dump(index, file)
         raw.flush()
