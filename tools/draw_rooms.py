@@ -19,10 +19,17 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "megatron_cpt"
-ROWS = (("verbs",), ("train", "evaluate"), ("checkpoint",), ("data", "launch"), ("run",), ("config",))
+ROWS = (
+    ("verbs", "interface"),
+    ("train", "evaluate", "start"),
+    ("checkpoint",),
+    ("data", "launch"),
+    ("run",),
+    ("config",),
+)
 """Layers from the top: a package imports only from rows below its own (data and launch do not import each other)."""
 COLORS = {
-    "verbs": "#d9d9d9", "train": "#f4b6a6", "evaluate": "#f7d794", "checkpoint": "#c7b8ea",
+    "verbs": "#d9d9d9", "interface": "#c9d9e9", "start": "#f3c6d3", "train": "#f4b6a6", "evaluate": "#f7d794", "checkpoint": "#c7b8ea",
     "data": "#a8d5ba", "launch": "#9cc7e8", "run": "#e0e0c0", "config": "#d6c3b0",
 }  # fmt: skip
 

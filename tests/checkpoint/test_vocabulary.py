@@ -105,7 +105,7 @@ def test_ids_inside_rows_that_were_never_trained_are_initialised_too(hf_models, 
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         old, rows = HFFolder(source).read(name), HFFolder(output).read(name)
         assert torch.equal(rows[:120], old[:120])
-        assert torch.allclose(rows[120:], old[:120].mean(0).expand(16, -1), atol=1e-6)
+        assert_fp32_rounding(rows[120:], old[:120].mean(0).expand(16, -1), of_largest=True)
 
 
 def test_rows_ids_extension_and_exported_tokenizer_are_held_against_each_other(hf_models, tmp_path):

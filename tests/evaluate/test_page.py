@@ -19,6 +19,7 @@ from megatron_cpt.evaluate.report.stages import read_stage
 from megatron_cpt.run.directory import RunDir
 from megatron_cpt.run.find import find_runs, report_dir
 from megatron_cpt.run.ledger import append_record
+from tests.tolerances import assert_about
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -121,8 +122,7 @@ def test_bars_of_all_texts_have_one_scale(full_run):
     rows = measured(full_run / "report" / "forgetting.json")["rows"]
     widths = {row["text"]: row["width"] for row in rows if row["model"] == "cpt"}
     # the whole width is from -1.01 to 0.11
-    assert widths["new"] == pytest.approx(100 * 1.0 / 1.12, abs=0.01)
-    assert widths["old"] == pytest.approx(100 * 0.1 / 1.12, abs=0.01)
+    assert_about(widths, {"new": 100 * 1.0 / 1.12, "old": 100 * 0.1 / 1.12}, within=1e-3, why="a page has two decimals")
 
 
 def test_a_run_of_a_million_steps_stays_a_page_of_few_megabytes_and_keeps_its_spike(write_run, tmp_path):
