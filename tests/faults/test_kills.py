@@ -20,7 +20,9 @@ def test_a_killed_verb_leaves_nothing_that_the_next_one_minds(name, number, inpu
     expected, killed = content(tmp_path / "whole"), 0
     chooser = random.Random(f"{name} {number}")
     times = KILLS if number == signal.SIGKILL else max(KILLS // 5, 1)
-    for trial in range(times):
+    for trial in range(6 * times):  # a trial may end before it is killed: it does not count
+        if killed == times:
+            break
         output = tmp_path / f"out{trial}"
         after = undisturbed["seconds"] * chooser.uniform(0.02, 0.9)
         done = verb(verbs(inputs, output)[name], signal=number, after=after)
@@ -30,4 +32,4 @@ def test_a_killed_verb_leaves_nothing_that_the_next_one_minds(name, number, inpu
         assert again["code"] == 0, again["err"][-2000:]
         assert content(output) == expected
         assert not list(tmp_path.glob(f".out{trial}*.partial"))
-    assert killed >= times / 3, f"{killed} of {times} were killed before they ended"
+    assert killed == times

@@ -181,3 +181,33 @@ def test_a_job_tells_what_it_starts_that_it_holds_the_lock(tmp_path):
     with run_lock(tmp_path / "lock.json", "a job"):
         assert is_held_for_us(tmp_path / "lock.json") and not is_held_for_us(tmp_path / "other.json")
     assert HELD not in os.environ
+
+
+def stage_with_a_bad_mount(task: str, folder: str) -> str:
+    """Train a stage of which rank 1 cannot read the newest checkpoint, which rank 0 can."""
+    import errno
+
+    from megatron_cpt.train.state import approved
+
+    original = approved._ApprovedReader
+
+    class Refusing(original):
+        def __init__(self, directory):
+            if os.environ["RANK"] == "1" and directory.name == folder:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(directory / ".metadata"))
+            super().__init__(directory)
+
+    approved._ApprovedReader = Refusing
+    return run_stage(task, "base", ("checkpoint.save_interval=2", "launch.gpus_per_node=2"))
+
+
+def test_a_checkpoint_that_one_rank_cannot_read_is_walked_back_over_by_all(ranks, experiment):
+    overrides = ("checkpoint.save_interval=2", "launch.gpus_per_node=2")
+    assert ranks.run(run_stage, 2, str(experiment), "base", overrides) == ["finished"] * 2
+    checkpoints = run_path(experiment, "base") / "checkpoints"
+    shutil.rmtree(checkpoints / "iter_0000008")  # as after a kill behind iteration 6
+    mcore.write_tracker(checkpoints, 6)
+    assert ranks.run(stage_with_a_bad_mount, 2, str(experiment), "iter_0000006") == ["finished"] * 2
+    starts = records(experiment, "base", "start")
+    assert [start["iteration"] for start in starts] == [0, 4]
+    assert mcore.newest_good_checkpoint(checkpoints).name == "iter_0000008"
