@@ -56,6 +56,9 @@ def save_twice(root: str, is_async: bool, disturb: str) -> str:
             if action == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             result = original(*arguments, **options)
+            if action == "steal":
+                os.environ[HELD] = f"token@{root}/lock.json"  # as of a job whose lock another one has taken
+                return result
             if action == "kill-after":
                 os.kill(os.getpid(), signal.SIGKILL)
             (part,) = (Path(root) / "iter_0000002").glob("__0_0.distcp")
@@ -112,6 +115,14 @@ def test_a_save_that_fails_says_so_and_does_not_count(ranks, tmp_path, is_async,
     assert problem
     if disturb != "fill":
         assert "reads back with another hash" in problem
+    assert mcore.newest_good_checkpoint(tmp_path) == tmp_path / "iter_0000001"
+    assert mcore.read_tracker(tmp_path) == 1
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_job_that_lost_its_lock_saves_nothing(ranks, tmp_path, is_async):
+    (problem,) = ranks.run(save_twice, 1, str(tmp_path), is_async, "steal:_gathered_hashes")
+    assert "the lock was lost" in problem
     assert mcore.newest_good_checkpoint(tmp_path) == tmp_path / "iter_0000001"
     assert mcore.read_tracker(tmp_path) == 1
 
