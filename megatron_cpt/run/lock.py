@@ -1,7 +1,8 @@
 """A lock on a run directory with an owner and an expiry, so that no run is ever trained twice at once.
 
 The lock is a small JSON file. Its owner renews it while it lives; a lock whose expiry has passed, or whose owner was a
-process of this machine that is gone, is taken over. A `flock` on a file beside it serialises takers on one file system.
+process of this machine that is gone, is taken over. A `flock` on a neighbouring file serialises processes on one file
+system.
 """
 
 import contextlib
@@ -22,16 +23,17 @@ from megatron_cpt.files import write_json
 logger = logging.getLogger(__name__)
 
 HELD = "MEGATRON_CPT_RUN_LOCK"
-"""Environment variable that tells what a job starts which lock the job holds for it."""
+"""Environment variable with the lock that a job holds for its child processes."""
 
 
 @contextlib.contextmanager
 def run_lock(path: Path, owner: str, expiry_seconds: float = 90.0, wait_seconds: float = 0.0) -> Iterator[None]:
     """Hold the lock `path` in the name of `owner` while the block runs, renewing it every third of its expiry.
 
-    `wait_seconds`: how long to wait for a holder, who may have died on another machine, to let go or expire.
+    `wait_seconds`: how long to wait until the holder, which can have died on another machine, releases the lock or the
+    lock expires.
 
-    Raises: LaunchError naming the holder and what to do, when somebody else holds it.
+    Raises: LaunchError with the holder and the solution, if another process holds it.
     """
     claim = {"owner": owner, "host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
     deadline = time.monotonic() + wait_seconds

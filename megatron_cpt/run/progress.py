@@ -35,7 +35,7 @@ def last_checkpoint(run: RunDir) -> int:
 
 
 def read_progress(run: RunDir) -> Progress:
-    """Return where the run stands by its metrics."""
+    """Return the run's position according to its metrics."""
     iteration, tokens, loss, rate, last_time, starts, reason = 0, 0, None, None, None, 0, None
     for record in _records(run.metrics_path):
         kind, last_time = record.get("kind"), record.get("time", last_time)
