@@ -297,7 +297,7 @@ class DataConfig:
     mix: dict[str, float] = field(default_factory=dict)
     """Share of the stage's tokens per corpus; must sum to 1."""
     rules: dict[str, str] = field(default_factory=dict)
-    """Instead of mix: the amount of each corpus, glob over prefixes or part of a path; the first that matches a shard applies:
+    """Instead of mix: the amount per corpus, glob over prefixes or part of a path; the first match applies:
     `share 0.3` (of the stage), `epochs 2` (exactly), `weight 3` or `ratio 0.5` (proportions of the rest)."""
     base_pool: str | None = None
     """With rules: a corpus or pattern whose shards get base_ratio of the stage; the rules apply within each pool."""
