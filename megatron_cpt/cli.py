@@ -42,7 +42,7 @@ VERBS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run one verb and leave with its exit code: 0 done, 2 a mistake the user can mend, 130 interrupted."""
+    """Run one verb and leave with its exit code: 0 done, 2 an error the user can fix, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     parser = Parser(
         prog="megatron-cpt",

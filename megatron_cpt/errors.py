@@ -1,8 +1,8 @@
-"""Errors named after who can mend them; the command line prints a `CptError` on one line and exits 2.
+"""Errors grouped by the person who can fix them; the command line prints a `CptError` on one line and exits 2.
 
-A message reads `<where>: <what was found>. <what is needed>. <what to do>`. Anything that is not a
-`CptError` is a bug of ours and keeps its traceback. What the operating system refuses (a full disk, a folder in a file's
-place) is no bug: `storage_error` makes one line of it.
+A message reads `<where>: <what was found>. <what is needed>. <what to do>`. Anything that is not a `CptError` is a bug
+of ours and keeps its traceback. An error of the operating system (a full disk, a folder in a file's place) is not a
+bug: `storage_error` formats it as one line.
 """
 
 import errno
@@ -38,7 +38,7 @@ class StorageError(CptError):
 
 
 def storage_error(problem: OSError) -> StorageError:
-    """Return what the operating system said as one line: path, cause, what is needed."""
+    """Return an error of the operating system as one line: path, cause, required action."""
     paths = [os.fsdecode(name) for name in (problem.filename, problem.filename2) if isinstance(name, str | bytes)]
     where = " -> ".join(paths) or "the file system or the network"
     cause = problem.strerror or " ".join(str(problem).split()) or type(problem).__name__

@@ -1,4 +1,4 @@
-"""Files that appear under their final name only when they are whole: write beside, fsync, rename."""
+"""Atomic file writes: a temporary file in the same folder, fsync, rename."""
 
 import contextlib
 import fcntl
@@ -58,7 +58,7 @@ def whole_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 @contextlib.contextmanager
 def whole_dir(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; on success rename it to `path`, which must not exist.
+    """Yield a temporary folder next to `path`; on success rename it to `path`, which must not exist.
 
     An exception inside the block removes the temporary folder. One that a killed process left behind is
     named `.<name>.*.partial` and never mistaken for a result; after a day it is removed.

@@ -13,7 +13,7 @@ CLEAR = "\r\x1b[K"
 TERMINAL_SECONDS = 0.3
 """Between two looks at progress on a terminal."""
 SENSIBLE_SECONDS, SENSIBLE_SHARE = 2.0, 0.005
-"""What has to be done before it is told how long the rest takes."""
+"""Amount of work before the remaining time is estimated."""
 
 
 def configure_logging(level: int = logging.INFO) -> None:
@@ -39,7 +39,7 @@ def configure_logging(level: int = logging.INFO) -> None:
 class TerminalHandler(logging.StreamHandler[TextIO]):
     """Shows progress on one line that is written over, and warnings and errors in colour unless NO_COLOR is set.
 
-    Where stderr is no terminal nothing of this is used: every record is a line.
+    If stderr is not a terminal, none of this is used: every record is a line.
     """
 
     _COLOURS: ClassVar = {logging.WARNING: "33", logging.ERROR: "31", logging.CRITICAL: "31"}

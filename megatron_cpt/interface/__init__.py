@@ -1,1 +1,2 @@
-"""What `import megatron_cpt as cpt` offers: twelve functions that take paths and keywords and return dataclasses."""
+"""The Python interface, `import megatron_cpt as cpt`: twelve functions that take paths and keywords and return
+dataclasses."""

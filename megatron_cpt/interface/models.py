@@ -20,7 +20,7 @@ Models = Mapping[str, str | Path]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Bits per byte of models on texts, and what changed from the first model."""
+    """Bits per byte of models on texts, and the changes from the first model."""
 
     results: list[Perplexity]
     changes: list[Change]
@@ -46,7 +46,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Generated:
-    """What models wrote after prompts: `texts[model][i]` after `prompts[i]`."""
+    """Continuations of prompts: `texts[model][i]` follows `prompts[i]`."""
 
     prompts: list[str]
     texts: dict[str, list[str]]
@@ -61,7 +61,8 @@ class Generated:
 def convert(
     source: str | Path, output: str | Path, *, tokenizer: str | Path | None = None, verify: bool = False, **options: Any
 ) -> Path:
-    """Convert a Hugging Face folder to a Megatron checkpoint or back, by what `source` is; return the folder made.
+    """Convert a Hugging Face folder to a Megatron checkpoint or back, depending on the format of `source`; return the
+    output folder.
 
     `options` are those of `hf_to_mcore` or `mcore_to_hf`, such as dtype="bf16".
     """

@@ -43,7 +43,7 @@ class Run:
 
     @property
     def status(self) -> str:
-        """What `megatron-cpt status` shows."""
+        """The table of `megatron-cpt status`."""
         return status_text(RunDir(self.path), None)
 
     @property
@@ -63,7 +63,7 @@ class Run:
         return advice_text(advise(self.path, None if previous is None else Path(previous), old))
 
     def page(self) -> Path:
-        """Write the run's report.html anew and return its path."""
+        """Rewrite the run's report.html and return its path."""
         return write_page([self.path], RunDir(self.path).report / "report.html")
 
     def _repr_html_(self) -> str:

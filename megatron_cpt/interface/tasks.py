@@ -1,4 +1,4 @@
-"""Tasks: what a run is configured to do, a new one from a model and text, what it needs, and its training."""
+"""Tasks: the configuration of a run, a new task from a model and text, its requirements, and its training."""
 
 import argparse
 import importlib
@@ -71,7 +71,7 @@ class NewTask:
 
 @dataclass(frozen=True)
 class PlanView:
-    """What a run needs: see `Plan`; printed it is the page of `megatron-cpt plan`."""
+    """Requirements of a run: see `Plan`. Printing it shows the page of `megatron-cpt plan`."""
 
     plan: Plan
 

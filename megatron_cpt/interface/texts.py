@@ -23,7 +23,7 @@ from megatron_cpt.interface.html import html_table
 
 @dataclass(frozen=True)
 class Deduplicated:
-    """What `dedup` has done; `report` is what report.json holds."""
+    """Result of `dedup`; `report` is the content of report.json."""
 
     output: Path
     report: Mapping[str, Any]

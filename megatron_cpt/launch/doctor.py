@@ -1,6 +1,6 @@
-"""What is missing or incompatible on this machine, found without importing torch, in about a second.
+"""Checks for missing or incompatible components on this machine, in about a second, without importing torch.
 
-Each check returns findings: what was looked at, what was found, and, for a warning or a problem, what to do.
+Each check returns findings: the item, its state and, for a warning or a problem, the remedy.
 """
 
 import importlib.metadata
@@ -82,7 +82,7 @@ def locked_versions(lock_file: Path) -> dict[str, str]:
 
 
 def installed_versions() -> dict[str, str]:
-    """Return package -> version of what this interpreter would import."""
+    """Return package -> version of the packages that this interpreter would import."""
     found: dict[str, str] = {}
     for distribution in importlib.metadata.distributions():
         found.setdefault(canonicalize_name(distribution.metadata["Name"]), distribution.version)

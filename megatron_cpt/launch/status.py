@@ -1,8 +1,8 @@
 """The state of a run as a table: its jobs from ledger and scheduler, its progress from the metrics.
 
-A job waits or died for a reason, and the table says it: the scheduler's own word, the job's exit code, or the first error
+The table shows the reason why a job waits or died: the scheduler's message, the job's exit code, or the first error
 line in its logs. A job that the ledger believes alive and the scheduler no longer knows was lost; submitting again
-repairs it. `launch/scheduler/states.py` says how the two are joined.
+repairs it. `launch/scheduler/states.py` defines how the two are combined.
 """
 
 import math
@@ -38,8 +38,8 @@ class JobRow:
 def job_rows(run: RunDir, now: float | None = None) -> list[JobRow]:
     """Return the run's jobs, oldest first, with the scheduler's states where it still knows them.
 
-    What the scheduler says of the end of a job that the ledger believed alive is added to the ledger; that it did not answer
-    is shown as `unknown` and never written down.
+    If the scheduler reports the end of a job that is alive in the ledger, the ledger is updated. If the scheduler does
+    not answer, the state is `unknown` and the ledger is unchanged.
     """
     now = time.time() if now is None else now
     states = job_states(run)
@@ -64,7 +64,7 @@ def _number(value: Any, otherwise: float) -> float:
 
 
 def status_text(run: RunDir, config: RunConfig | None, now: float | None = None) -> str:
-    """Return the table; `config` gives the length of the run, where it is known."""
+    """Return the table; `config` contains the length of the run, if known."""
     now = time.time() if now is None else now
     rows = job_rows(run, now)
     table = [("job", "stage", "state", "since", "restarts", "why")]

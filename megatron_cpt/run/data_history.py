@@ -1,4 +1,4 @@
-"""What a run read before its data were changed: the settings and the data list up to an iteration, kept for the trace.
+"""Settings and data list that a run used up to an iteration, kept for the trace after its data was changed.
 
 `<run>/superseded/iter_0000004/` holds `config.yaml`, `train_data.yaml` and, where there is one, `data_order.json` of the
 iterations up to 4 (after those of the folder before it). The run's own files are for the iterations after the last folder.
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 def keep_superseded(run: RunDir, iteration: int, *, is_changed: bool) -> None:
     """Keep the run's files for its first `iteration` iterations where they are about to change.
 
-    A run that went back to an earlier checkpoint than it was changed at trains what follows with what it reads now.
+    A run that rolled back to before the change uses the current data for all following iterations.
     """
     later = [number for number in _iterations(run) if number > iteration]
     for number in later[1:] if iteration else later:
@@ -36,7 +36,7 @@ def keep_superseded(run: RunDir, iteration: int, *, is_changed: bool) -> None:
 
 
 def reading_of(run: RunDir, iteration: int) -> RunDir:
-    """Return the folder with the files that say what an iteration read: the run's own, or one of what is superseded."""
+    """Return the folder with the data files of an iteration: the run's own, or a superseded one."""
     number = next((number for number in _iterations(run) if number >= iteration), None)
     return run if number is None else RunDir(_folder(run, number))
 

@@ -34,7 +34,7 @@ class RunDir:
 
     @property
     def data_order_path(self) -> Path:
-        """The order of samples that the stage goes on in, where it is not its own from sample 0."""
+        """The order of samples that the stage continues, if it does not start its own order at sample 0."""
         return self.path / "data_order.json"
 
     @property

@@ -1,7 +1,7 @@
-"""The environment of a job, written beside its log: what made this run behave as it did, months later.
+"""The environment of a job, written next to its log to explain the run's behaviour months later.
 
 Variables are taken by prefix (scheduler, devices, fabric, threads, Python), never all: the environment of a login holds
-tokens. What still looks like a secret is left out.
+tokens. Values that still look like secrets are left out.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Run directories by what a user names: a run, a folder of runs, or a task's folder."""
+"""Run directories from a user's path: a run, a folder of runs, or a task's folder."""
 
 import os
 from collections.abc import Sequence
@@ -33,7 +33,8 @@ def find_runs(paths: Sequence[Path], runs_dir: Path | None = None) -> list[Path]
 
 
 def runs_folder(path: Path, runs_dir: Path | None = None) -> Path:
-    """Return a folder of runs as it is, and for a task's folder (or its name in tasks/) the folder of the task's runs."""
+    """Return a folder of runs unchanged; for a task's folder (or its name in tasks/), return the folder of the task's
+    runs."""
     if path.is_dir() and not (path / "task.yaml").is_file():
         return path
     task = find_task(path)

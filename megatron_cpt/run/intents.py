@@ -1,7 +1,7 @@
-"""What is about to be submitted, written down before: the answer of a scheduler that took a job may be lost.
+"""Records of jobs written before submission, because the answer of a scheduler that accepted a job can be lost.
 
-One file per job in `<run>/jobs/intents/`, named by the job's unique name, with what the ledger will say of the job. It is
-removed once the ledger says so, or once the scheduler has refused the job.
+One file per job in `<run>/jobs/intents/`, named by the job's unique name, with the job's future ledger record. It is
+removed once the ledger contains the record, or once the scheduler has rejected the job.
 """
 
 from pathlib import Path

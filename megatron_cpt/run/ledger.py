@@ -1,7 +1,7 @@
 """The ledger `<run>/jobs/ledger.jsonl`: every job of a run, one JSON record per event, only ever appended to.
 
 The first record of a job describes it (stage, scheduler, command, submitted); later ones carry only what changed
-(state, exit_code, ended). The state of a job is what its records say together, the last one winning.
+(state, exit_code, ended). The state of a job is the combination of its records; the last one overrides earlier ones.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from megatron_cpt.files import naming
 logger = logging.getLogger(__name__)
 
 ACTIVE_STATES = ("submitted", "running")
-"""States of a job that may still change something."""
+"""States of a job that can still change files."""
 
 
 def ledger_path(jobs_dir: Path) -> Path:

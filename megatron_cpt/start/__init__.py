@@ -1,1 +1,1 @@
-"""From a model and some text to a task: what `megatron-cpt init` proposes and writes."""
+"""A task from a model and some text, as proposed and written by `megatron-cpt init`."""

@@ -38,7 +38,7 @@ TINY_TOKENS = "400K"
 
 @dataclass(frozen=True, kw_only=True)
 class Initialised:
-    """What `init` has written and found."""
+    """Files written and facts found by `init`."""
 
     task: Path
     params: Path

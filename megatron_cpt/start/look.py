@@ -1,8 +1,8 @@
 """A look at a corpus: how many tokens it has, estimated from pieces of a few files.
 
-Of at most eight files, spread over the corpus by size, the first 256 KiB of text are tokenized. What part of a file was read is
-known for plain files by bytes and for tables by rows; of a compressed file it is taken from how well the piece compresses, which is
-within some 20 %.
+Of at most eight files, spread over the corpus by size, the first 256 KiB of text are tokenized. The fraction of a file
+that was read is known by bytes for plain files and by rows for tables. For a compressed file it is estimated from the
+compression of the piece, to within some 20 %.
 """
 
 import zlib
@@ -20,13 +20,13 @@ PIECE_BYTES = 256 << 10
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusLook:
-    """What a look at a corpus has found."""
+    """Facts found by sampling a corpus."""
 
     name: str
     patterns: tuple[str, ...]
     num_files: int
     num_bytes: int
-    """Of the files as they are."""
+    """Bytes of the files on disk."""
     tokens: int
     """Estimated, an end-of-document token for each document included."""
     bytes_per_token: float

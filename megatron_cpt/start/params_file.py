@@ -33,7 +33,7 @@ def read_model(folder: Path) -> ModelConfig:
 
 
 def model_section(model: ModelConfig) -> list[str]:
-    """Return the lines of a params file's `model:` section: what differs from the defaults."""
+    """Return the lines of a params file's `model:` section: the differences from the defaults."""
     return ["model:", *_stated(model, ModelConfig, _MODEL_NOTES)]
 
 

@@ -1,8 +1,8 @@
 """Settings for a model, a number of tokens and a machine: sequence, batch, learning rate, nodes and layout.
 
-They are where a search begins, not its result: batch and rate follow the size of the model as the params files of `params/` do
-(peaks for continual pre-training of a finished model, about a tenth of what it was trained with), the layout comes from the
-planner's search.
+They are the starting point of a search, not its result: batch and rate follow the size of the model as the params files
+of `params/` do (peaks for continual pre-training of a finished model, about a tenth of what it was trained with), the
+layout comes from the planner's search.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ FEWEST_ITERATIONS = 100
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What trains: ranks of a node, and the memory of one."""
+    """Resources for training: ranks of a node, and the memory of one."""
 
     ranks_per_node: int
     gpu_memory_gib: float | None

@@ -1,4 +1,4 @@
-"""The task file that `init` writes: corpora with what a look at them found, mix, schedule, one size, and what is to decide."""
+"""The task file that `init` writes: corpora with sampled facts, mix, schedule, one size, and the open decisions."""
 
 import math
 import os
@@ -14,7 +14,7 @@ from megatron_cpt.start.params_file import inline
 
 @dataclass(frozen=True, kw_only=True)
 class TaskPlan:
-    """What the task file says."""
+    """Content of the task file."""
 
     name: str
     data_dir: Path
@@ -113,5 +113,6 @@ def task_text(plan: TaskPlan) -> str:
 
 
 def seen_from(data_dir: Path, path: Path) -> str:
-    """Return a path as a task file has it: an absolute one as it is, another as seen from the data folder."""
+    """Return a path as written in a task file: an absolute path unchanged, a relative one relative to the data
+    folder."""
     return str(path) if path.is_absolute() else os.path.relpath(path, data_dir)

@@ -1,1 +1,1 @@
-"""Relations between settings: what cannot work is refused with its numbers."""
+"""Checks of relations between settings; impossible combinations are refused with their numbers."""

@@ -37,7 +37,7 @@ BELOW_ONE = {"model": "hidden_dropout attention_dropout", "optimizer": "adam_bet
 
 
 def out_of_range(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """Yield the dotted key of each setting outside its range, and what is needed."""
+    """Yield the dotted key of each setting outside its range, with the allowed range."""
     for table, needed, is_good in (
         (POSITIVE, "More than 0", lambda value: value > 0),
         (NOT_NEGATIVE, "0 or more", lambda value: value >= 0),

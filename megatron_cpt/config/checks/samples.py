@@ -1,4 +1,4 @@
-"""Relations of what is done to samples: fill-in-the-middle, weights of prompts."""
+"""Checks of the settings that transform samples: fill-in-the-middle, weights of prompts."""
 
 from collections.abc import Iterator
 

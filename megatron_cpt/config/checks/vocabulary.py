@@ -1,8 +1,8 @@
 """Ids of tokens against rows of a model: the one comparison of a tokenizer, token files or a new vocabulary with a model.
 
-A model has `model.vocab_size` rows that mean a token, padded to `make_vocab_size_divisible_by`; padded rows are never trained
-and never exported, so that an id in them, or beyond, is an error wherever the two meet: tokenizing's consumers, plans,
-submission, training, vocabulary extension and export.
+A model has `model.vocab_size` rows that mean a token, padded to `make_vocab_size_divisible_by`; padded rows are never
+trained and never exported, so an id in them, or above them, is an error in every place that combines model and
+tokenizer: tokenizing's consumers, plans, submission, training, vocabulary extension and export.
 """
 
 from megatron_cpt.config.settings.derived import padded_vocab_size

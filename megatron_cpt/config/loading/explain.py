@@ -1,4 +1,4 @@
-"""What each setting means: the text under its field in the schema, with its value, origin and Megatron names."""
+"""Explanations of settings: the text under a field in the schema, with its value, origin and Megatron names."""
 
 import ast
 import inspect

@@ -18,7 +18,7 @@ from megatron_cpt.config.settings.schema import RunConfig
 
 @dataclass(frozen=True)
 class Layer:
-    """Settings of one origin, as YAML gives them: section -> key -> value."""
+    """Settings of one origin, as parsed from YAML: section -> key -> value."""
 
     origin: str
     settings: dict[str, Any]
@@ -27,7 +27,8 @@ class Layer:
 
 
 class MergedLayers:
-    """What the layers applied so far say; each value in `values` is of its field's type and has an origin."""
+    """The merged settings of the layers applied so far; each value in `values` is of its field's type and has an
+    origin."""
 
     def __init__(self) -> None:
         self.values: dict[str, Any] = {}

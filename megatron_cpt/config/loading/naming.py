@@ -1,6 +1,6 @@
 """Which run a command line means: --task --params --size --variant, what of them is left out, or a run directory.
 
-A word without `=` names the task or the run where --task is absent. Params and size may be left out where there is only one.
+A word without `=` names the task or the run where --task is absent. Params and size are optional if there is only one.
 """
 
 import argparse

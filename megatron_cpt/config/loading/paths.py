@@ -1,6 +1,6 @@
-"""Settings that follow from others once all layers are merged: where weights lie, and what a held-out part is called.
+"""Settings that follow from others once all layers are merged: the location of weights and the names of held-out parts.
 
-Every relative path of a task, params or site file starts at `paths.data_dir`: the data section's as it stands, and
+Every relative path of a task, params or site file starts at `paths.data_dir`: those of the data section unchanged, and
 `init.from_path`, which is resolved here. On the command line `init.from_path=` starts at the current folder, as a shell
 completes it. `..` and absolute paths are allowed everywhere.
 """

@@ -4,7 +4,7 @@ Later layers win: defaults < params file < task file < the task's `sizes.SIZE` <
 `key=value` arguments. A null resets a setting to its default. `data.mix` is replaced as a whole, `data.corpora` is
 merged by corpus. The four lengths of `training` are one choice: the last layer that states one wins.
 
-`VARIANT+LABEL` is VARIANT in a run directory of its own: what differs stands in `key=value`, so that a trial needs no
+`VARIANT+LABEL` is VARIANT in a separate run directory: `key=value` overrides set the differences, so a trial needs no
 edit of the task.
 
 Every mistake of all layers, and every relation that does not hold (`config/checks/all.py`), comes back in one ConfigError.
@@ -102,7 +102,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 def load_from_arguments(arguments: argparse.Namespace) -> LoadedConfig:
     """Return the configuration that `add_run_arguments`' arguments name, and state in them what was left out.
 
-    Raises: ConfigError naming what is missing and what there is.
+    Raises: ConfigError with the missing name and the available ones.
     """
     name_run(arguments)
     config_path = arguments.task / RESOLVED

@@ -1,4 +1,4 @@
-"""Configuration files: where params, task and site files are found, and YAML without duplicate keys.
+"""Configuration files: search paths of params, task and site files, and YAML without duplicate keys.
 
 Names are looked for from the current folder first, so that a user's own params, tasks and sites win, then among those that
 come with this package: the folders of its checkout, or in an installed one their copies.

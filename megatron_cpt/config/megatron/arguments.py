@@ -1,6 +1,6 @@
 """Keyword arguments of Megatron-Core objects and Megatron-LM flags from our settings; imports no megatron.
 
-What becomes what stands in `config/megatron/rows.py`; here are the constants that every model shares.
+`config/megatron/rows.py` maps settings to arguments; this module has the constants that every model shares.
 `train/model/build.py` adds what only torch can say (dtypes, the activation function, fusions).
 """
 
@@ -42,8 +42,9 @@ MUON_CONSTANTS = {
     "muon_extra_scale_factor": 0.2,
     "muon_tp_mode": "distributed",
 }
-"""Arguments of Muon as in Moonlight (arXiv:2502.16982, equation 4): 0.2 sqrt(max(rows, columns)) gives AdamW's update size.
-The default of the tensor-parallel mode orthogonalises each rank's part for itself: the result would depend on the layout."""
+"""Arguments of Muon as in Moonlight (arXiv:2502.16982, equation 4): 0.2 sqrt(max(rows, columns)) matches AdamW's update
+size. The default of the tensor-parallel mode orthogonalises each rank's part for itself: the result would depend on the
+layout."""
 
 MOE_CONSTANTS = {"moe_router_dtype": "fp32", "moe_token_dispatcher_type": "alltoall", "moe_grouped_gemm": False}
 """Arguments of every mixture of experts; `train` switches grouped GEMM on where Transformer Engine is installed."""
@@ -82,7 +83,7 @@ def megatron_arguments(config: RunConfig, target: str) -> dict[str, Any]:
 def megatron_flags(config: RunConfig) -> list[str]:
     """Return the Megatron-LM command-line arguments that describe the same run, flag and value as separate items.
 
-    What Megatron-LM cannot express is named by `settings_without_flag`.
+    `settings_without_flag` lists the settings that Megatron-LM cannot express.
     """
     flags = list(CONSTANT_FLAGS)
     for row in ROWS:

@@ -1,8 +1,8 @@
 """The table from settings to Megatron-Core arguments and Megatron-LM flags; imports no megatron.
 
-Each field of `RunConfig` has exactly one row. A row names the Megatron-Core arguments that the setting becomes, or,
-where Megatron-Core has none, who honours the setting; and the Megatron-LM flag of the same meaning, if there is one.
-Tests hold both directions: no setting without a row, no row whose argument the installed megatron-core lacks.
+Each field of `RunConfig` has exactly one row. A row lists the Megatron-Core arguments of a setting or, if Megatron-Core
+has none, the module that implements the setting; and the equivalent Megatron-LM flag, if there is one. Tests hold both
+directions: no setting without a row, no row whose argument the installed megatron-core lacks.
 
 The file is long because the table is. Source: argument names from megatron-core 0.19.2, flags from Megatron-LM's
 `megatron/training/arguments.py`.
@@ -54,9 +54,9 @@ class Row:
     when: Condition = always
     """Whether the arguments and the flag are given at all."""
     flag_value: Value | None = None
-    """The flag's value: None omits it, True gives the bare flag; no function: the argument's value."""
+    """The flag's value: None omits it, True writes the bare flag; no function: the argument's value."""
     honoured_by: str = ""
-    """Who honours a setting that Megatron-Core has no argument for."""
+    """The module that implements a setting without a Megatron-Core argument."""
 
     def argument_value(self, config: RunConfig) -> Any:
         """Return what the row's arguments are set to."""

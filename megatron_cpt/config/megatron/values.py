@@ -1,4 +1,5 @@
-"""What settings become for Megatron, and when they count: the functions that the rows of the table name."""
+"""Conversions of settings to Megatron arguments, and the conditions for them: the functions used by the rows of the
+table."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,16 +1,16 @@
 """How many samples each step of a stage takes, and so which iteration follows how many samples; one place for all.
 
-Without a ramp-up every step takes `global_batch_size` samples. `training.rampup_batch_size` states levels, each a batch and
-where it ends, in iterations, samples, tokens or a fraction of the stage, counted from the stage's start:
+Without a ramp-up every step takes `global_batch_size` samples. `training.rampup_batch_size` lists levels, each a batch
+size and its end, in iterations, samples, tokens or a fraction of the stage, counted from the stage's start:
 
 - `[start, increment, length]` (Megatron-LM's `--rampup-batch-size`): the batch grows from `start` by `increment` in n equal
   shares of `length`, n = (global_batch_size - start) / increment. With c samples consumed of a length of s samples a step takes
   start + increment x floor(c x n / s), at most global_batch_size; a length in iterations is shared likewise.
 - `[[batch, until], ...]` (`--step-batch-size-schedule`): each batch until its place, then global_batch_size.
 
-A step begins with the batch of the place where it begins, so it may run past a level's end; a level that a step jumped over
-gives none. A fraction is of the stated length; of a length in iterations it is of the samples that these iterations take, which
-depend on the ramp: the smallest stage for which both hold.
+A step uses the batch size at its first sample, so it can extend past a level's end; a level that a step jumps over has
+no step. A fraction is of the stated length; of a length in iterations it is of the samples that these iterations take,
+which depend on the ramp: the smallest stage for which both hold.
 
 Everything else (data order, learning rate, counts per corpus) is a function of the samples consumed.
 
@@ -108,7 +108,7 @@ def ramp_levels(training: TrainingConfig) -> list[Level]:
 
 
 def ramp_text(ramp: BatchRamp | None) -> str:
-    """Return a ramp-up as a person says it."""
+    """Return a human-readable description of a ramp-up."""
     if ramp is None:
         return "none"
     if isinstance(ramp[0], tuple):

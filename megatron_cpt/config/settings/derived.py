@@ -122,5 +122,5 @@ def num_microbatches(config: RunConfig) -> int:
 
 
 def may_change_data_list(config: RunConfig) -> bool:
-    """Return whether a run that has begun may read another data list: it follows from the length and the data."""
+    """Return whether a started run can read another data list: it follows from the length and the data."""
     return any(key.split(".")[0] in (ALL_SETTINGS, "training", "data") for key in config.checkpoint.accept_changes)

@@ -1,4 +1,4 @@
-"""Values of single settings: from what YAML or the command line gives to what the schema's annotation says.
+"""Values of single settings: conversion from YAML or the command line to the type of the schema's annotation.
 
 Every parser raises a ValueError that reads `<found>. <what is needed>`; `config/loading/resolve.py` puts file and key before it.
 """
@@ -60,7 +60,7 @@ def default_value(field: Field[Any]) -> Any:
 def parse_field(kind: Any, value: Any, key: str = "") -> Any:
     """Return `value` as the annotation `kind` wants it.
 
-    Raises: ValueError with what was found and what is needed.
+    Raises: ValueError with the value found and the value needed.
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (Union, types.UnionType):

@@ -1,4 +1,4 @@
-"""What the files of a corpus with `held_out` are called, relative to `paths.data_dir`.
+"""Names of the files of a corpus with `held_out`, relative to `paths.data_dir`.
 
 A stage of the pipeline splits the documents by their hashes (`data split`) into `split/CORPUS/documents/train`
 and `.../validation`; the first are tokenized for training, the second for the validation and for bits per byte.
@@ -8,7 +8,7 @@ from megatron_cpt.config.settings.schema import CorpusConfig
 
 VALIDATION = "validation"
 DOCUMENTS = "documents"
-"""What `data split` is told the corpus is called: its output folder is of one corpus."""
+"""Name of the corpus for `data split`, whose output folder belongs to one corpus."""
 _SUFFIX = "_text_document"
 
 

@@ -48,7 +48,7 @@ def clipped(ranges: Ranges, first: int, last: int) -> Ranges:
 
 
 def ranges_text(ranges: Iterable[tuple[int, int]]) -> list[str]:
-    """Return the ranges as they are written in settings and files."""
+    """Return the ranges in the format of settings and files."""
     return [f"{first}-{last}" if last > first else str(first) for first, last in ranges]
 
 

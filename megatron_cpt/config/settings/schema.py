@@ -1,8 +1,8 @@
 """The one configuration object: frozen sections whose fields each carry their meaning, unit and range.
 
-The text under a field is what `show-config --explain` prints. `None` as a default means "follows from other
-settings" or "off", as the text says. Types are checked on loading (`config/loading/resolve.py`), relations between fields in
-`config/checks/all.py`; how a field reaches Megatron-Core stands in `config/megatron/arguments.py`.
+The text under a field is what `show-config --explain` prints. `None` as a default means "follows from other settings"
+or "off", as the text states. Types are checked on loading (`config/loading/resolve.py`), relations between fields in
+`config/checks/all.py`; the mapping to Megatron-Core in `config/megatron/arguments.py`.
 """
 
 from dataclasses import dataclass, field
@@ -36,7 +36,7 @@ class ModelConfig:
     """The embedding is padded to a multiple of this, the same under every layout. Padded logits are masked in the
     loss. Divisible by tensor_model_parallel_size."""
     max_position_embeddings: int = 4096
-    """Longest sequence the model was made for; seq_length may not exceed it."""
+    """Longest sequence that the model supports; seq_length must not exceed it."""
     rotary_base: float = 10000.0
     """Base of the rotary position embedding (`rope_theta`)."""
     rope_scaling_type: Literal["none", "linear", "llama3", "yarn"] = "none"
@@ -46,7 +46,7 @@ class ModelConfig:
     rope_low_freq_factor: float = 1.0
     """Llama-3 scaling: wavelengths longer than original / this are scaled fully."""
     rope_high_freq_factor: float = 4.0
-    """Llama-3 scaling: wavelengths shorter than original / this stay as they are."""
+    """Llama-3 scaling: wavelengths shorter than original / this are unchanged."""
     rope_original_max_position_embeddings: int | None = None
     """Context length before scaling (llama3, yarn); None: max_position_embeddings."""
     rope_beta_fast: float = 32.0
@@ -94,7 +94,7 @@ class ModelConfig:
     moe_router_num_groups: int | None = None
     """Groups of experts for group-limited routing."""
     moe_router_group_topk: int | None = None
-    """Groups that a token may visit."""
+    """Groups that a token can be routed to."""
     moe_router_bias_update_rate: float = 1e-3
     """Step of the router bias after each optimizer step, where the bias is on; 0 freezes it."""
     moe_aux_loss_coeff: float = 0.0
@@ -114,7 +114,7 @@ class ModelConfig:
     v_head_dim: int = 128
     """MLA: dimension of a value head."""
     latent_layernorm_epsilon: float | None = None
-    """MLA: epsilon of the norms on the latent vectors (1e-6 in transformers, whatever the others have); None:
+    """MLA: epsilon of the norms on the latent vectors (1e-6 in transformers, independent of the other norms); None:
     layernorm_epsilon."""
 
 
@@ -156,7 +156,7 @@ class ParallelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """What one stage trains on in numbers. Exactly one of the four lengths is given."""
+    """Length, batch and precision of one stage. Exactly one of the four lengths is given."""
 
     seq_length: int = 4096
     """Tokens per sample."""
@@ -176,9 +176,10 @@ class TrainingConfig:
     train_iters: int | None = None
     """Length in iterations."""
     train_epochs: float | None = None
-    """Length in epochs of the corpus with the largest share of data.mix (instruction data), counted from its token files
-    when a verb plans or trains the stage, and rounded down to whole iterations: show-config tells which train_iters it
-    became. With data.rules: the longest stage in which the corpus that has the largest share is read so often at most."""
+    """Length in epochs of the corpus with the largest share of data.mix (instruction data), counted from its token
+    files when a verb plans or trains the stage, and rounded down to whole iterations: show-config prints the resulting
+    train_iters. With data.rules: the longest stage in which the corpus that has the largest share is read so often at
+    most."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Compute precision; bf16 keeps fp32 master weights and reduces gradients in fp32."""
     seed: int = 1234
@@ -191,14 +192,14 @@ class TrainingConfig:
     deterministic: bool = False
     """Choose deterministic kernels; two runs on the same hardware are then bit-identical."""
     compile: bool = False
-    """Compile each transformer layer with torch.compile, on GPUs; a CPU runs the layers as they are and says so. The first
-    steps take minutes longer. Not with dropout."""
+    """Compile each transformer layer with torch.compile, on GPUs; a CPU runs the layers uncompiled and logs this. The
+    first steps take minutes longer. Not with dropout."""
     spike_threshold: float = 0.0
     """A loss above the median of the last 16 by more than this many robust standard deviations of its noise over the
     last 128 is a spike, reported with the step's samples and shards; 0: not looked for. Begin with 10."""
     spike_action: Literal["report", "rollback"] = "report"
-    """What follows a spike: a report, or besides it a return to the last checkpoint, from where the spike's iterations
-    are skipped (they are added to `<run>/skip_iterations.txt`)."""
+    """Action after a spike: a report, or a report and a roll-back to the last checkpoint. The spike's iterations are
+    then skipped (they are added to `<run>/skip_iterations.txt`)."""
     spike_skip_iterations: int = 2
     """Iterations that a roll-back skips: the spike's and those just before it."""
     spike_max_rollbacks: int = 3
@@ -210,9 +211,9 @@ class OptimizerConfig:
     """AdamW with decoupled weight decay, or Muon for the matrices with AdamW for the rest."""
 
     name: Literal["adam", "muon"] = "adam"
-    """muon: orthogonalised momentum on the layers' matrices, scaled to AdamW's step so that lr may stay
-    (arXiv:2502.16982), AdamW on embeddings, output and norms. Needs the extra muon (the
-    installers bring it) and parallel.use_distributed_optimizer: false."""
+    """muon: orthogonalised momentum on the layers' matrices, scaled to AdamW's step so that lr can stay the same
+    (arXiv:2502.16982), AdamW on embeddings, output and norms. Needs the extra muon (the installers bring it) and
+    parallel.use_distributed_optimizer: false."""
     muon_momentum: float = 0.95
     """Muon: decay of the (Nesterov) momentum."""
     lr: float = 3e-4
@@ -249,8 +250,9 @@ class ScheduleConfig:
     ] = "cosine"
     """Shape after the warm-up. WSD and the infinite forms hold a constant rate before they anneal."""
     lr_decay: Duration | None = None
-    """cosine and linear: where they reach min_lr, counted from the stage's start; the rest of the stage stays there. In
-    tokens, samples or iterations it may exceed the stage, which then ends above min_lr. None: at the stage's end."""
+    """cosine and linear: the point where they reach min_lr, counted from the stage's start; the rest of the stage stays
+    at min_lr. In tokens, samples or iterations it can exceed the stage, which then ends above min_lr. None: at the
+    stage's end."""
     lr_warmup: Duration = NONE_AT_ALL
     """Linear warm-up from lr_warmup_init to lr."""
     lr_warmup_init: float = 0.0
@@ -264,12 +266,12 @@ class ScheduleConfig:
     lr_hold: float | None = None
     """Infinite forms: the constant rate after the first decay."""
     lr_hold_start: Duration | None = None
-    """Infinite forms: where the first decay ends and the constant begins."""
+    """Infinite schedules: the end of the first decay and start of the constant part."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusConfig:
-    """One corpus: what its documents and token files are called."""
+    """One corpus: the paths of its documents and token files."""
 
     documents: tuple[str, ...] = ()
     """Files, folders or globs of documents to tokenize, relative to paths.data_dir."""
@@ -280,13 +282,13 @@ class CorpusConfig:
     validation_documents: tuple[str, ...] = ()
     """Held-out documents as text, for bits per byte, relative to paths.data_dir."""
     held_out: float | None = None
-    """Part of the documents to hold out, such as 1/100, chosen by their hashes: a stage of the pipeline splits them, and names
-    tokens, validation and validation_documents itself. None: validation is what the task names."""
+    """Part of the documents to hold out, such as 1/100, chosen by their hashes: a stage of the pipeline splits them,
+    and names tokens, validation and validation_documents itself. None: the task sets the validation files."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What is read: corpora by name and how a stage mixes them."""
+    """Input data: corpora by name and their mix in a stage."""
 
     tokenizer: str | None = None
     """Hugging Face tokenizer folder, `tokenizer.json` or SentencePiece `.model`, relative to paths.data_dir."""
@@ -295,7 +297,7 @@ class DataConfig:
     mix: dict[str, float] = field(default_factory=dict)
     """Share of the stage's tokens per corpus; must sum to 1."""
     rules: dict[str, str] = field(default_factory=dict)
-    """Instead of mix: what each corpus, glob over prefixes or part of a path gives, the first that names a shard counts:
+    """Instead of mix: the amount per corpus, glob over prefixes or part of a path; the first match applies:
     `share 0.3` (of the stage), `epochs 2` (exactly), `weight 3` or `ratio 0.5` (proportions of the rest)."""
     base_pool: str | None = None
     """With rules: a corpus or pattern whose shards get base_ratio of the stage; the rules apply within each pool."""
@@ -306,14 +308,14 @@ class DataConfig:
     train_data_path: str | None = None
     """A ready data list (any format of `megatron-cpt blend formats`) instead of mix, relative to paths.data_dir."""
     order: Literal["own", "continue"] = "own"
-    """own: from sample 0 of an order that follows from training.seed. continue: the very samples that the run of
-    init.from_path (`variant:NAME[@ITERATION]`, of the same data) would have read next; past its end every shard goes on
-    where it stopped, without replacement."""
+    """own: from sample 0 of an order that follows from training.seed. continue: exactly the samples that the run of
+    init.from_path (`variant:NAME[@ITERATION]`, of the same data) would have read next; past its end every shard
+    continues from its last drawn sample, without replacement."""
     max_epochs: float = 4.0
     """A corpus repeated more often than this is refused."""
     buffer: str | None = None
-    """Replay buffer, a YAML file relative to paths.data_dir. The corpus `buffer` of mix draws from what earlier stages
-    appended, without replacement until exhausted; a stage that finishes appends its own corpora."""
+    """Replay buffer, a YAML file relative to paths.data_dir. The corpus `buffer` of mix draws from the corpora that
+    earlier stages appended, without replacement until exhausted; a stage that finishes appends its own corpora."""
     shuffle_in_corpus: bool = False
     """Shuffle a corpus's samples among its shards, by training.seed, instead of spreading every shard evenly over the
     run. Documents within a shard are shuffled in both cases."""
@@ -324,8 +326,8 @@ class DataConfig:
     not trained on and not counted per corpus. `<run>/skip_iterations.txt` adds to it, one range a line."""
     fim_rate: float = 0.0
     """Fill in the middle (code): share of the documents within a sample that are rearranged, 0 to 1 (arXiv:2207.14255;
-    0.5 to 0.9 is usual); 0: off. Cut between characters where the tokenizer gives the text again, else between tokens.
-    Shards with a loss mask and validation sets stay as they are."""
+    0.5 to 0.9 is usual); 0: off. Cut between characters if the tokenizer reproduces the text, otherwise between tokens.
+    Shards with a loss mask and validation sets are unchanged."""
     fim_spm_rate: float = 0.5
     """Of the rearranged documents, the share in the order suffix, prefix, middle; the others: prefix, suffix, middle."""
     fim_prefix_token: str | None = None
@@ -337,8 +339,9 @@ class DataConfig:
     fim_corpora: tuple[str, ...] = ()
     """Corpora whose documents are rearranged; empty: all."""
     prompt_loss_weight: float = 0.0
-    """Weight of a prompt's tokens in the loss, 0 to 1, beside 1 for the assistant's: of shards with a mask whatever neither
-    the assistant says nor its record leaves out. The loss is the weighted mean. Validation counts the assistant's alone."""
+    """Weight of a prompt's tokens in the loss, 0 to 1; the assistant's tokens have weight 1. In shards with a mask, the
+    prompt is every token that is neither the assistant's nor excluded by its record. The loss is the weighted mean.
+    Validation counts the assistant's alone."""
     reset_attention_mask: bool = True
     """Documents (the pieces, where a shard has a mask) in a sample do not see each other. Attention then runs on
     torch's varlen or SDPA kernels, also within Transformer Engine's layers, whose own attention ignores masks."""
@@ -348,13 +351,13 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class InitConfig:
-    """Where a stage's weights come from. A run's own checkpoints always come first."""
+    """Source of a stage's initial weights. A run's own checkpoints always come first."""
 
     from_path: str | None = None
     """Relative to paths.data_dir, as all paths of a task file (on the command line to the current folder):
     a Hugging Face folder, a Megatron checkpoint folder (`.../checkpoints` or `.../iter_0001000`, Megatron-LM's own too, `torch`
     or `torch_dist`), a DeepSpeed universal checkpoint, or `variant:NAME[@ITERATION]`, the run of another variant of this task;
-    None: random weights. What was made elsewhere is converted into `<run>/init` once."""
+    None: random weights. Checkpoints in other formats are converted into `<run>/init` once."""
     load: Literal["weights", "full"] = "weights"
     """weights: a fresh optimizer (Megatron's --finetune); full: optimizer moments too. Iterations and samples start
     at 0 in both."""
@@ -367,7 +370,7 @@ class InitConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """What is saved and how long it is kept."""
+    """Saving and retention of checkpoints."""
 
     save_interval: int = 1000
     """Iterations between checkpoints; the last iteration is always saved."""
@@ -376,8 +379,8 @@ class CheckpointConfig:
     keep_every: int | None = None
     """Checkpoints at multiples of this are kept besides; None: none."""
     keep_bytes: int | None = None
-    """Bytes that a run's checkpoints may take together, e.g. 2T or 500B (10^9); beyond it the oldest go, but never the newest or
-    a protected one (`checkpoint protect`); None: no limit."""
+    """Bytes that all checkpoints of a run can use together, e.g. 2T or 500B (10^9); beyond it the oldest go, but never
+    the newest or a protected one (`checkpoint protect`); None: no limit."""
     async_save: bool = False
     """Write checkpoints while training continues."""
     verify_on_save: bool = True
@@ -386,8 +389,8 @@ class CheckpointConfig:
     verify_on_load: Literal["full", "size"] = "full"
     """Check every file's hash, or its size only, before a checkpoint is loaded."""
     accept_changes: tuple[str, ...] = ()
-    """Settings (`[optimizer.lr, training.train_iters]`) or sections with which a run continues although they change its
-    results and differ from its last checkpoint's; true: whatever differs."""
+    """Settings (`[optimizer.lr, training.train_iters]`) or sections with which a run continues even though they change
+    its results and differ from its last checkpoint; true: all differences."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -403,12 +406,12 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
-    """What a run says while it runs."""
+    """Logging of a run."""
 
     log_interval: int = 10
     """Iterations per logged line."""
     tensorboard: bool = True
-    """Write TensorBoard events beside metrics.jsonl."""
+    """Write TensorBoard events in addition to metrics.jsonl."""
     wandb_project: str | None = None
     """Report to this project of Weights & Biases too (needs the extra wandb); None: no."""
     wandb_mode: Literal["online", "offline"] = "online"
@@ -427,10 +430,10 @@ class PathsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchConfig:
-    """Where and how jobs run. Set by a site file, the environment or the command line."""
+    """Resources and launch of jobs. Set by a site file, the environment or the command line."""
 
     scheduler: Literal["local", "pbs", "slurm"] = "local"
-    """Who starts the job: this machine, PBS Professional, or Slurm."""
+    """Executor of the job: this machine, PBS Professional, or Slurm."""
     nodes: int = 1
     """Nodes of a training job."""
     spare_nodes: int = 0

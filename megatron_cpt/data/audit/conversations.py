@@ -1,8 +1,8 @@
 """Audit of instruction data: sampled conversations, rendered and encoded again, give the ids and masks on disk.
 
-Template, variables and options stand in the manifest, file and line of each conversation in the provenance sidecar. Of packs
-the pieces are compared; a text that was split over several is passed over. Of a conversation that became a document per
-answer each piece has to be one of them.
+The manifest contains template, variables and options; the provenance sidecar contains file and line of each
+conversation. Of packs the pieces are compared; a text that was split over several is passed over. Of a conversation
+that became a document per answer each piece has to be one of them.
 """
 
 import datetime
@@ -34,7 +34,7 @@ def check_conversations(
     num_samples: int,
     seed: int,
 ) -> tuple[int, list[str]]:
-    """Return how many conversations were compared, and what is wrong; `sources` are None where they changed.
+    """Return the number of compared conversations, and the problems; `sources` are None if they changed.
 
     Raises: DataError when tokenizer or template cannot be used.
     """

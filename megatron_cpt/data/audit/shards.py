@@ -55,7 +55,7 @@ _DECODED_CHARACTERS = 1 << 20
 
 @dataclass
 class Audit:
-    """What an audit of one shard found."""
+    """Result of the audit of one shard."""
 
     prefix: Path
     documents: int = 0
@@ -72,7 +72,7 @@ class Audit:
     control_tokens: int = 0
     """Documents that spell a control token."""
     masked: str = ""
-    """What was found in a masked shard, whose texts are not encoded again."""
+    """Result for a masked shard, whose texts are not encoded again."""
     is_adopted: bool = False
     """Whether its sources are unknown, since another program made it."""
     problems: list[str] = field(default_factory=list)

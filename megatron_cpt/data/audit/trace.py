@@ -3,7 +3,7 @@
 Of a packed shard the pieces of a pack are told, each with its place in it.
 
 With a provenance sidecar (`tokenize --provenance`) the answer is one read; without it the source is read again up to
-the document, since sources and their document counts stand in the manifest.
+the document, since the manifest contains the sources and their document counts.
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ from megatron_cpt.errors import DataError
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Where a document came from."""
+    """Origin of a document."""
 
     document: int
     path: str

@@ -1,8 +1,8 @@
 """A stage's length stated in epochs (`training.train_epochs`), turned into iterations from the token files.
 
-The corpus that is counted is the one with the largest share of the mix: instruction data, with completion data beside it.
-With `available` tokens in its shards, E epochs are E x available / share / seq_length samples of the stage; incomplete
-batches at the end are left out, so the corpus is never read more often than stated.
+Epochs are counted on the corpus with the largest share of the mix, for example instruction data mixed with completion
+data. With `available` tokens in its shards, E epochs are E x available / share / seq_length samples of the stage;
+incomplete batches at the end are left out, so the corpus is never read more often than stated.
 
 With `data.rules` shares depend on the length (`epochs 2` of a corpus is a smaller part of a longer stage). The length is then
 the longest one that the rules allow with the corpus that has the largest share read at most E times.
@@ -22,7 +22,7 @@ _GRID = 200
 
 
 def with_iterations(loaded: LoadedConfig) -> LoadedConfig:
-    """Return the configuration with `train_iters` in place of `train_epochs`; its origin tells how.
+    """Return the configuration with `train_iters` instead of `train_epochs`; its origin records the computation.
 
     Raises: DataError when the epochs cannot be counted; ConfigError when the length does not fit the schedule.
     """

@@ -5,10 +5,10 @@ A document's tokens within a sample (without its end-of-document token) are cut 
     PSM:  <prefix> prefix <suffix> suffix <middle> middle
     SPM:  <prefix> <suffix> suffix <middle> prefix middle
 
-A sample keeps its length: what the sentinels and the cuts displace is taken from the document's end. Cuts fall between
-characters, and each part is tokenized for itself, as a prompt is: who completes code stops in the middle of a word. Where the
-parts' tokens do not give the document's text again (a sample that begins within a character, a SentencePiece model, which
-puts a space before every part), cuts fall between tokens.
+A sample keeps its length: the sentinels and the cuts displace tokens at the document's end. Cuts fall between
+characters, and each part is tokenized separately, like a prompt: users request completions in the middle of a word. If
+the parts' tokens do not decode to the document's text (a sample that begins within a character, a SentencePiece model,
+which puts a space before every part), cuts fall between tokens.
 
 Source: arXiv:2207.14255, section 3 (context-level, SPM as its variant 2, joint training) and its ablation of spans chosen by
 lines, tokens or characters; characters and truncation of the suffix as in bigcode-project/Megatron-LM,
@@ -28,7 +28,7 @@ from megatron_cpt.data.tokenizer.interface import Tokenizer, token_id
 from megatron_cpt.errors import DataError
 
 _REPLACEMENT = "\ufffd"
-"""What decoding writes for a part of a character."""
+"""Replacement character that decoding writes for a part of a character."""
 SHORTEST = 6
 """Tokens below which a document is left alone: the sentinels would be half of it."""
 
@@ -56,7 +56,7 @@ class FillInMiddle:
     corpora: tuple[str, ...]
     """Corpora whose documents are rearranged; empty: all."""
     tokenizer: Tokenizer
-    """What made the tokens."""
+    """Tokenizer of the tokens."""
 
     def applies_to(self, corpus: str | None) -> bool:
         """Return whether a corpus's documents are rearranged."""
@@ -65,7 +65,7 @@ class FillInMiddle:
     def rearrange(self, ids: np.ndarray, prefix: str, sample: int) -> np.ndarray:
         """Return the ids of a sample, int64 [s + 1], its documents rearranged.
 
-        What is drawn follows from the seed, the shard's name and the sample's number within the shard, all epochs counted.
+        Random draws depend on the seed, the shard's name and the sample's number within the shard over all epochs.
         """
         digest = hashlib.blake2b(f"fim {self.seed} {Path(prefix).name} {sample}".encode(), digest_size=4).digest()
         # RandomState's stream never changes between numpy versions; Generator's may.

@@ -1,9 +1,9 @@
 """The order in which a run draws its samples: shards into corpora, corpora into the run, exact at the end and smooth on the way.
 
 Sample j of a shard with n samples is placed at (j + u) / n of its corpus, and sample j of a corpus likewise in the run;
-sorting the places gives the order. So every shard gives exactly its number of samples, and at every point of the run
-corpora and shards have given their part up to rounding. The phase u of a shard follows the golden ratio, so that shards
-of one sample spread over the run instead of meeting in its middle.
+sorting the places produces the order. So exactly the planned number of samples is drawn from every shard, and at every
+point of the run the draws from corpora and shards are proportional up to rounding. The phase u of a shard follows the
+golden ratio, so that shards of one sample spread over the run instead of meeting in its middle.
 
 Megatron-Core's own blending places each sample by the largest error so far: at the end a shard is up to 1.1 samples
 off (measured: one large and 19 or 499 small shards), and the errors of a corpus's shards add up.

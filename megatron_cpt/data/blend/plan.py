@@ -1,4 +1,4 @@
-"""The blend of a stage: how many tokens, epochs and samples each corpus and each of its shards gives.
+"""The blend of a stage: tokens, epochs and samples of each corpus and each of its shards.
 
 A stage's tokens are its iterations x global_batch_size x seq_length. They are split between corpora by `data.mix`, and
 a corpus's tokens over its shards in proportion to their size; or a ready data list states the proportions. All
@@ -39,8 +39,8 @@ from megatron_cpt.log import format_count
 def plan_blend(config: RunConfig, begun: Path | None = None, order: StageOrder | None = None) -> BlendPlan:
     """Return the exact blend of a stage from `data.mix` or `data.rules` and the corpora, or from `data.train_data_path`.
 
-    `begun` is the data list of a run that has begun, if there is one: its positions in the replay buffer stay. A stage that
-    continues an `order` reads what that order says; without one, the plan makes an order of the stage's own.
+    `begun` is the data list of a run that has begun, if there is one: its positions in the replay buffer stay. A stage
+    that continues an `order` reads the samples of that order; without one, the plan creates an order for the stage.
 
     Raises: DataError with every reason at once: shares that do not sum to 1, missing or incomplete shards by name,
     shards of another tokenizer, a corpus smaller than one sequence or repeated more than `data.max_epochs` times.

@@ -1,7 +1,7 @@
 """The replay buffer: the shards of earlier stages and how far each has been drawn.
 
-A stage that finishes appends its corpora and advances the positions of what it replayed; the next stage draws the
-corpus `buffer` from it and goes on where the last one stopped, without replacement until a shard is exhausted. The file is
+A stage that finishes appends its corpora and advances the positions of the replayed shards; the next stage draws the
+corpus `buffer` from it and continues from these positions, without replacement until a shard is exhausted. The file is
 YAML, changed under a lock and replaced whole:
 
     format: 1
@@ -79,8 +79,8 @@ def append_stage(
 ) -> bool:
     """Append a finished stage to the buffer; return False, changing nothing, if it has been appended before.
 
-    Shards that came from the buffer (`first_sample` is set) advance by what the stage drew; the others are brought in,
-    not drawn yet.
+    Shards that came from the buffer (`first_sample` is set) advance by the samples that the stage drew; the others are
+    added with no samples drawn.
     """
     with _locked(path):
         buffer = read_buffer(path)

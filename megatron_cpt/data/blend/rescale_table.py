@@ -1,4 +1,4 @@
-"""What a rescaled list draws, as a table per corpus; refuses too many epochs and warns of what is odd."""
+"""Samples drawn by a rescaled list, as a table per corpus; refuses too many epochs and warns about unusual values."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -22,7 +22,7 @@ def rescale_table(
 ) -> str:
     """Return the table: per corpus the available, requested and drawn tokens, epochs, share; then the totals.
 
-    `requested` is what the rules ask for before a cap moves tokens to other shards.
+    `requested` is the amount set by the rules before a cap moves tokens to other shards.
 
     Raises: DataError naming each shard that would be read more than `max_epochs` times.
     """

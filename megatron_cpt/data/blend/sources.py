@@ -1,4 +1,4 @@
-"""Where a blend's shards come from: `data.mix` or `data.rules` with the corpora and the replay buffer, or a data list.
+"""Sources of a blend's shards: `data.mix` or `data.rules` with the corpora and the replay buffer, or a data list.
 
 All give the same: the parts of each corpus with their weight within it, and each corpus's exact share of the stage.
 """
@@ -34,7 +34,7 @@ class Part:
     weight: Fraction
     """Its weight within its corpus."""
     first_sample: int | None = None
-    """Where drawing goes on, for shards of the replay buffer."""
+    """Position where drawing continues, for shards of the replay buffer."""
 
 
 Parts = dict[str, list[Part]]
@@ -42,9 +42,10 @@ Shares = dict[str, Fraction]
 
 
 def parts_from_mix(config: RunConfig, begun: Mapping[str, int | None], problems: list[str]) -> tuple[Parts, Shares]:
-    """Return the parts and shares that `data.mix` states; what is wrong is added to `problems`.
+    """Return the parts and shares of `data.mix`; errors are added to `problems`.
 
-    `begun` holds the positions of a stage that has begun, by prefix: they stay whatever the buffer says by now.
+    `begun` contains the positions of a started stage, by prefix: they stay the same even if the buffer has changed
+    since.
     """
     mix = {corpus: exact(share) for corpus, share in config.data.mix.items()}
     total = sum(mix.values(), Fraction(0))
@@ -180,7 +181,7 @@ def validation_prefixes(config: RunConfig, corpus: str, problems: list[str]) -> 
 
 
 def stage_name(config: RunConfig) -> str:
-    """Return the name under which a stage stands in the replay buffer."""
+    """Return the name of a stage in the replay buffer."""
     return f"{config.task}/{config.params}/{config.size}/{config.variant}"
 
 

@@ -1,10 +1,10 @@
 """The order in which a stage reads its samples: an order of its own, or the continuation of another stage's, exact to the sample.
 
-An order draws `num_samples` samples, a round, from the entries of a data list by `blend_order`. The next round repeats it with
-every shard drawn from where the round before stopped, so that shares stay and no document is read again before its epoch is
-exhausted. A stage reads `[position, position + count)` of an order: an order of its own is one round from position 0; a stage
-that continues another starts where that one stopped. What a continuing stage needs to know of the order is kept in its run
-directory, `data_order.json`, because the run that began it may be deleted.
+An order draws `num_samples` samples, a round, from the entries of a data list by `blend_order`. The next round repeats
+it with every shard drawn from where the round before stopped, so that shares stay and no document is read again before
+its epoch is exhausted. A stage reads `[position, position + count)` of an order: an order of its own is one round from
+position 0; a stage that continues another starts where that one stopped. The run directory of a continuing stage stores
+the order in `data_order.json`, because the run that started it can be deleted.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ class StageOrder:
     position: int = 0
     """Samples of the order that were read before the stage."""
     source: str = ""
-    """Who read them, in words; empty for an order of the stage's own."""
+    """Description of the earlier readers; empty for the stage's own order."""
 
     @property
     def is_continued(self) -> bool:
@@ -67,7 +67,7 @@ class StageOrder:
 
     @cached_property
     def drawn(self) -> list[range]:
-        """Which of its samples, counted from the order's beginning, each entry gives to the stage."""
+        """Samples of each entry that the stage reads, counted from the order's beginning."""
         before, after = (self._drawn_by(samples) for samples in (self.position, self.position + self.count))
         return [range(int(first), int(last)) for first, last in zip(before, after, strict=True)]
 
@@ -75,8 +75,8 @@ class StageOrder:
     def stage_entries(self) -> list[DataEntry]:
         """The data list of the stage; `indices` numbers its entries.
 
-        For an order of its own it is the order's list. For a continued one it is the entries that give samples, with the tokens
-        that each gives; a shard of a replay buffer starts after what the order has drawn of it.
+        For an order of its own it is the order's list. For a continued order these are the entries with samples for the
+        stage, and their tokens; a shard of a replay buffer starts after the samples that the order has already drawn.
         """
         if not self.is_continued:
             return list(self.entries)

@@ -1,4 +1,4 @@
-"""Where a stage with `data.order: continue` begins to read: after what the run that it starts from had read."""
+"""Start position of a stage with `data.order: continue`: after the samples that its parent run had read."""
 
 import dataclasses
 from typing import TYPE_CHECKING

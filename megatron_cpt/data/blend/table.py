@@ -17,7 +17,7 @@ _MOST_ROWS = 40
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusPlan:
-    """What one corpus gives to a stage."""
+    """Amounts of one corpus in a stage."""
 
     corpus: str
     available: int
@@ -42,7 +42,7 @@ class BlendPlan:
     """The exact blend of one stage."""
 
     entries: list[DataEntry]
-    """What training reads: tokens, prefix and corpus of each shard; the tokens sum to `train_tokens`."""
+    """Input of training: tokens, prefix and corpus of each shard; the tokens sum to `train_tokens`."""
     order: StageOrder
     """In which order it reads them."""
     num_samples: list[int]
@@ -54,7 +54,7 @@ class BlendPlan:
     target: str
     """How the stage's length was stated."""
     notes: list[str]
-    """What a reader should know though nothing is refused."""
+    """Warnings, which refuse nothing."""
 
     def table(self) -> str:
         """Return one aligned line per corpus, the totals, and the notes."""

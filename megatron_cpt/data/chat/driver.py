@@ -1,8 +1,9 @@
 """Instruction data: conversations in, masked shards out (`data/shards/masked.py`); restartable, deterministic, in bounded memory.
 
-Training goes to `<prefix>_chat_document`, validation sets to `<prefix>_held_out_<value>_chat_document`. Where something is to
-be selected (`data/chat/selection.py`) the inputs are read twice; about 40 bytes per conversation are kept in between.
-Shards appear whole, the training shard last: it stands for all of them. The output does not depend on `workers`.
+Training goes to `<prefix>_chat_document`, validation sets to `<prefix>_held_out_<value>_chat_document`. If
+conversations are selected (`data/chat/selection.py`), the inputs are read twice; about 40 bytes per conversation are
+kept in between. Shards are written atomically, the training shard last: its existence means that all are complete. The
+output does not depend on `workers`.
 """
 
 import datetime
@@ -41,7 +42,7 @@ from megatron_cpt.log import Progress
 logger = logging.getLogger(__name__)
 
 _OLDER_OPTIONS = {"on_empty_answer": "reject", "ignored_keys": [], "unroll": False}
-"""What shards were made with before these could be chosen."""
+"""Values of older shards, from before these options existed."""
 _KEPT_ALL_THE_SAME = {
     REWRITTEN: "conversations have earlier answers that the template writes otherwise than it asks the model for them "
     "(reasoning left out, for instance), and those are learned. --train-on last learns only the last answer, --unroll "
@@ -80,7 +81,7 @@ def prepare_chat(
     on_bad: str = "fail",
     workers: int = 1,
 ) -> dict[Path, dict[str, Any]]:
-    """Write the shards of conversations, packed where `pack` says how; return each manifest by prefix, training first.
+    """Write the shards of conversations, packed if `pack` is given; return each manifest by prefix, training first.
 
     Shards that are whole already, of the same inputs, tokenizer, template and options, are kept. `pack.max_packs` counts
     for training only.

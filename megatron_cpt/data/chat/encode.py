@@ -1,6 +1,6 @@
-"""Pieces of conversations become ids and masks: what one worker of `data prepare-chat` does.
+"""Encode pieces of conversations to ids and masks: the work of one worker of `data prepare-chat`.
 
-The template's own text is encoded without added special tokens (a beginning-of-text token stands there once if the template
+The template's own text is encoded without added special tokens (a beginning-of-text token occurs once if the template
 writes it), and every document ends with the end-of-document token exactly once. Completion data is learned whole, its
 end-of-document token included, as in pre-training.
 """
@@ -66,13 +66,13 @@ EMPTY_ANSWER = "empty answer kept"
 LOST_REASONING = "reasoning left out of the last answer"
 TRAIN_ON = ("assistant", "last", "all")
 ESSENTIAL = ("content", "tool_calls", *REASONING, "functions", "function_calls", "tool_responses")
-"""Keys of a turn that hold what is said: a template that does not read one would lose it."""
+"""Keys of a turn that contain content: a template that does not read one would lose it."""
 _BATCH_CHARACTERS = 1 << 19
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatJob:
-    """What every worker needs to know; all of it can travel between processes."""
+    """Settings of every worker; all can be pickled."""
 
     tokenizer_path: Path
     layout: ChatLayout = field(default_factory=ChatLayout)
@@ -85,7 +85,7 @@ class ChatJob:
     where: tuple[str, ...] = ()
     """Conditions of `data sample` that must all hold."""
     drop: tuple[str, ...] = ()
-    """Conditions of which none may hold."""
+    """Conditions that must all be false."""
     seed: int = 42
     held_out_by: str | None = None
     train_on: str = "assistant"
@@ -99,7 +99,7 @@ class ChatJob:
 
 @dataclass(frozen=True, kw_only=True)
 class Survey:
-    """The good records of a piece, by what decides where they go; arrays are [records]."""
+    """The good records of a piece, with the values that decide their shard; arrays are [records]."""
 
     source: int
     num_lines: int
@@ -113,7 +113,7 @@ class Survey:
 
 @dataclass
 class EncodedPart:
-    """What of a piece goes to one shard."""
+    """The part of a piece that belongs to one shard."""
 
     ids: list[np.ndarray] = field(default_factory=list)
     masks: list[np.ndarray] = field(default_factory=list)
@@ -124,7 +124,7 @@ class EncodedPart:
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedPiece:
-    """What a piece gave: parts by shard number, and what is wrong with the rest."""
+    """Result of a piece: parts by shard number, and the problems of the other records."""
 
     source: int
     num_lines: int

@@ -1,16 +1,16 @@
-"""Which characters of a rendered conversation each turn of the assistant says: from the template itself.
+"""Spans of the assistant's turns in a rendered conversation, derived from the template itself.
 
-Where the template marks them (`{% generation %}`) its marks count, several blocks of one answer together, as transformers
-unites them. Elsewhere the conversation is rendered once as it is and once with a stand-in for what the assistant says; what
-differs is the assistant's. Since whole conversations are compared, never beginnings of one, a template that writes earlier
-turns otherwise once a later one follows (reasoning left out, the system prompt moved to the last user turn) comes out right.
-Where the stand-ins leave a doubt about a turn, the conversation is refused.
+If the template marks them (`{% generation %}`), its marks are used; several blocks of one answer are merged, as in
+transformers. Otherwise the conversation is rendered once unchanged and once with placeholders for the assistant's
+content; the differences are the assistant's spans. Since whole conversations are compared, never beginnings of one, a
+template that writes earlier turns otherwise once a later one follows (reasoning left out, the system prompt moved to
+the last user turn) comes out right. If the placeholders do not identify a turn uniquely, the conversation is refused.
 
-A turn begins where the prompt for it (`add_generation_prompt`) ends, so that what a model has to write before its answer (a
-space, an empty block of reasoning, the head of a tool call) is learned as well. Its end is what the template writes after
-the answer, up to the last special token of it, also where that is several tokens; what follows there in the same form after
-every turn is every turn's end. A turn that goes on otherwise has none. A text without special tokens that the template
-writes after each answer is an end too; the end-of-document token then follows the last one.
+A turn begins where the prompt for it (`add_generation_prompt`) ends, so that what a model has to write before its
+answer (a space, an empty block of reasoning, the head of a tool call) is learned as well. A turn's end is the
+template's text after the answer, up to and including the last special token, even if it is several tokens. Text in the
+same form after every turn is the end of every turn. A turn with another continuation has no end. A text without special
+tokens that the template writes after each answer is an end too; the end-of-document token then follows the last one.
 """
 
 import itertools
@@ -26,23 +26,23 @@ Span = tuple[int, int]
 
 
 class UnclearTemplate(Exception):
-    """The template does not say where an assistant's turn is; the message says which."""
+    """The template does not determine the span of an assistant's turn; the message names the turn."""
 
 
 @dataclass
 class Said:
-    """What one turn says, as characters [start, end) of the text."""
+    """Content of one turn, as characters [start, end) of the text."""
 
     turn: int
     """Number of the turn in its conversation, from 0."""
     spans: list[Span]
-    """What is said, ascending, without what ends the turn."""
+    """Spans of the content, ascending, without the end of the turn."""
     ends: list[Span] = field(default_factory=list)
-    """What ends the turn, ascending; none where nothing does."""
+    """Spans of the end of the turn, ascending; empty without an end."""
 
     @property
     def end(self) -> int:
-        """Where the turn ends."""
+        """End of the turn."""
         return max((end for _, end in [*self.spans, *self.ends]), default=0)
 
 
@@ -54,11 +54,12 @@ class Rendered:
     """The turns as they were given to the template."""
     text: str
     answers: list[Said]
-    """What the assistant says, a turn each, ascending."""
+    """Spans of the assistant, one turn each, ascending."""
     others: list[Said] = field(default_factory=list)
-    """What the turns say that were asked for besides."""
+    """Spans of the additionally requested turns."""
     contents: dict[int, tuple[int, Span]] = field(default_factory=dict)
-    """Of the turns that were asked for: where character 0 of the content would be, and what of the content is in the text."""
+    """For the requested turns: the position of character 0 of the content, and the part of the content that is in the
+    text."""
     is_ended: bool = True
     """Whether the text itself ends the last turn."""
     reads: Reads = field(default_factory=Reads)
@@ -73,7 +74,7 @@ def render_with_spans(
     others: Sequence[int] = (),
     contents: Sequence[int] = (),
 ) -> Rendered:
-    """Return the text of a conversation that ends with an assistant turn, and what the assistant says in it.
+    """Return the text of a conversation that ends with an assistant turn, and the assistant's spans in it.
 
     `special` are the tokenizer's special tokens, which end turns. `others` are turns of somebody else whose words are wanted
     too, `contents` those whose content's place is.

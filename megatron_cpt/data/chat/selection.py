@@ -1,8 +1,8 @@
 """Which conversations go where: duplicate prompts out, validation sets held out, a random subset of the rest.
 
-Everything follows from hashes of what a conversation says. A validation set is every conversation whose prompt's hash is not
-above a bound. The first run sets the bound so that N are below it; later runs on more data read it, so that no conversation
-ever changes sides (a set then grows with its data). A random subset of N are the N smallest draws.
+All decisions depend only on hashes of a conversation's content. A validation set is every conversation whose prompt's
+hash is not above a bound. The first run sets the bound so that N are below it; later runs on more data read it, so that
+no conversation ever changes sides (a set then grows with its data). A random subset of N are the N smallest draws.
 """
 
 import re
@@ -22,7 +22,7 @@ DUPLICATE, NOT_DRAWN = -1, -2
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """Where the good records go."""
+    """Assignment of the good records to shards."""
 
     fates: list[np.ndarray]
     """Shard of each good record, per piece: 0 is training, from 1 the validation sets, negative: none of them."""

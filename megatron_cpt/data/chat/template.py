@@ -1,8 +1,8 @@
 """Chat templates: Jinja programs that turn messages into the text a model sees, rendered as transformers renders them.
 
-A tokenizer's folder holds one as `chat_template.jinja` or in `tokenizer_config.json`. It runs in Jinja's sandbox with the
-names that transformers gives it: the special tokens, `raise_exception`, `strftime_now`, `tojson`, loop controls, and
-`{% generation %}` around what the assistant says.
+A tokenizer's folder holds one as `chat_template.jinja` or in `tokenizer_config.json`. It runs in Jinja's sandbox with
+the same names as in transformers: the special tokens, `raise_exception`, `strftime_now`, `tojson`, loop controls, and
+`{% generation %}` around the assistant's content.
 
 Source: huggingface/transformers, src/transformers/utils/chat_template_utils.py (which names exist, what they do).
 """
@@ -49,12 +49,12 @@ _PROBE = "Probe of a text"
 
 
 class TemplateRefusal(Exception):
-    """The template does not take a conversation; the message says why."""
+    """The template rejects a conversation; the message contains the reason."""
 
 
 @dataclass
 class Reads:
-    """What a rendering read of each turn, and when it did so."""
+    """Keys that a rendering read of each turn, and in which order."""
 
     keys: list[set[str]] = field(default_factory=list)
     """Keys whose value was read, per turn."""
@@ -120,7 +120,7 @@ class _Generation(Extension):
 
     tags = {"generation"}  # noqa: RUF012  the base class declares it so
     reads: Reads | None = None
-    """Where the rendering that is under way notes the turns of its blocks."""
+    """Record of the running rendering for the turns of its blocks."""
 
     def parse(self, parser: Parser) -> nodes.Node:
         """Return the node of a block."""
@@ -160,7 +160,7 @@ class ChatTemplate:
         self.parameters = self.names - assigned - {"tools", "documents"}
         """Those that it never sets itself: a record's field of this name is meant for it."""
         self.reasoning = {name for name in REASONING if re.search(rf"\b{name}\b", source)}
-        """Names of reasoning that it knows, although it may write that of the last answers only."""
+        """Names of reasoning that it reads, even if it writes only the reasoning of the last answers."""
         self.marks_generation = "endgeneration" in source
 
     def render(
@@ -173,7 +173,8 @@ class ChatTemplate:
     ) -> str:
         """Return the text of a conversation, with `OPEN` and `CLOSE` where the template marks generation.
 
-        `variables` (tools, documents, ...) win over the template's own. What it reads of the turns is noted in `reads`.
+        `variables` (tools, documents, ...) win over the template's own. `reads` records the keys that it reads of the
+        turns.
 
         Raises: TemplateRefusal with the template's own words, or what failed in it.
         """
@@ -295,7 +296,7 @@ def load_template(
 ) -> ChatTemplate:
     """Return the template in `template_path` (a file or a name in `BUILT_IN`), or else the tokenizer's own.
 
-    `variables` are set in the template (`enable_thinking`); `date` is what `strftime_now` tells, today where it is None.
+    `variables` are set in the template (`enable_thinking`); `date` is the value of `strftime_now`; None means today.
 
     Raises: DataError when there is none or it is no Jinja program.
     """

@@ -1,8 +1,8 @@
 """Ids and masks of rendered conversations: which tokens are learned, which are a prompt's, where turns end.
 
 A token is learned when any of its characters is of a learned turn: one that straddles a boundary is. An end-of-document
-token that is appended is learned only where it is the end of the last turn, for want of another. What neither the assistant
-says nor is appended is a prompt's (`data.prompt_loss_weight`).
+token that is appended is learned only where it is the end of the last turn, for want of another. Tokens that are
+neither the assistant's nor appended belong to a prompt (`data.prompt_loss_weight`).
 """
 
 from collections.abc import Collection, Mapping
@@ -28,7 +28,7 @@ class Tokenized:
 
 @dataclass(frozen=True, kw_only=True)
 class Learned:
-    """What of a conversation is learned."""
+    """Learned parts of a conversation."""
 
     turns: Collection[int]
     """Numbers of the turns whose words are learned."""

@@ -1,10 +1,10 @@
 """Clusters of duplicates from signatures: exact hashes and LSH bands, spilled to disk, joined by union-find.
 
-Each document puts (bucket hash, document) for its exact hash and for every band of its MinHash. A unit, a run of documents, is
-written as one file with its entries in the order of partitions, so that units are spilled in parallel and the number of
-partitions costs nothing; a partition, a range of bucket hashes, is gathered from all units and is small enough to be sorted in
-memory. Members of a bucket are compared by their full signatures: those at or above the threshold are joined. Every file is
-written whole, so a killed run goes on.
+Each document puts (bucket hash, document) for its exact hash and for every band of its MinHash. A unit, a run of
+documents, is written as one file with its entries in the order of partitions, so that units are spilled in parallel and
+the number of partitions costs nothing; a partition, a range of bucket hashes, is gathered from all units and is small
+enough to be sorted in memory. Members of a bucket are compared by their full signatures: those at or above the
+threshold are joined. Every file is written atomically, so a killed run can resume.
 
 Source of the banding: Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, section 3.4.
 """

@@ -36,7 +36,7 @@ _EXAMPLES = 10
 
 @dataclass(frozen=True, kw_only=True)
 class DecontaminationOptions:
-    """What counts as contaminated."""
+    """Definition of contamination."""
 
     ngram: int = 13
     """Words of a passage."""
@@ -117,8 +117,8 @@ def decontaminate(
 ) -> dict[str, Any]:
     """Write the clean documents below `output/<corpus>/`; return the report, also in `output/report.json`.
 
-    The same call again goes on after a kill, and returns the report of a task that is done. Lines that are left out as bad
-    are counted per corpus and kept beside the output in `.rejects`.
+    The same call again resumes after a kill, and returns the report of a finished task. Bad lines are skipped, counted
+    per corpus and kept next to the output in `.rejects`.
 
     Raises: DataError for bad lines, clashing outputs, or output and work folders of other inputs or options.
     """

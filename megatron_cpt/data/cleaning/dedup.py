@@ -1,9 +1,9 @@
-"""Remove exact and near-duplicate documents, over all corpora or within each; what stays is deterministic.
+"""Remove exact and near-duplicate documents, over all corpora or within each; the result is deterministic.
 
-Signatures (MinHash of word 5-grams) -> buckets on disk -> clusters -> the kept records, and a report. Of each cluster the
-first document in the order of the inputs stays, or the longest. A cluster is a chain: each document is like another of it, not
-always like the one that stays; how many are not is reported. Memory is bounded by `memory_bytes` plus about 40 bytes a
-document; the rest is in the work folder, where a killed run goes on.
+Signatures (MinHash of word 5-grams) -> buckets on disk -> clusters -> the kept records, and a report. Of each cluster
+the first document in the order of the inputs stays, or the longest. A cluster is a chain: each document is like another
+of it, not always like the one that stays; how many are not is reported. Memory is bounded by `memory_bytes` plus about
+40 bytes a document; the rest is in the work folder, from which a killed run resumes.
 """
 
 import os
@@ -52,7 +52,7 @@ class DedupOptions:
     is_verified: bool = False
     """Join two documents by the exact similarity of their shingles, not by the estimate of their signatures."""
     similar_to: Literal["cluster", "kept"] = "cluster"
-    """What a document that goes is similar to: some document of its cluster, or a document of it that stays."""
+    """Required similarity of a removed document: to any document of its cluster, or to a kept one."""
     is_compressed: bool = False
     """Write .zst."""
     keeps_tables: bool = False
@@ -72,9 +72,10 @@ def deduplicate(
 ) -> dict[str, Any]:
     """Write the documents that stay below `output/<corpus>/` and return the report, also in `output/report.json`.
 
-    `part` (i, n) makes the signatures of the i-th of n parts of the sources, beside others at the same time, and returns
-    without a report; the call without a part then finds them. The same call again goes on after a kill, and returns the report of a task that is done. Lines that are left out as bad
-    are counted per corpus and kept beside the output in `.rejects`.
+    `part` (i, n) computes the signatures of the i-th of n parts of the sources, concurrently with other parts, and
+    returns without a report; the call without a part then uses them. The same call again resumes after a kill, and
+    returns the report of a finished task. Bad lines are skipped, counted per corpus and kept next to the output in
+    `.rejects`.
 
     Raises: DataError for bad lines, clashing outputs, or output and work folders of other inputs or options.
     """

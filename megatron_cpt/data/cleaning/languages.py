@@ -1,7 +1,8 @@
 """Languages of documents: counted per corpus, written as a column, and kept by.
 
-A document's language is what py3langid (142 languages, its model is in the package) says of its first 4,096 characters; below
-`min_score` it is `und`, undetermined (ISO 639-2). Text that is no language (numbers, tables) gets `zxx` or a low score.
+A document's language is the prediction of py3langid (142 languages, its model is in the package) for its first 4,096
+characters; below `min_score` it is `und`, undetermined (ISO 639-2). Text that is no language (numbers, tables) gets
+`zxx` or a low score.
 
 Source: Lui and Baldwin, langid.py (ACL 2012 demonstrations); github.com/adbar/py3langid.
 """
@@ -37,7 +38,7 @@ _CHARACTERS = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageOptions:
-    """How languages are told and what is written."""
+    """Options of language identification and output."""
 
     column: str = "language"
     """Field for the language; the field `<column>_score` gets its probability."""
@@ -68,8 +69,8 @@ def label_languages(
 ) -> dict[str, Any]:
     """Write the documents with their language below `output/<corpus>/`; return the report, also in `output/report.json`.
 
-    The report counts documents and bytes of text per corpus and language. The same call again goes on after a kill, and
-    returns the report of a task that is done.
+    The report counts documents and bytes of text per corpus and language. The same call again resumes after a kill, and
+    returns the report of a finished task.
 
     Raises: DataError for bad lines, a language that does not exist, a record that has the column already, clashing outputs, or
     output and work folders of other inputs or options.

@@ -1,11 +1,11 @@
 """Document files checked and rewritten: validate, repair, extract, merge small files.
 
-All four read sources as lines and judge each line with the rules of `data/reading/records.py`; validate only counts, the others
-write plain lines (optionally compressed) with a newline after every document. Repair also splits two objects that share
-a line, puts U+FFFD for lone surrogates, and drops byte-order marks, blank lines, empty texts and what cannot be mended (kept
-in a reject file); a file of which nothing is left is not written. Records with
-a list of `conversations` or `messages` in place of the text pass through. Tables become JSON lines. A text file that is one document is
-copied as it is. Sources are worked on in parallel; an output whose sources are unchanged is kept.
+All four read sources as lines and judge each line with the rules of `data/reading/records.py`; validate only counts,
+the others write plain lines (optionally compressed) with a newline after every document. Repair also splits two objects
+that share a line, puts U+FFFD for lone surrogates, and drops byte-order marks, blank lines, empty texts and lines that
+cannot be repaired (kept in a reject file); an empty file is not written. Records with a list of `conversations` or
+`messages` in place of the text pass through. Tables become JSON lines. A text file that is one document is copied
+unchanged. Sources are worked on in parallel; an output whose sources are unchanged is kept.
 
 Lines = documents + blank lines + empty texts + rejects, but that two objects which repair splits are one line.
 """
@@ -43,7 +43,7 @@ Reject = Callable[[dict[str, Any]], Any]
 
 @dataclass
 class Findings:
-    """What the lines of a file are."""
+    """Kind of the lines of a file."""
 
     path: str
     lines: int = 0
@@ -80,7 +80,7 @@ class Rewriting:
 
     @property
     def mends(self) -> bool:
-        """Whether bad lines are to be mended, not only told or copied."""
+        """Whether bad lines are repaired, not only reported or copied."""
         return self.output is not None and bool(self.keys)
 
     def identity(self) -> dict[str, Any]:
@@ -108,7 +108,7 @@ class Rewriting:
 
 
 def record_path(output: Path) -> Path:
-    """Return the file beside an output that says what it was made of."""
+    """Return the file next to an output that records its inputs."""
     return output.with_name(f".{output.name}.sources.json")
 
 

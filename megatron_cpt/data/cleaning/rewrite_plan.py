@@ -20,7 +20,7 @@ class Grouping:
     target_bytes: int | None = None
     """Input bytes per output, about; None: one output per source."""
     num_files: int | None = None
-    """Instead: outputs in all, of similar size, whatever the folders."""
+    """Alternative: total number of outputs, of similar size, independent of the folders."""
     is_across_folders: bool = False
     """Whether files of different folders are merged."""
     is_split: bool = False
@@ -38,8 +38,8 @@ def plan_tree_of_files(
 
     `part` (i, n) leaves every n-th rewriting from the i-th on, in the order of size, for the members of a job array.
 
-    Raises: DataError when two sources would have the same output, an output exists that is not ours, or an earlier run with
-    another target size or compression left files of the same sources beside.
+    Raises: DataError when two sources would have the same output, an output exists that is not ours, or an earlier run
+    with another target size or compression left files of the same sources in the folder.
     """
     compression = settings.get("compression", "none")
     if compression not in COMPRESSIONS:

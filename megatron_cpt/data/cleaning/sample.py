@@ -1,8 +1,8 @@
 """Subsets of documents: by field value, by score bucket, a random number of each; and held-out validation sets.
 
-What is drawn depends on a hash of the document (text and seed) and nothing else: not on the order of files, on workers or on
-what else is there. A random N are the N smallest hashes; a validation set is every hash below a fixed bound, so that a
-document never changes sides when data is added, and copies of one document are on one side together.
+The selection depends only on a hash of the document (text and seed), not on the order of files, on workers or on other
+documents. A random N are the N smallest hashes; a validation set is every hash below a fixed bound, so that a document
+never changes sides when data is added, and copies of one document are on one side together.
 """
 
 import contextlib
@@ -45,12 +45,12 @@ _CONDITION = re.compile(r"(?P<field>[^=!<>^~]+)(?P<sign>=|!=|>=|<=|>|<|\^=|!\^=|
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions:
-    """What is drawn."""
+    """Options of the selection."""
 
     number: int | None = None
     """Documents drawn at random, per score bucket where there are buckets; None: all that fit."""
     conditions: tuple[str, ...] = ()
-    """All must hold; `parse_condition` says how they are written."""
+    """All must be true; `parse_condition` defines their syntax."""
     score: str | None = None
     """Field whose value chooses the bucket."""
     edges: tuple[float, ...] = ()
@@ -111,9 +111,9 @@ def parse_condition(text: str) -> Callable[[dict[str, Any]], bool]:
 def sample(sources: Sequence[Source], output: Path, reading: Reading, options: SampleOptions) -> dict[str, Any]:
     """Write the drawn documents, in their order, below `output` (and a folder per bucket).
 
-    Return the report, also in `output/report.json`: lines and documents read, documents that the conditions leave, those that
-    no bucket takes, and found and drawn per bucket. The same call again goes on after a kill, and returns the report of a
-    task that is done.
+    Return the report, also in `output/report.json`: lines and documents read, documents that the conditions leave,
+    those that no bucket takes, and found and drawn per bucket. The same call again resumes after a kill, and returns
+    the report of a finished task.
 
     Raises: DataError for bad lines, clashing outputs, fewer documents than asked for, or an output of other inputs or options.
     """
@@ -159,8 +159,8 @@ def split_validation(
 ) -> dict[str, dict[str, Any]]:
     """Write each corpus's documents below `output/<corpus>/train/` and `output/<corpus>/<name>/`; return the counts.
 
-    `output/<name>.json` records name, fraction, counts and what they were made of; the next call on the same data keeps the
-    files, one on more data must state the same fraction, and writes the files again.
+    `output/<name>.json` records name, fraction, counts and inputs; the next call on the same data keeps the files, one
+    on more data must state the same fraction, and writes the files again.
 
     Raises: DataError when the set of this name was made with another fraction, for bad lines and clashing outputs.
     """

@@ -31,7 +31,7 @@ _PART = 1 << 20
 _GROUP = 1 << 17
 """Characters that are hashed at a time: the arrays stay in the processor's cache."""
 _CUT = re.compile("[ \\n\\t\u4e00-\u9fff]")
-"""Before these a text can be cut: no word goes on over them, and no character joins the one before."""
+"""A text can be cut before these: no word continues across them, and none combines with the previous character."""
 _PASSAGE_FACTOR = 3
 """Characters with their marks that a word of a script without spaces has, about."""
 

@@ -1,6 +1,6 @@
 """Signatures of documents for deduplication: an exact hash, a MinHash and a length each, one file per source.
 
-A source's signatures are written whole, so a run that was killed goes on with the sources that are missing.
+A source's signatures are written atomically, so a killed run resumes with the missing sources.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ _BATCH_CHARACTERS = 1 << 24
 
 @dataclass(frozen=True, kw_only=True)
 class MinHashOptions:
-    """What makes two documents near-duplicates."""
+    """Definition of near-duplicates."""
 
     ngram: int = 5
     """Words per shingle."""

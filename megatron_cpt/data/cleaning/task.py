@@ -1,7 +1,7 @@
-"""A cleaning task and its output folder: begun once, gone on with after a kill, recognised when it is done.
+"""A cleaning task and its output folder: started once, resumed after a kill, recognised when it is finished.
 
-While a task is under way its settings and inputs stand in `<work>/task.json`; `output/report.json` appears last and carries
-the task's hash. So the same command again goes on or finds its work done, and another command never writes over it.
+While a task runs, its settings and inputs are in `<work>/task.json`; `output/report.json` appears last and carries the
+task's hash. So the same command again resumes or returns the finished result, and another command never overwrites it.
 """
 
 import json
@@ -34,12 +34,12 @@ class CleaningTask:
         work: Path | None = None,
     ):
         self.work = work or output.with_name(f".{output.name}.work")
-        """Folder for what is spilled and counted on the way, by default beside the output."""
+        """Folder for temporary data and counts, by default next to the output."""
         self._kind, self._report = kind, output / REPORT
         sources = {name: [source.identity() for source in group] for name, group in corpora.items()}
         self._record = {**settings, "sources": sources}
         self._hash = text_hash(json.dumps([kind, settings, sources], sort_keys=True, default=str))
-        """What tells one task from another: verb, options, and name, size and time of every input."""
+        """Identity of a task: verb, options, and name, size and time of every input."""
         self._lock: int | None = None
 
     def __enter__(self) -> "CleaningTask":
@@ -50,7 +50,7 @@ class CleaningTask:
             os.close(self._lock)
 
     def begin(self, targets: Sequence[Path], is_part: bool = False) -> dict[str, Any] | None:
-        """Make output and work folder this task's own, or go on in them; return the report of a task that is done already.
+        """Claim the output and work folders for this task, or resume in them; return the report of a finished task.
 
         `is_part`: others work on parts of it at the same time.
 
@@ -73,7 +73,7 @@ class CleaningTask:
         return None
 
     def finish(self, report: Mapping[str, Any]) -> dict[str, Any]:
-        """Write the report, which says that all is done, and remove the work folder; return the report."""
+        """Write the report, which marks the task as finished, and remove the work folder; return the report."""
         written = write_record(self._report, f"{self._kind} report", {"task": self._hash, **report})
         shutil.rmtree(self.work)
         return json.loads(json.dumps(written))

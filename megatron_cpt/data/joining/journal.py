@@ -1,4 +1,4 @@
-"""How far a merge of shards is, on disk beside its output, so that one that was killed goes on."""
+"""Progress of a merge of shards, on disk next to its output, so that a killed merge can resume."""
 
 import os
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from megatron_cpt.files import read_json_object, take_lock, write_json
 
 
 class MergeJournal:
-    """How far a merge is, in `.<name>.merge.json` beside its output: the shards it joins and how many are on disk.
+    """Progress of a merge, in `.<name>.merge.json` next to its output: the shards it joins and how many are on disk.
 
     Locked while a merge works; removed when it is done, kept when it is killed or fails.
     """

@@ -1,6 +1,6 @@
 """Merge: several shards become one; indexes are rewritten, bytes are moved by the kernel (`copy_file_range`).
 
-A merge that is killed, or finds the disk full, keeps what it has joined and goes on when it is given again.
+A merge that is killed, or runs out of disk space, keeps the joined shards and resumes when it is run again.
 """
 
 import errno
@@ -66,8 +66,8 @@ def find_parts(output_prefix: Path) -> list[Path]:
 def merge_shards(prefixes: Sequence[Path], output_prefix: Path, *, replace: bool = False) -> dict[str, Any]:
     """Join shards in the given order under `output_prefix`; return the manifest.
 
-    What was killed goes on with the shard that it was at; what is there already, of the same shards, is kept. With
-    `replace` an older result of other documents gives way to this one.
+    A killed merge resumes with its current shard; an existing result of the same shards is kept. With `replace`, an
+    older result of other documents is overwritten.
 
     Raises: DataError when a shard is damaged, they differ in tokenizer, token type or options, hold the same source, or
     the output is something else.
@@ -111,7 +111,7 @@ def merge_shards(prefixes: Sequence[Path], output_prefix: Path, *, replace: bool
 
 
 def remove_shards(prefixes: Sequence[Path]) -> None:
-    """Remove shards and what stands beside them, the manifest first: a shard without it does not exist."""
+    """Remove shards and their side files, the manifest first: a shard without a manifest is ignored."""
     for prefix in prefixes:
         key = read_shard_manifest(prefix).get("key")
         beside = [rejects_path(_base_path(prefix, key))] if key else []

@@ -1,8 +1,8 @@
 """Packing: documents of any length into packs of exactly one training sequence, by best fit.
 
 Within a window of documents, longest first, each goes to the pack with the least room that still takes it, or opens
-another. The packs of a window are then shuffled (they would stand by size otherwise), the pieces of a pack stand in the
-order of the documents. A document longer than a pack is split, cut, left out or refused. O(n log s) searches for n
+another. The packs of a window are then shuffled (otherwise they would be sorted by size); the pieces of a pack are in
+the order of the documents. A document longer than a pack is split, cut, left out or refused. O(n log s) searches for n
 documents and packs of s tokens; memory is about 60 bytes per document, and a window's packs.
 
 Source: Ding et al., Fewer Truncations Improve Language Modeling, arXiv:2404.10830, section 2.2 (best fit decreasing over
@@ -45,7 +45,7 @@ class PackOptions:
     seq_length: int
     """Tokens of a pack: training.seq_length."""
     overflow: str = "split"
-    """What happens to a document that is longer: split into several pieces, cut (truncate), drop, or fail."""
+    """Action for a longer document: split it into several pieces, truncate, drop, or fail."""
     max_packs: int | None = None
     """Packs to keep, chosen at random over the whole shard; None: all."""
     window: int = 1 << 18

@@ -1,4 +1,4 @@
-"""Exact arithmetic of token budgets: whole numbers that sum to what they should, ratios without floating point."""
+"""Exact arithmetic of token budgets: integers that sum exactly, ratios without floating point."""
 
 import math
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """Data lists: which token shards a run reads and how much of each, in every format that the field uses.
 
-`FORMATS` names them, with a sample each; how each is read and written stands in `list_formats.py`. A file's format is
-found from its content.
+`FORMATS` lists them, with a sample each; `list_formats.py` reads and writes them. A file's format is found from its
+content.
 """
 
 import re
@@ -31,7 +31,7 @@ class Format:
 def read_data_list(path: Path, split: str = "train") -> list[DataEntry]:
     """Return the entries of a data list in any of `FORMATS`; `split` chooses the part of a per-split JSON file.
 
-    Raises: DataError with file, line, what was found and what is needed.
+    Raises: DataError with file, line, the text found and the text needed.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -43,7 +43,7 @@ def read_data_list(path: Path, split: str = "train") -> list[DataEntry]:
 
 
 def parse_data_list(text: str, name: str = "data list", split: str = "train") -> list[DataEntry]:
-    """Return the entries of a data list's text; `name` stands for the file in messages."""
+    """Return the entries of a data list's text; messages use `name` for the file."""
     entries = FORMATS[detect_format(text, name)].read(text, name, split)
     if not entries:
         raise DataError(f"{name}: no entry. At least one shard is needed.")

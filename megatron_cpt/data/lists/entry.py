@@ -1,4 +1,4 @@
-"""One line of a data list, whatever format it is written in, and what lists of them have in common."""
+"""One line of a data list, independent of the format, and the common parts of lists."""
 
 import dataclasses
 import os
@@ -22,7 +22,7 @@ class DataEntry:
     corpus: str | None = None
     """Name of the corpus the shard belongs to."""
     first_sample: int | None = None
-    """Shards of a replay buffer: samples that earlier stages have drawn; drawing goes on after them, without
+    """Shards of a replay buffer: samples that earlier stages have drawn; drawing continues after them, without
     replacement, in an order that no stage's seed changes."""
 
     @property
@@ -68,5 +68,5 @@ def join_repeated(entries: Sequence[DataEntry], name: str) -> list[DataEntry]:
 
 
 def shard_path(prefix: str) -> str:
-    """Return the file of a shard's tokens whatever way its prefix is written, links followed: what tells two apart."""
+    """Return the resolved file of a shard's tokens, which identifies the shard for every spelling of its prefix."""
     return os.path.realpath(f"{prefix}.bin")

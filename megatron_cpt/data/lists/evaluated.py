@@ -1,4 +1,4 @@
-"""LLM-jp's shell data lists as bash itself reads them, in a sandbox: what `shell.py` does not understand."""
+"""LLM-jp's shell data lists evaluated by bash in a sandbox, for syntax that `shell.py` does not support."""
 
 import os
 import re

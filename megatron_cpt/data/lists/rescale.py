@@ -3,12 +3,12 @@
 Each shard follows the first rule that names it:
 
 - `ratio r`: r times its tokens, `ceil(tokens * r)`; with a budget, ratios state proportions instead.
-- `epochs e`: exactly `ceil(tokens * e)`, whatever the budget.
+- `epochs e`: exactly `ceil(tokens * e)`, independent of the budget.
 - `share s`: its group gets s of the budget, split by size.
-- `weight w`: its group gets w parts of what epochs and shares leave of the budget, split by size.
+- `weight w`: its group gets w parts of the budget that epochs and shares leave, split by size.
 
-Two pools (`base`, `base_ratio`) split the budget first; the rules then apply within each pool. A cap limits how often a shard
-is repeated; what it cannot give goes to the others of its pool in proportion.
+Two pools (`base`, `base_ratio`) split the budget first; the rules then apply within each pool. A cap limits the
+repetitions of a shard; the excess is distributed to the others of its pool in proportion.
 """
 
 import fnmatch

@@ -1,10 +1,10 @@
 """LLM-jp's shell data lists, read without running a shell.
 
-What is understood: `NAME=value` assignments and `${NAME}` in what follows, comments, quotes, one array
-`[export] NAME=( ... )` with `NAME+=( ... )` after it, a leading `--data-path` in it, and the helper their lists define,
-`$(calc REPEAT TOKENS PATH)`, as REPEAT x TOKENS and PATH (nothing where the product is 0). Where there is no array, a
-string that grows line by line, `TRAIN_DATA_PATH="${TRAIN_DATA_PATH} TOKENS PATH"` or `TRAIN_DATA_PATH+=" TOKENS PATH"`.
-Functions are passed over. Anything else in the list is an error, never skipped.
+Supported syntax: `NAME=value` assignments and `${NAME}` in later lines, comments, quotes, one array `[export] NAME=(
+... )` with `NAME+=( ... )` after it, a leading `--data-path` in it, and the helper their lists define, `$(calc REPEAT
+TOKENS PATH)`, as REPEAT x TOKENS and PATH (nothing where the product is 0). Without an array, a string extended line by
+line, `TRAIN_DATA_PATH="${TRAIN_DATA_PATH} TOKENS PATH"` or `TRAIN_DATA_PATH+=" TOKENS PATH"`. Functions are passed
+over. Anything else in the list is an error, never skipped.
 """
 
 import os
@@ -45,12 +45,12 @@ class _Reader:
 
     name: str
     variables: dict[str, str | DataError] = field(default_factory=dict)
-    """Values of what was assigned, or why one is not known."""
+    """Values of assigned variables, or the reason why one is unknown."""
     array: str | None = None
     """The array's name, once it has begun."""
     words: Words = field(default_factory=list)
     string: Words = field(default_factory=list)
-    """What the DATA_PATH string has grown to, where there is no array."""
+    """Value of the DATA_PATH string, if there is no array."""
     inside: str = ""
     """`array` or `function` while a line is inside of one."""
 

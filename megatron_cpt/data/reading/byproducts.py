@@ -1,8 +1,9 @@
-"""Files that we write beside documents, and how a scan of a folder tells them from documents.
+"""Files that megatron-cpt writes next to documents, and how a scan of a folder distinguishes them from documents.
 
-Reports and records of ours are JSON objects whose first key is `megatron_cpt` (its value says what they are), so that a
-folder of documents can hold them under any name. Manifests of shards lie beside an `.idx` of their name. Rejected lines are
-in files that end in `.rejects` or `.rejects.jsonl`. None of them is taken for documents unless it is named outright.
+Reports and records of ours are JSON objects whose first key is `megatron_cpt` (its value is their kind), so that a
+folder of documents can hold them under any name. Manifests of shards are next to an `.idx` of their name. Rejected
+lines are in files that end in `.rejects` or `.rejects.jsonl`. None of them is read as documents unless it is named
+explicitly.
 """
 
 import re

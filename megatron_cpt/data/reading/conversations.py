@@ -1,8 +1,8 @@
 """Conversations in document files, and a name for everything that is wrong with one.
 
-A record has `conversations` or `messages`, a list of turns (`data/reading/turns.py` says how they are spelled). What belongs to
-the whole conversation are `tools` (OpenAI's older `functions`), `documents`, `chat_template_kwargs`, and a system prompt in
-`system`. A record without messages but with a text field is completion data: a document, learned whole.
+A record has `conversations` or `messages`, a list of turns (`data/reading/turns.py` defines their spelling). Fields of
+the whole conversation are `tools` (OpenAI's older `functions`), `documents`, `chat_template_kwargs`, and a system
+prompt in `system`. A record without messages but with a text field is completion data: a document, learned whole.
 """
 
 import base64
@@ -83,7 +83,7 @@ class Conversation:
     """Messages with the roles system, user, assistant and tool; empty for completion data."""
     text: str = ""
     marks: list[Mark] = field(default_factory=list)
-    """Which turns the record says are learned, one per turn."""
+    """Turns that the record marks as learned, one value per turn."""
     variables: dict[str, Any] = field(default_factory=dict)
     """`tools`, `documents` and `chat_template_kwargs` of the conversation, those that it has."""
     used: frozenset[str] = frozenset()
@@ -92,7 +92,7 @@ class Conversation:
 
 @dataclass
 class PieceRecords:
-    """What a piece of a file holds, in order."""
+    """Content of a piece of a file, in order."""
 
     conversations: list[Conversation] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
@@ -103,7 +103,7 @@ class PieceRecords:
 def read_piece(
     piece: Piece, layout: ChatLayout, holds: Callable[[dict[str, Any]], bool] = lambda record: True
 ) -> PieceRecords:
-    """Return the conversations of a piece that `holds` lets through, and what is wrong with the others.
+    """Return the conversations of a piece that pass `holds`, and the problems of the others.
 
     Records that it does not let through are noted as filtered and not looked at further.
     """

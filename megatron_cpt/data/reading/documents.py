@@ -61,7 +61,7 @@ class Source:
         return self.compression is None and self.encoding is None and self.format in ("jsonl", "txt")
 
     def identity(self) -> dict[str, Any]:
-        """Return what tells that the file is unchanged: name, size and time of modification."""
+        """Return the file's identity, to detect changes: name, size and time of modification."""
         path = os.path.abspath(self.path)
         found = {"path": path, "format": self.format, "size": self.size, "mtime_ns": self.mtime_ns}
         return found | ({"encoding": self.encoding} if self.encoding else {})
@@ -88,11 +88,12 @@ def list_sources(
     """Return the sources that `inputs` name, each input's sorted by path, in the order of the inputs.
 
     Patterns are matched against the path below the input and against the file name. In folders and globs files that
-    hold no documents (README.md, and what we write beside documents ourselves) are passed over, which is logged; a file
-    named outright must be readable. Hidden files and folders are not looked at. A folder that a glob matches is read as a
-    folder. `format` overrides what the file names say; `encoding` is that of text files, `auto` where their first bytes tell
-    UTF-16 or UTF-32. `keep_bad_files`: a file in a folder that cannot be read (a dangling link) is a source with a `problem`.
-    `mixes_splits`: the sources become one corpus, so training and held-out splits side by side are refused.
+    contain no documents (README.md, and files that megatron-cpt writes next to documents) are skipped, which is logged;
+    a file named explicitly must be readable. Hidden files and folders are not looked at. A folder that a glob matches
+    is read as a folder. `format` overrides what the file names say; `encoding` is that of text files, `auto` where
+    their first bytes tell UTF-16 or UTF-32. `keep_bad_files`: a file in a folder that cannot be read (a dangling link)
+    is a source with a `problem`. `mixes_splits`: the sources become one corpus, so training and held-out splits side by
+    side are refused.
 
     Raises: DataError when an input matches nothing, cannot be read, a format is unknown, or an input holds several splits.
     """

@@ -21,7 +21,7 @@ _shared: tuple[Any, ...] = ()
 
 
 class FilePool:
-    """Processes that call functions with what they share; a context.
+    """Processes that call functions with shared values; a context manager.
 
     `shared` is sent to each worker once; `prepare(*shared)` makes of it there what cannot travel. Workers leave interrupts to
     this process and end when it ends, also when it is killed.

@@ -16,7 +16,7 @@ _BOM = b"\xef\xbb\xbf"
 HEAD_BYTES = 1 << 16
 """Bytes of a file that `holds_values` wants to see."""
 _AFTER_BREAK = {b"{": b'"}', b"[": b'"{[]-0123456789tfn', b":": b'"{[-0123456789tfn'}
-"""Characters with which JSON can go on within an object, within an array, and behind a key."""
+"""Characters with which JSON can continue within an object, within an array, and after a key."""
 _PAIR = re.compile(rb"\{[^{}\[\]]*\}|\[[^{}\[\]]*\]")
 _SPACE = re.compile(rb"[\s,]*+")
 _STRING_REST = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
@@ -74,12 +74,12 @@ def _is_strict_json(data: bytes) -> bool:
 
 
 class ValueSplitter:
-    """Takes a stream's blocks and gives its values, each on one line, and what is wrong at its place."""
+    """Takes a stream's blocks and returns its values, each on one line, and the problems at their positions."""
 
     def __init__(self, max_bytes: int):
         self._max_bytes = max_bytes
         self._parts: list[bytes] = []
-        """What has come of the value that is not complete."""
+        """The received part of the incomplete value."""
         self._size = 0
         self._depth = 0
         """Brackets that are open within the value."""

@@ -1,4 +1,4 @@
-"""Corpora as they are named on a command line: `NAME=PATH`, several times a name for several paths."""
+"""Corpora of a command line: `NAME=PATH`; repeat a name for several paths."""
 
 import glob
 from collections.abc import Sequence

@@ -20,9 +20,9 @@ _PLAIN_BYTES = 8 << 20
 class PlainReader:
     """Reads a plain or compressed file, all its members one after the other.
 
-    Everything before a damage is handed out first; then, and where a member ends early (which the libraries' own
-    readers may pass over or punish with the loss of what came before), `read` raises OSError. Of a file in another `encoding`
-    the bytes are those of its text in UTF-8; what the encoding does not have becomes U+FFFD.
+    All data before damage is returned first. After it, or if a member ends early, `read` raises OSError; the libraries'
+    own readers can ignore an early end, or lose the data before it. Of a file in another `encoding` the bytes are those
+    of its text in UTF-8; what the encoding does not have becomes U+FFFD.
     """
 
     def __init__(self, path: Path, compression: str | None, encoding: str | None = None):

@@ -1,4 +1,4 @@
-"""Whole records of document files, read and written in order: what cleaning keeps goes through byte for byte.
+"""Whole records of document files, read and written in order: cleaning copies kept records byte for byte.
 
 Lines of `.jsonl` and `.txt` pass unchanged; rows of Parquet and Arrow files become JSON lines. A bad line stops the
 work with its file and line (`data validate` lists them all, `data repair` rewrites the file) unless it is to be skipped:
@@ -39,7 +39,7 @@ class Record:
     value: dict[str, Any]
     """Its fields; a line of a .txt file has `text`."""
     row: dict[str, Any] | None = None
-    """The row of a table as it is read, of which `raw` is the JSON."""
+    """The row of a table as read; `raw` is its JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,19 +51,19 @@ class Reading:
     skip_bad_lines: bool = False
 
     def value(self, record: Record) -> Any:
-        """Return a record's text or chat messages; a line of a .txt file has a text whatever the key."""
+        """Return a record's text or chat messages; a line of a .txt file has a text for any key."""
         return record.value[self.key] if self.key in record.value else record.value["text"]
 
 
 @dataclass
 class Tally:
-    """What the lines of some files were."""
+    """Counts of the lines of some files."""
 
     lines: int = 0
     documents: int = 0
     blank_lines: int = 0
     rejects: Counter[str] = field(default_factory=Counter)
-    """Bad lines that were skipped, by what is wrong with them."""
+    """Skipped bad lines, by problem."""
 
     def __add__(self, other: "Tally") -> "Tally":
         return Tally(
@@ -127,7 +127,7 @@ def text_of(value: Any) -> str:
 
 
 def prompt_of(value: Any) -> str:
-    """Return what comes before the first answer of a chat, roles included; a text as it is."""
+    """Return the part of a chat before the first answer, including roles; a text unchanged."""
     if isinstance(value, str):
         return value
     turns = []
@@ -173,7 +173,8 @@ def output_paths(
 
 @contextlib.contextmanager
 def reject_writer(target: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Yield a function that writes an entry of the reject file beside `target`; without one there is no such file."""
+    """Yield a function that writes an entry of the reject file next to `target`; without entries there is no such
+    file."""
     path = rejects_beside(target)
     with contextlib.ExitStack() as stack:
         file = None

@@ -161,7 +161,7 @@ def object_of_line(line: bytes) -> Any:
 
 
 def line_problem(line: bytes) -> tuple[str, str]:
-    """Return kind and detail of what keeps a line from being a JSON value."""
+    """Return kind and detail of the error if a line is not a JSON value."""
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as problem:
@@ -286,5 +286,5 @@ def value_problem(value: Any) -> str | None:
 
 
 def as_line(record: dict[str, Any]) -> bytes:
-    """Return a record as a line of JSON, whatever its values are."""
+    """Return a record as a line of JSON, for any types of values."""
     return json.dumps(record, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace")

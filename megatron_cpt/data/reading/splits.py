@@ -1,4 +1,4 @@
-"""Splits of a data set, told by the names of folders and files: training data with what is to be held out beside it."""
+"""Splits of a data set, recognised by the names of folders and files: training data next to data to hold out."""
 
 import re
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ _SPLIT = re.compile(r"(?P<split>train|test|validation|valid|val|dev|eval)(?:ing|
 def check_splits(item: str, files: Sequence[PurePosixPath]) -> None:
     """Raise DataError where a folder of an input has training data and a held-out split side by side.
 
-    A split is a folder or file whose name is `train`, `test`, `validation`, `valid`, `val`, `dev` or `eval`, or begins with one of
-    them and goes on with a digit or `-._`, as in `train-00000-of-00002.parquet`.
+    A split is a folder or file whose name is `train`, `test`, `validation`, `valid`, `val`, `dev` or `eval`, or begins
+    with one of them followed by a digit or `-._`, as in `train-00000-of-00002.parquet`.
     """
     found: dict[PurePosixPath, dict[str, str]] = {}
     for file in dict.fromkeys(files):

@@ -51,7 +51,7 @@ class Piece:
     is_start: bool = True
     is_end: bool = True
     problem: Problem | None = None
-    """What ended or interrupted the stream after this block."""
+    """The error that ended or interrupted the stream after this block."""
     descriptor: int | None = None
     """Memory file behind `path`, to be closed when the piece is done."""
     disk_bytes: int = 0
@@ -71,7 +71,7 @@ class Layout:
 
 
 def pieces_of(source: Source, number: int, layout: Layout, piece_bytes: int = PIECE_BYTES) -> Iterator[Piece]:
-    """Yield the pieces of a source in order; `number` is what their `source` says."""
+    """Yield the pieces of a source in order; `number` becomes their `source`."""
     if source.problem:
         damage = Problem(0, UNREADABLE, source.problem)
         yield _in_memory((b"", True, True, damage), source, number, "jsonl")
@@ -120,7 +120,7 @@ def parse_piece(piece: Piece, layout: Layout) -> Parsed:
 
 
 def piece_bytes(piece: Piece, max_document_bytes: int) -> tuple[bytes, bool, Problem | None]:
-    """Return the whole lines (or the Arrow stream) of a piece, whether the file ends there, and what is wrong after them.
+    """Return the whole lines (or the Arrow stream) of a piece, whether the file ends there, and the problem after them.
 
     Raises: DataError when its file is gone or shorter than it was.
     """
@@ -175,8 +175,8 @@ def stream_blocks(
 ) -> Iterator[tuple[bytes, bool, Problem | None]]:
     """Yield (whole lines, whether the stream ends there, what is wrong after them) of a stream in order.
 
-    The last block may lack its newline. A line over the limit is read past without being kept. Values of a JSON file that has
-    no object per line come as lines.
+    The last block can lack its newline. A line over the limit is read past without being kept. Values of a JSON file
+    that has no object per line come as lines.
     """
     if source.problem:
         yield b"", True, Problem(0, UNREADABLE, source.problem)

@@ -1,8 +1,8 @@
 """The turns of a conversation in the usual spellings, as the messages that chat templates read.
 
 - Roles: `{role, content}` (OpenAI, Mistral, TRL) and ShareGPT's `{from, value}`. `human` is a user, `gpt` an assistant;
-  `function_call` is an assistant's turn that calls a tool, `observation` and `function` are what a tool returned.
-- Everything else of a turn (reasoning_content, tool_calls, name, ...) stays as it is, so that a template finds it.
+  `function_call` is an assistant's turn that calls a tool, `observation` and `function` are the result of a tool.
+- Everything else of a turn (reasoning_content, tool_calls, name, ...) is unchanged, so that a template can read it.
 - Learning marks are taken off a turn: `weight` (OpenAI, Mistral: 0 or 1), `loss_weight` (LLaMA-Factory), `loss`
   (ms-swift), `train` or `training` and `train_detail` (axolotl), `masked` (torchtune). They do not reach the template.
 
@@ -29,7 +29,7 @@ ROLES = {
     **dict.fromkeys(("function_call", "tool_call"), _CALL),
 }
 REASONING = ("reasoning_content", "thinking", "reasoning")
-"""Names that reasoning goes by; transformers gives a template all of the first two."""
+"""Names of the reasoning field; transformers passes all of the first two to a template."""
 DETAILS = ("train_detail", "training_detail")
 MARKS = ("weight", "loss_weight", "loss", "train", "training", "masked")
 MAX_DEPTH = 100
@@ -54,7 +54,7 @@ UNCLEAR_MARK = "learning mark is not understood"
 
 
 class BadConversation(Exception):
-    """What is wrong with a conversation: kind and detail."""
+    """Problem of a conversation: kind and detail."""
 
     def __init__(self, kind: str, detail: str = ""):
         super().__init__(kind, detail)
@@ -63,7 +63,7 @@ class BadConversation(Exception):
 
 @dataclass(frozen=True)
 class Mark:
-    """Whether a turn is learned, where its record says so."""
+    """Whether a turn is learned, if its record marks it."""
 
     is_learned: bool | None = None
     details: tuple[tuple[int, int], ...] | None = None
@@ -78,8 +78,8 @@ def turns_of(
 ) -> tuple[list[Turn], list[Mark]]:
     """Return the turns of a conversation with the roles system, user, assistant and tool, and the mark of each.
 
-    `system` is the record's own system prompt; an empty one is none. An empty answer is a bad conversation, learned (the
-    model says nothing), or left out of the loss. Keys in `ignored` are left out of every turn.
+    `system` is the record's own system prompt; an empty one is none. An empty answer is a bad conversation, learned
+    (the model outputs nothing), or excluded from the loss. Keys in `ignored` are left out of every turn.
 
     Raises: BadConversation naming what is wrong and where (turns are counted from 1).
     """
@@ -129,7 +129,7 @@ def reasoning_of(turn: Turn) -> str:
 
 
 def is_empty(turn: Turn) -> bool:
-    """Return whether a turn says nothing: no text, no tool call, no reasoning."""
+    """Return whether a turn is empty: no text, no tool call, no reasoning."""
     return not (text_of(turn).strip() or turn.get("tool_calls") or reasoning_of(turn).strip())
 
 

@@ -1,7 +1,8 @@
 """Adopt shards that another tool wrote: check them against a tokenizer and write the manifest that makes them complete.
 
-What a shard's own files can show is checked: the index fits the `.bin`, no id lies outside of the vocabulary, and every
-document that has tokens ends with the end-of-document id (some tools leave it out, and documents then run into each other).
+The checks that are possible with a shard's own files are made: the index fits the `.bin`, no id lies outside of the
+vocabulary, and every document that has tokens ends with the end-of-document id (some tools leave it out, and documents
+then run into each other).
 """
 
 import itertools

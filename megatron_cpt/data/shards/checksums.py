@@ -1,8 +1,9 @@
 """Checksums of `.bin` files: sums over columns of tokens, which parts of a file have too, and a hash of a few blocks.
 
-Token i of a file belongs to column i mod 64; a column's sum, in the unsigned type of a token, wraps around. So workers sum what
-they write, in any order and at the speed of memory, and joined shards have the rolled sums of their parts. Any one changed
-token changes a sum; what a fault of disk or network leaves behind passes unseen with a chance of 1 in 65,536 or less.
+Token i of a file belongs to column i mod 64; a column's sum, in the unsigned type of a token, wraps around. So workers
+sum what they write, in any order and at the speed of memory, and joined shards have the rolled sums of their parts. Any
+one changed token changes a sum; damage by a disk or network fault is not detected with a probability of 1 in 65,536 or
+less.
 """
 
 import hashlib

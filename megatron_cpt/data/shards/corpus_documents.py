@@ -1,4 +1,4 @@
-"""What a corpus's `documents` mean: the one reading that checks, the graph, tokenizing and evaluation share.
+"""The interpretation of a corpus's `documents`, shared by checks, the graph, tokenizing and evaluation.
 
 A path is taken from the data folder unless it is absolute; it is a file, a folder or a glob, as `tokenize --input` reads it.
 """

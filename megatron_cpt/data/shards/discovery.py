@@ -1,7 +1,7 @@
 """Token shards of a corpus: found under prefixes, folders and globs, counted from their index, checked to be complete.
 
-A shard is complete when `.bin`, `.idx` and the manifest `.json` are there, the `.bin` has the size the index says, and
-the manifest counts the index's tokens. Counts come from the index, never from file sizes.
+A shard is complete when `.bin`, `.idx` and the manifest `.json` are there, the `.bin` has the size given by the index,
+and the manifest counts the index's tokens. Counts come from the index, never from file sizes.
 """
 
 import glob
@@ -26,7 +26,7 @@ _SUFFIXES = (".bin", ".idx")
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """A complete shard: what a blend needs to know about it."""
+    """A complete shard, with the properties that a blend needs."""
 
     prefix: str
     tokens: int
@@ -36,15 +36,15 @@ class Shard:
     packed_seq_length: int | None = None
     """Tokens of each of its documents, where they are packs for training; None: documents of any length."""
     is_held_out: bool = False
-    """Whether it is a validation set that was held out of a training shard beside it (`data prepare-chat`)."""
+    """Whether it is a validation set held out of a training shard in the same folder (`data prepare-chat`)."""
 
 
 def find_shards(patterns: Sequence[str], data_dir: Path) -> tuple[list[str], list[str]]:
     """Return (sorted prefixes, problems) of prefixes, folders and globs relative to `data_dir`.
 
-    A folder stands for every shard below it, linked folders too. A `.bin` without `.idx`, or the reverse, counts as a shard here, so that
-    `read_shard` reports it by name. Hidden files and
-    folders (unfinished ones) and masks (`<prefix>.mask`) are passed over.
+    A folder means every shard below it, including linked folders. A `.bin` without `.idx`, or the reverse, counts as a
+    shard here, so that `read_shard` reports it by name. Hidden files and folders (unfinished ones) and masks
+    (`<prefix>.mask`) are passed over.
     """
     found: set[str] = set()
     problems = []

@@ -1,6 +1,6 @@
 """How a shard is to be read in training: with a mask or without, as packs of a length or as a stream of documents.
 
-The format of masks and packs stands in `data/shards/masked.py`.
+`data/shards/masked.py` defines the format of masks and packs.
 """
 
 from dataclasses import dataclass
@@ -20,11 +20,11 @@ class ShardForm:
     packed_seq_length: int | None = None
     """Tokens of each pack; None: an unpacked shard."""
     marks_prompts: bool = False
-    """Whether the mask says which tokens are a prompt's."""
+    """Whether the mask marks the tokens of prompts."""
 
 
 def read_shard_form(prefix: Path) -> ShardForm:
-    """Return whether a shard is masked and packed, from its manifest and the files beside it.
+    """Return whether a shard is masked and packed, from its manifest and its side files.
 
     Raises: DataError when the manifest is no JSON, or a packed shard has no mask.
     """

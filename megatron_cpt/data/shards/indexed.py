@@ -1,4 +1,4 @@
-"""Token files: Megatron's `.bin/.idx` pair and the JSON manifest beside it, read and written without torch.
+"""Token files: Megatron's `.bin/.idx` pair and its JSON manifest, read and written without torch.
 
 `<prefix>.bin` holds every document's token ids one after the other. `<prefix>.idx` is
 
@@ -108,7 +108,7 @@ def write_index(
 
 
 def read_index(prefix: Path) -> ShardIndex:
-    """Return the memory-mapped index of `<prefix>.idx`, after checking that `<prefix>.bin` has the size it says.
+    """Return the memory-mapped index of `<prefix>.idx`, after checking that `<prefix>.bin` has the size given there.
 
     Raises: DataError when either file is missing, damaged, truncated, or does not fit the other.
     """
@@ -152,7 +152,7 @@ def document_bounds(index: ShardIndex) -> np.ndarray:
 
 
 def read_shard_manifest(prefix: Path) -> dict[str, Any]:
-    """Return the manifest beside a shard: documents, tokens, bytes, tokenizer, sources, options.
+    """Return the manifest of a shard: documents, tokens, bytes, tokenizer, sources, options.
 
     Raises: DataError when it is missing or not ours.
     """

@@ -1,11 +1,12 @@
-"""Masked shards: a token pair with a parallel pair of one byte per token that says what is learned and where pieces start.
+"""Masked shards: a token pair with a parallel pair of one byte per token that marks learned tokens and starts of
+pieces.
 
-Beside `<prefix>.bin/.idx/.json` stands `<prefix>.mask.bin/.idx` (uint8, the same sequence lengths and document index).
-Bit 0 (`LEARNED`): the token counts in the loss when it is the label. Bit 1 (`PIECE`): the token is the first of a piece (a
+Next to `<prefix>.bin/.idx/.json` is `<prefix>.mask.bin/.idx` (uint8, the same sequence lengths and document index). Bit
+0 (`LEARNED`): the token counts in the loss when it is the label. Bit 1 (`PIECE`): the token is the first of a piece (a
 conversation, a document, a part of a split document, the filling of a pack); neither it nor what follows sees anything
 before it, and no token predicts it. Bit 2 (`PROMPT`): the token is a prompt's, not learned; as a label it counts with
-`data.prompt_loss_weight`. The manifest has `"mask": {"learned": N, "pieces": M, "prompt": P}`, the tokens with each bit. Shards
-without `prompt` were made before prompts were marked: they train as before, with a weight of 0.
+`data.prompt_loss_weight`. The manifest has `"mask": {"learned": N, "pieces": M, "prompt": P}`, the tokens with each
+bit. Shards without `prompt` were made before prompts were marked: they train as before, with a weight of 0.
 
 A packed shard has `"packed": {"seq_length": S, "method": "best-fit"}` too: every document is one pack of exactly S tokens,
 and unused room is filled with the end-of-document id, mask 0, its first token `PIECE`.
@@ -84,8 +85,8 @@ def read_mask(index: ShardIndex) -> np.ndarray:
 class MaskedShardWriter:
     """Writes a masked shard document by document; the pair, its mask and last the manifest appear when it is finished.
 
-    A context: an exception inside of it, or leaving it unfinished, leaves what stood there before. A lock keeps two
-    processes from writing one shard; what a killed one left behind is removed.
+    A context: an exception inside of it, or leaving it unfinished, leaves what stood there before. A lock prevents two
+    processes from writing one shard; leftovers of a killed process are removed.
 
     `marks_prompts` is False where it is not known which tokens are a prompt's.
 

@@ -1,6 +1,6 @@
 """Documents that a run leaves out: lines `<prefix> <first document> <last document>`, both counted from 0 and included.
 
-Lines that are blank or start with # are passed over. `megatron-cpt data trace` says which documents a bad batch held.
+Lines that are blank or start with # are passed over. `megatron-cpt data trace` lists the documents of a bad batch.
 """
 
 import os

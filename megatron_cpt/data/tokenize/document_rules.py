@@ -1,4 +1,4 @@
-"""Which texts of a source are documents of a shard, told again from its manifest: what audit and trace read of the sources.
+"""The texts of a source that are documents of a shard, reconstructed from its manifest for audit and trace.
 
 A text without a token of its own is no document, under any key; a document that spells a control token is none where the
 shard rejects it. Shards of release 0.1 kept texts without tokens as lone end-of-document tokens.
@@ -31,7 +31,8 @@ class DocumentRules:
         return self.are_stated and (self.rejects_control or bool(entry.get("without_tokens")))
 
     def documents(self, parsed: Parsed, entry: dict[str, Any]) -> tuple[list[str], list[int]]:
-        """Return the texts of a piece that are documents, and their lines; what is rejected joins the piece's problems."""
+        """Return the texts of a piece that are documents, and their lines; rejected texts are added to the piece's
+        problems."""
         self.num_left_out = 0
         if self.rejects_control:
             self.control.reject(parsed)

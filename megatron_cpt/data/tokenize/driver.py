@@ -49,7 +49,7 @@ _MAX_HELD = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a run made: the manifest of each shard by prefix, in the order of the plan."""
+    """Result of a run: the manifest of each shard by prefix, in the order of the plan."""
 
     manifests: dict[Path, dict[str, Any]]
     num_reused: int

@@ -252,7 +252,7 @@ def _is_older(manifest: dict[str, Any]) -> bool:
 
 
 def check_neighbours(output_dir: Path, tokenizer: dict[str, Any]) -> bool:
-    """Refuse an output folder that holds shards of another tokenizer, whatever they are called.
+    """Refuse an output folder that contains shards of another tokenizer under any name.
 
     Returns whether there are some that were tokenized by an earlier release.
 
@@ -282,7 +282,7 @@ def bad_line(source: Source, line: int, problem: Problem, policy: str) -> DataEr
 
 
 def provenance_path(prefix: Path) -> Path:
-    """Return the sidecar that says where each document came from: int64 [documents, 2], source number and line."""
+    """Return the sidecar with the origin of each document: int64 [documents, 2], source number and line."""
     return prefix.with_name(prefix.name + ".provenance.npy")
 
 

@@ -1,4 +1,5 @@
-"""Worker processes of `tokenize`: each parses pieces, encodes them, and writes the ids where the parent says.
+"""Worker processes of `tokenize`: each parses pieces, encodes them, and writes the ids at the offsets given by the
+parent.
 
 A task is a few pieces of one shard. The worker answers with the number of tokens of each document and keeps the ids;
 the parent, which sees the tasks in the order of the documents, adds up where they go and sends that place back; the
@@ -42,7 +43,7 @@ class EngineDifference(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What every worker needs to know."""
+    """Settings of every worker."""
 
     tokenizer_path: Path
     eod_token: str | None
@@ -50,9 +51,9 @@ class Job:
     engine: str
     dtype: np.dtype
     special_tokens: str
-    """text, token or reject: what a control token in a text is."""
+    """text, token or reject: the treatment of a control token in a text."""
     bos_ids: tuple[int, ...]
-    """What begins each document."""
+    """First tokens of each document."""
     append_eod: bool
     keep_lines: bool
 
@@ -63,7 +64,7 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class PieceResult:
-    """What a piece held; lists have one entry per key."""
+    """Content of a piece; lists have one entry per key."""
 
     source: int
     num_lines: int
@@ -87,7 +88,7 @@ class PieceResult:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskResult:
-    """What a worker answers to a task."""
+    """Result of a worker for a task."""
 
     task: int
     pieces: list[PieceResult]

@@ -2,8 +2,8 @@
 
 An accelerated engine (gigatoken, fastokens) is never trusted by name. It must give the reference's ids on a fixed
 adversarial set when it is loaded, and on a sample of every piece while it works; a refusal or a difference falls back
-to the next engine, with a warning. Long documents are encoded in parts, cut where encoding both sides alone gives the
-same ids as encoding them together (checked at each cut), so that memory stays bounded.
+to the next engine, with a warning. Long documents are encoded in parts, cut at points where encoding both sides
+separately returns the same ids as encoding them together (checked at each cut), so that memory stays bounded.
 """
 
 import itertools
@@ -32,7 +32,8 @@ _FEW_CHARACTERS = 1 << 20
 """Below the first mean length, and above the second sum, gigatoken's batch call pays for itself: it imports awkward, a
 quarter of a second, whose pyarrow starts a thread (and workers cannot be forked from a process with threads)."""
 _REMEMBERED_CHARACTERS = 1 << 26
-"""After so many, gigatoken is loaded anew: it remembers every word it has met, without end (1.3 bytes a character were measured)."""
+"""After this many, gigatoken is reloaded, because its word cache grows without limit (1.3 bytes a character were
+measured)."""
 _REFERENCE_BATCH_CHARACTERS = 1 << 19
 _CUT_CONTEXT_CHARACTERS = 512
 _SAMPLE_CHARACTERS = 4096
@@ -41,7 +42,7 @@ _CUT = re.compile(r"(?<=\w)(?=[ \n]\w)|(?<=[。、！？\n])(?=\w)|(?<=\w)(?=\W)
 
 
 class EngineRefusal(Exception):
-    """An accelerated engine cannot be used for a tokenizer; the message says why."""
+    """An accelerated engine cannot be used for a tokenizer; the message contains the reason."""
 
 
 class Engine:
@@ -162,7 +163,7 @@ def load_checked_engine(tokenizer: Tokenizer, name: str) -> Engine:
 
     The reference works on the set while a thread loads the engine: both let go of the interpreter's lock.
 
-    Raises: EngineRefusal when the engine cannot be used, or gives other ids.
+    Raises: EngineRefusal if the engine cannot be used, or returns other ids.
     """
     if name == "reference":
         return load_engine(tokenizer, name)

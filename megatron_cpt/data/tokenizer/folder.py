@@ -1,9 +1,10 @@
-"""The files of a tokenizer's folder: which one holds the vocabulary, and what others add to it.
+"""The files of a tokenizer's folder: the one with the vocabulary, and the additions of the others.
 
-transformers reads a folder as a whole: tokens that stand in `tokenizer_config.json` (`added_tokens_decoder`, named special
-tokens, extra special tokens), or without that in `special_tokens_map.json` and `added_tokens.json`, join the vocabulary of
-`tokenizer.json` or `tokenizer.model`. Where they add nothing, the vocabulary's file is the whole tokenizer, and its hash is
-the tokenizer's. Everything else is read by transformers itself (`data/tokenizer/transformers_reading.py`), and hashed with what it read.
+transformers reads a folder as a whole: tokens in `tokenizer_config.json` (`added_tokens_decoder`, named special tokens,
+extra special tokens), or without that in `special_tokens_map.json` and `added_tokens.json`, join the vocabulary of
+`tokenizer.json` or `tokenizer.model`. If they add nothing, the vocabulary's file is the whole tokenizer, and its hash
+is the tokenizer's. Everything else is read by transformers itself (`data/tokenizer/transformers_reading.py`), and
+hashed with the files read.
 
 Source: transformers 5.23, tokenization_utils_base.py, `_from_pretrained`; tokenization_utils_tokenizers.py, `__init__`.
 """
@@ -49,7 +50,8 @@ def settings_of(path: Path) -> dict[str, Any]:
 
 
 def named_tokens(folder: Path) -> list[str]:
-    """Return every token that the files beside a folder's vocabulary name, in the order in which transformers meets them."""
+    """Return every token that the files beside a folder's vocabulary name, in the order in which transformers adds
+    them."""
     config = settings_of(folder / CONFIG)
     decoder = config.get("added_tokens_decoder")
     found = [_content(token) for token in decoder.values()] if isinstance(decoder, dict) else []
@@ -91,7 +93,7 @@ def is_tiktoken(path: Path) -> bool:
 
 
 def tiktoken_refusal(path: Path) -> DataError:
-    """Return why a tiktoken file cannot be read, and what can."""
+    """Return the reason why a tiktoken file cannot be read, and the readable alternative."""
     return DataError(
         f"{path}: is a tiktoken vocabulary, which names neither its special tokens nor how texts are split. Take tokenizer.json "
         "and tokenizer_config.json from the model's Hugging Face release, or make it with tiktoken installed: python -c \"from "

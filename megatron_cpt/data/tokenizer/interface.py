@@ -1,8 +1,8 @@
 """Tokenizers: Hugging Face folders, `tokenizer.json` files and SentencePiece models behind one small interface.
 
-A folder is read as transformers' AutoTokenizer reads it. Where its `tokenizer.json` or `tokenizer.model` says everything,
-that file is read here, with the `tokenizers` or the SentencePiece library alone, and `check_reading` compares the result with
-transformers'. Where other files add tokens, or the vocabulary lies in `vocab.json` and `merges.txt` or `tekken.json`,
+A folder is read as transformers' AutoTokenizer reads it. If its `tokenizer.json` or `tokenizer.model` is complete, that
+file is read here, with the `tokenizers` or the SentencePiece library alone, and `check_reading` compares the result
+with transformers'. If other files add tokens, or the vocabulary is in `vocab.json` and `merges.txt` or `tekken.json`,
 transformers makes the definition and it is read here. A file that is named itself is read alone.
 
 These are the reference tokenizers: an accelerated engine (`data/tokenizer/engines.py`) has to give the same ids.
@@ -41,7 +41,7 @@ _USUAL_EOD = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|eos|>", "<eos>", "[
 
 
 class Tokenizer(Protocol):
-    """What a tokenizer offers; `identity` (name, kind, hash, vocab_size, eod_id) is stored beside token files."""
+    """Interface of a tokenizer; `identity` (name, kind, hash, vocab_size, eod_id) is stored with token files."""
 
     path: Path
     vocab_size: int
@@ -172,8 +172,8 @@ def load_tokenizer(
 ) -> Tokenizer:
     """Return the tokenizer of a Hugging Face folder, a `tokenizer.json` or a SentencePiece `.model` file.
 
-    The end-of-document token is `eod_token`, or what the files beside the tokenizer call `eos_token`. `special_tokens` says
-    how control tokens in a text are read; None: as the tokenizer does by itself. Without `needs_eod` an end-of-document token
+    The end-of-document token is `eod_token`, or the `eos_token` of the tokenizer's folder. `special_tokens` sets the
+    treatment of control tokens in a text; None: the tokenizer's default. Without `needs_eod` an end-of-document token
     that cannot be told is -1.
 
     Raises: DataError when there is none, it is damaged, or its end-of-document token cannot be told.
@@ -199,7 +199,7 @@ def load_tokenizer(
 
 
 def read_special_tokens(tokenizer: Tokenizer, how: SpecialTokens) -> None:
-    """Let a tokenizer read the control tokens that a text spells as `how` says.
+    """Set a tokenizer's treatment of control tokens in a text to `how`.
 
     Raises: DataError when it cannot.
     """
@@ -285,7 +285,7 @@ def check_same_tokenizer(where: Path | str, found: dict[str, Any] | None, expect
 
 
 def describe(identity: dict[str, Any] | None) -> str:
-    """Return a tokenizer's name and what tells it from others."""
+    """Return a tokenizer's name and identity."""
     if not identity:
         return "an unknown tokenizer"
     return (

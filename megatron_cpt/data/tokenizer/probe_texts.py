@@ -113,8 +113,9 @@ _UNIFORM_BLOCKS = ((0x3500, 0x4D00), (0x4E00, 0x9F00), (0xAC00, 0xD700), (0xE000
 
 
 def adversarial_texts(tokenizer: Tokenizer) -> list[str]:
-    """Return the fixed set of texts that tells engines apart: scripts, spaces, normal forms, special tokens, contractions,
-    and every code point between quotes, since engines differ in the version of Unicode that tells them what a letter is.
+    """Return the fixed set of texts that shows differences between engines: scripts, spaces, normal forms, special
+    tokens, contractions, and every code point between quotes, since engines classify letters by different versions of
+    Unicode.
 
     About 4,000 texts, mostly short, the same on every call.
     """

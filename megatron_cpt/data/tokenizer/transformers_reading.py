@@ -1,8 +1,8 @@
 """A tokenizer's folder as transformers reads it: length, added tokens, ids of probe texts, and the whole definition.
 
-transformers is imported in a process of its own, where it is not imported already: it takes seconds, torch comes with it,
-and `tokenize` forks workers. What it says is kept in the user's cache, under a hash of the folder's files and its version.
-Code in a tokenizer's folder is never executed.
+transformers is imported in a process of its own, where it is not imported already: it takes seconds, torch comes with
+it, and `tokenize` forks workers. Its result is kept in the user's cache, under a hash of the folder's files and its
+version. Code in a tokenizer's folder is never executed.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from megatron_cpt.files import file_hash, write_text
 logger = logging.getLogger(__name__)
 
 _FORMAT = 1
-"""Number of what is kept; another one is made anew."""
+"""Version of the cached result; another version is recomputed."""
 _SECONDS = 600
 _FILES = (*VOCABULARIES, CONFIG, SPECIAL_MAP, ADDED, "config.json")
 _MAX_PROBED_TOKENS = 4000

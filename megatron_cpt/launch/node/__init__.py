@@ -1,1 +1,1 @@
-"""What runs on the nodes of a job: supervisor, launcher, ranks, preflight."""
+"""Programs on the nodes of a job: supervisor, launcher, ranks, preflight."""

@@ -12,7 +12,7 @@ from typing import Any, Literal
 Verdict = Literal["run", "finished", "stopped", "broken"]
 
 NOT_FINISHED_EXIT_CODE = 3
-"""Of a chain's last link when the run needs more: what depends on the finished run must not start."""
+"""Exit code of a chain's last link if the run needs more: jobs that depend on the finished run must not start."""
 BROKEN_EXIT_CODE = 4
 
 

@@ -80,8 +80,8 @@ def wait_for_name(host: str, seconds: float = RESOLVE_SECONDS) -> None:
 def excluded_hosts(hosts: Sequence[str], excluded: Sequence[str]) -> list[str]:
     """Return the hosts that a list of excluded ones means.
 
-    A node calls itself by `gethostname()`, the scheduler's list may have its full name or an alias: names are the same where
-    they are equal, where one is the other without its domain, or where both have the same address.
+    A node calls itself by `gethostname()`, the scheduler's list can have its full name or an alias. Two names match if
+    they are equal, if one is the other without its domain, or if both have the same address.
     """
     return [host for host in hosts if any(is_same_host(host, other) for other in excluded)]
 

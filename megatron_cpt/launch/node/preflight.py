@@ -1,8 +1,8 @@
 """Which nodes of a job are not fit to train, judged from measurements of all ranks, and the list of nodes to avoid.
 
 A node is bad when it is far from the job's median (a matrix product at less than 80 percent, disk writes at less than a
-tenth), when its memory, clock or versions do not fit, or when it lacks a GPU. The list `<run>/jobs/excluded_nodes.txt` holds
-a node and a reason per line; later links avoid the nodes in it, and a person may edit it.
+tenth), when its memory, clock or versions do not fit, or when it lacks a GPU. The list `<run>/jobs/excluded_nodes.txt`
+contains a node and a reason per line. Later links avoid these nodes; users can edit the list.
 """
 
 import statistics
@@ -20,12 +20,12 @@ SLOW_FRACTION = 0.8
 SLOW_DISK_FRACTION = 0.1
 CLOCK_SECONDS = 5.0
 FREE_MEMORY_FRACTION = 0.9
-"""Of a GPU's memory that nobody else may use when a job starts."""
+"""Fraction of a GPU's memory that must be free when a job starts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankReport:
-    """What one rank measured."""
+    """Measurements of one rank."""
 
     rank: int
     host: str
@@ -41,7 +41,7 @@ class RankReport:
     """Unix time right after a barrier."""
     versions: str
     kind: str = "cpu"
-    """cuda or cpu: what training would use."""
+    """cuda or cpu: the device that training would use."""
 
 
 def bad_nodes(reports: Sequence[RankReport], *, gpus_per_node: int, device: str | None = None) -> dict[str, list[str]]:
@@ -83,7 +83,7 @@ def bad_nodes(reports: Sequence[RankReport], *, gpus_per_node: int, device: str 
 
 
 def report_text(reports: Sequence[RankReport], bandwidth: float | None, bad: dict[str, list[str]]) -> str:
-    """Return the measurements in a table, a line per host, and what is wrong."""
+    """Return the measurements as a table with a line per host, and the problems."""
     hosts: dict[str, list[RankReport]] = defaultdict(list)
     for report in reports:
         hosts[report.host].append(report)

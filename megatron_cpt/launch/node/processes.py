@@ -21,7 +21,8 @@ logger = logging.getLogger(__name__)
 HANG_EXIT_CODE = 85
 """Exit code of a rank that its watchdog ended."""
 SHUTDOWN_SECONDS = 10
-"""Time torchrun gives the surviving ranks once one has failed: they wait for a rank that will never answer."""
+"""Grace period of torchrun for the surviving ranks after one has failed: they wait for a rank that will never
+answer."""
 _FAILED_RANK = re.compile(r"rank\s+: (\d+) \(local_rank: \d+\)\s+exitcode\s+: (-?\d+)")
 _LAUNCHER_SAYS = (  # (rank, exit code) in the words of srun, Open MPI and PALS, where they start the ranks themselves
     re.compile(r"srun: error: \S+: tasks? (\d+)\S*: Exited with exit code (\d+)"),

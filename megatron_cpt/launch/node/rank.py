@@ -1,8 +1,9 @@
-"""What a launcher starts per rank: names the rank, sends its output to a log file of its own, becomes the program.
+"""Program that a launcher starts per rank: it sets the rank, redirects output to the rank's log file, and executes the
+training program.
 
     python -m megatron_cpt.launch.node.rank LOG_DIR PROGRAM [ARGUMENT ...]
 
-The log file `rank_00000.log` exists from the first line on, whichever launcher started the rank. Where torchrun did not
+The log file `rank_00000.log` exists from the first line on, whichever launcher started the rank. If torchrun did not
 set RANK, WORLD_SIZE and LOCAL_RANK, they come from Open MPI, PMI or Slurm. The process is replaced by the program
 (exec), and it dies with its parent, so that no rank survives its launcher.
 """

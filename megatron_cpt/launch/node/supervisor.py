@@ -1,4 +1,4 @@
-"""What a job script runs on the job's first node: finds the nodes, starts the processes, keeps the ledger.
+"""Program that a job script runs on the first node: it finds the nodes, starts the processes and writes the ledger.
 
     python -m megatron_cpt.launch.node.supervisor --run RUN --stage STAGE --log-dir DIR [options] -- PROGRAM [ARGUMENT ...]
 
@@ -45,7 +45,7 @@ from megatron_cpt.run.progress import last_checkpoint
 logger = logging.getLogger(__name__)
 
 FIRST_PORT, NUM_PORTS = 15000, 15000
-"""Rendezvous ports lie below the range that the system gives to clients (32768 on)."""
+"""Rendezvous ports are below the system's range of client ports (from 32768)."""
 PORT_ATTEMPTS = 4
 HOSTFILE = "%hostfile%"
 """Stands for the job's node file in the launcher's command."""

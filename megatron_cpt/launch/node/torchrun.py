@@ -1,4 +1,4 @@
-"""What a launcher starts once per node: torchrun with this node's rank, whichever launcher said which one it is.
+"""Program that a launcher starts once per node: torchrun with this node's rank, read from any supported launcher.
 
 python -m megatron_cpt.launch.node.torchrun TORCHRUN_ARGUMENT ...
 """

@@ -1,1 +1,1 @@
-"""What a run will need: memory, disk, time, layouts that fit."""
+"""Requirements of a run: memory, disk, time, layouts that fit."""

@@ -5,13 +5,13 @@ arXiv:1910.02054): in bf16 a parameter costs 2 bytes, its fp32 gradient 4, and f
 12 bytes, divided by the data-parallel size under the distributed optimizer; in fp32 4 + 4 + 8. Muon keeps one momentum
 for the layers' matrices (Megatron-Core, `optimizer/emerging_optimizers.py`): 4 bytes less each.
 
-Activations (after arXiv:2205.05198, section 4, counted anew for RMSNorm, SwiGLU, grouped queries and an attention
-kernel that keeps no `[s, s]` matrix): the tensors that the backward pass needs, per layer and token. Without fused
-kernels (CPU) a norm keeps fp32 copies and SwiGLU two more tensors. A pipeline stage p
-of P holds up to P - p micro-batches at once (1F1B), more by 1 + (P - 1) / (P v) when interleaved (same, section 4.2.3).
+Activations (after arXiv:2205.05198, section 4, recomputed for RMSNorm, SwiGLU, grouped queries and an attention kernel
+that keeps no `[s, s]` matrix): the tensors that the backward pass needs, per layer and token. Without fused kernels
+(CPU) a norm keeps fp32 copies and SwiGLU two more tensors. A pipeline stage p of P holds up to P - p micro-batches at
+once (1F1B), more by 1 + (P - 1) / (P v) when interleaved (same, section 4.2.3).
 
-What is not counted: the CUDA context, NCCL's buffers and fragmentation (about 3 to 6 GiB on a GPU), temporary buffers
-of single operations other than the loss.
+Not included: the CUDA context, NCCL's buffers and fragmentation (about 3 to 6 GiB on a GPU), temporary buffers of
+single operations other than the loss.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What a run will need, worked out on a login node: tokens, iterations, memory per rank, disk, time, links, node hours.
+"""Requirements of a run, computed on a login node: tokens, iterations, memory per rank, disk, time, links, node hours.
 
 Nothing is allocated and no model is built; the numbers follow from the configuration, the free space of the run
 directory's file system, and a throughput that is stated or read from the run's own metrics.
@@ -29,7 +29,7 @@ from megatron_cpt.run.directory import run_dir
 
 GIB = 1 << 30
 GPU_RESERVE_BYTES = 6 * GIB
-"""What a GPU needs beyond the formula: CUDA context, NCCL's buffers, fragmentation."""
+"""GPU memory beyond the formula: CUDA context, NCCL's buffers, fragmentation."""
 WEIGHTS_BYTES = {"bf16": 2, "fp32": 4}
 """Checkpoint bytes per parameter of weights alone."""
 
@@ -62,7 +62,7 @@ class Plan:
 
     @property
     def room_bytes(self) -> int:
-        """What may be written: free space, or less where a quota leaves less."""
+        """Bytes that can be written: free space, or the rest of a quota if that is less."""
         return self.free_bytes if self.quota is None else min(self.free_bytes, self.quota.left_bytes)
 
     @property

@@ -1,4 +1,4 @@
-"""What a person or a group may still write on a file system, asked of the commands that sites have.
+"""Remaining quota of a user or a group on a file system, from the commands that sites provide.
 
 Lustre answers `lfs quota`, other file systems `quota -w`. A site without either has no quota that can be seen here, and
 the free space of the file system is all there is to say.
@@ -30,7 +30,7 @@ class Quota:
 
     @property
     def left_bytes(self) -> int:
-        """Bytes that may still be written, not below 0."""
+        """Bytes that can still be written, not below 0."""
         return max(self.limit_bytes - self.used_bytes, 0)
 
 

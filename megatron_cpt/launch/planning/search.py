@@ -33,7 +33,7 @@ MICRO_BATCHES = (1, 2, 4, 8)
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """What a rank's device computes and exchanges; the defaults are an H100's (NVIDIA H100 SXM data sheet, dense bf16;
+    """Compute and network rates of a rank's device; the defaults are an H100's (NVIDIA H100 SXM data sheet, dense bf16;
     NVLink 4 and one 400 Gb/s link, at about 70 and 80 percent)."""
 
     peak_flops: float = 989e12
@@ -43,12 +43,12 @@ class Hardware:
 
     @property
     def flops(self) -> float:
-        """Half of the peak, which is what training reaches."""
+        """Half of the peak, which training reaches in practice."""
         return 0.5 * self.peak_flops
 
 
 def hardware_of(site: Site) -> Hardware:
-    """Return what a site file says of its devices and links."""
+    """Return the devices and links of a site file."""
     given = {
         "peak_flops": (site.gpu_tflops, 1e12),
         "inside_node": (site.gigabytes_inside_node, 1e9),
@@ -59,7 +59,7 @@ def hardware_of(site: Site) -> Hardware:
 
 @dataclass(frozen=True)
 class Layout:
-    """A configuration that fits, and what it costs."""
+    """A configuration that fits, with its cost."""
 
     config: RunConfig
     peak_bytes: int

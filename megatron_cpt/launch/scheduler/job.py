@@ -1,4 +1,4 @@
-"""One job model for every scheduler: what runs, on how much, after what."""
+"""One job model for every scheduler: command, resources, dependencies."""
 
 import re
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ _JOB_ID = {
 
 @dataclass(frozen=True)
 class Dependency:
-    """Jobs that must have started or ended, in a certain way, before this one may start."""
+    """Jobs that must have started or ended, in a certain way, before this one can start."""
 
     kind: str
     ids: tuple[str, ...]
@@ -31,7 +31,7 @@ class Dependency:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a scheduler is asked to run."""
+    """A job for a scheduler."""
 
     name: str
     """Name in the queue."""

@@ -59,8 +59,8 @@ def run_local(
 ) -> int:
     """Run `python PROGRAM ARGUMENTS` on `num_ranks` local ranks; return the exit code of the rank that failed first.
 
-    A rank ended by signal N gives 128 + N; 2 means a mistake of the user, which no restart would mend. After any other
-    failure the job starts again up to `max_restarts` times and continues from the run's last checkpoint.
+    A rank ended by signal N returns 128 + N; 2 means a user error, which a restart cannot fix. After any other failure
+    the job starts again up to `max_restarts` times and continues from the run's last checkpoint.
 
     Raises: LaunchError when another job holds the run or no port can be bound.
     """
@@ -108,7 +108,7 @@ def run_once(
 ) -> int:
     """Run `megatron-cpt WORDS` as a process of this machine, shown here and kept in the job's log; return its exit code.
 
-    The ledger says from what it was made (`run/made_of.py`). A signal is passed on to it.
+    The ledger records its inputs (`run/made_of.py`). A signal is passed on to it.
     """
     log_dir = run.logs / job
     log_dir.mkdir(parents=True, exist_ok=True)
@@ -146,7 +146,7 @@ def job_name() -> str:
 
 
 def job_state(record: Mapping[str, Any]) -> JobState:
-    """Return the state of a local job from what the ledger says of it and whether its process is there."""
+    """Return the state of a local job from its ledger records and the existence of its process."""
     state = str(record.get("state", "unknown"))
     if state not in ACTIVE_STATES:
         ended = {"stopped": "finished"}.get(state, state)
@@ -184,7 +184,7 @@ def _copy(pipe: IO[bytes], target: TextIO, log: IO[bytes]) -> None:
 
 
 def local_environment(environment: Mapping[str, str], num_ranks: int) -> dict[str, str]:
-    """Return the environment of the ranks; what the user has set stands, but the package stays importable."""
+    """Return the environment of the ranks; the user's values are kept, and the package stays importable."""
     defaults = process_environment(environment, num_ranks)
     if sys.platform == "linux":
         defaults["GLOO_SOCKET_IFNAME"] = "lo"  # a machine's own name need not resolve

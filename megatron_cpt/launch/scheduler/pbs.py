@@ -1,9 +1,9 @@
 """PBS Professional through qsub, qstat, qselect and qdel (OpenPBS 23.06 observed).
 
 Live jobs are asked for first, without `-x`: a server that keeps no history (`job_history_enable` false, OpenPBS's own
-default) answers `qstat -x` about a running job with exit code 0 and no job at all. A job that is not live is then looked up
-in the history. Exit code 153 (`Unknown Job Id`) and 35 (`Job has finished`) are answers; every other failure (a stopped
-server gives 255 or `cannot connect`) says nothing about the jobs.
+default) answers `qstat -x` about a running job with exit code 0 and no job at all. A job that is not live is then
+looked up in the history. Exit code 153 (`Unknown Job Id`) and 35 (`Job has finished`) are answers; every other failure
+(a stopped server returns 255 or `cannot connect`) contains no information about the jobs.
 """
 
 import json

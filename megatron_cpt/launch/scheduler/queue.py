@@ -1,4 +1,4 @@
-"""What a batch scheduler is asked through its own commands: submit, find by name, the states of jobs, cancel.
+"""Calls of a batch scheduler's own commands: submit, find by name, the states of jobs, cancel.
 
 A job's state is `queued`, `held`, `running`, `finished`, `failed` or `cancelled`; `gone` where the scheduler answers that it
 has no such job (any more); `unknown` where it did not answer. The last two are different things: a job that is gone can be
@@ -24,14 +24,14 @@ TIMEOUT_SECONDS = 60
 NO_ANSWER = 124
 """Exit code of a command that did not end within its time, as `timeout` has it."""
 _LOST = re.compile(r"timed out|time-?out|cannot connect|unable to contact|connection (refused|reset)|end of file", re.I)
-"""Words of a submit command that lost its server in the middle: the job may have been taken all the same."""
+"""Words of a submit command that lost its server in the middle: the scheduler can still have accepted the job."""
 ALIVE = ("queued", "held", "running")
-"""States of a job that may still run."""
+"""States of a job that can still run."""
 
 
 @dataclass(frozen=True)
 class JobState:
-    """What the scheduler says of one job."""
+    """The scheduler's state of one job."""
 
     state: str
     reason: str = ""
@@ -45,7 +45,7 @@ class Scheduler(abc.ABC):
     commands: tuple[str, ...]
     """Programs that must be on PATH."""
     consequence: str
-    """What would happen to a job whose parent is unknown."""
+    """Behaviour of a job whose parent is unknown."""
 
     def check_commands(self) -> None:
         """Raise LaunchError unless the scheduler's commands are on PATH."""
@@ -66,7 +66,7 @@ class Scheduler(abc.ABC):
 
     @abc.abstractmethod
     def printed_id(self, output: str) -> str | None:
-        """Return the id of a new job in what the submit command printed, which may hold a site's notices too."""
+        """Return the id of a new job from the submit command's output, which can also contain a site's notices."""
 
     @abc.abstractmethod
     def named(self, name: str) -> list[str] | None:
@@ -83,7 +83,8 @@ class Scheduler(abc.ABC):
     def submit(self, script: Path, dependencies: Sequence[Dependency], name: str) -> str:
         """Submit a job script whose job has the unique `name`; return the job's id.
 
-        A scheduler may take a job and lose its answer (a time-out, a notice in the place of the id): the name tells.
+        A scheduler can accept a job and lose its answer (a time-out, a notice instead of the id); the job's name
+        identifies it.
 
         Raises: LaunchError with the scheduler's own message, or NotKnown where nobody can tell whether it took the job.
         """
@@ -133,7 +134,7 @@ class Scheduler(abc.ABC):
 
 
 class NotKnown(LaunchError):
-    """The scheduler did not answer, so nothing may be concluded about a job."""
+    """The scheduler did not answer, so the states of jobs are unknown."""
 
 
 def scheduler_of(name: str) -> Scheduler:
@@ -145,7 +146,7 @@ def scheduler_of(name: str) -> Scheduler:
 
 
 def ask(command: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run a scheduler's command; one that does not end in time has exit code NO_ANSWER and what it printed so far.
+    """Run a scheduler's command; after a timeout, return exit code NO_ANSWER and the output so far.
 
     Raises: LaunchError when the command is not there.
     """
@@ -185,11 +186,11 @@ def one_line(text: str) -> str:
 
 
 def unanswered(ids: Iterable[str], result: subprocess.CompletedProcess[str]) -> dict[str, JobState]:
-    """Return `unknown` for every id, with what the command said."""
+    """Return `unknown` for every id, with the command's output."""
     said = one_line(result.stderr or result.stdout) or f"exit code {result.returncode}"
     return dict.fromkeys(ids, JobState("unknown", said))
 
 
 def with_gone(found: Mapping[str, JobState], ids: Iterable[str], reason: str = "") -> dict[str, JobState]:
-    """Return a state for every id: what was found, and `gone` for the others."""
+    """Return a state for every id: the reported one, or `gone`."""
     return {job: found.get(job, JobState("gone", reason)) for job in ids}

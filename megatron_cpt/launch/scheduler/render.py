@@ -1,7 +1,7 @@
 """A job script from a job: one template per scheduler, whose lines without a value are left out.
 
 The templates are `pbs/job.sh.in` and `slurm/job.sh.in`. A line whose hole has no value disappears, one whose hole has
-several becomes several lines. What the job does stands in its last line; the rest is what a scheduler needs.
+several becomes several lines. The last line runs the job; the other lines are for the scheduler.
 """
 
 import re
@@ -24,7 +24,7 @@ def template_path(scheduler: str) -> Path:
 def render_job(job: Job, scheduler: str) -> str:
     """Return the job script.
 
-    Raises: LaunchError when a value cannot stand in a directive, which knows no quotes.
+    Raises: LaunchError if a value cannot be written in a directive, which has no quoting.
     """
     holes = _directive_values(job, scheduler)
     for name, values in holes.items():

@@ -1,8 +1,8 @@
-"""What a site adds to a job: queues, resources, modules, launcher, environment; the `site:` section of a site file.
+"""The `site:` section of a site file: queues, resources, modules, launcher, environment.
 
-A site file holds sections of the run configuration (`launch:`, `paths:`) and one section of its own, `site:`, read here.
-Account and queue may come from the environment (MEGATRON_CPT_ACCOUNT, MEGATRON_CPT_QUEUE) or the command line instead;
-nobody's account stands in a file that is shared.
+A site file holds sections of the run configuration (`launch:`, `paths:`) and one section of its own, `site:`, read
+here. Account and queue can be set in the environment (MEGATRON_CPT_ACCOUNT, MEGATRON_CPT_QUEUE) or the command line
+instead; shared files contain no account.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from megatron_cpt.launch.scheduler.job import VARIABLE_NAME
 
 @dataclass(frozen=True, kw_only=True)
 class StageResources:
-    """What one stage needs instead of the site's defaults."""
+    """Resources of one stage that override the site's defaults."""
 
     queue: str | None = None
     """Queue or partition of the stage."""
@@ -48,7 +48,7 @@ class Site:
     options: tuple[str, ...] = ()
     """Further directives, such as `-v RTYPE=rt_HF` or `--gpus-per-node={gpus_per_node}`."""
     processes: Literal["node", "rank"] = "node"
-    """What the launcher starts: torchrun once per node, or every rank itself."""
+    """Processes that the launcher starts: torchrun once per node, or every rank."""
     launcher: tuple[str, ...] = ()
     """Command that starts processes on all nodes; {nodes}, {processes}, {processes_per_node}, {hostfile} are filled in."""
     modules: tuple[str, ...] = ()

@@ -1,8 +1,8 @@
 """Slurm through sbatch, squeue and scancel (22.05 observed).
 
-`squeue --jobs` with ids that it does not know prints the others with exit code 0; with one id that it does not know it says
-`Invalid job id specified` with exit code 1. Any other failure says nothing about the jobs. `exit_code` is the status that
-wait(2) gives: 768 is exit code 3.
+`squeue --jobs` with ids that it does not know prints the others with exit code 0; with a single unknown id it prints
+`Invalid job id specified` with exit code 1. Any other failure contains no information about the jobs. `exit_code` is
+the status returned by wait(2): 768 is exit code 3.
 """
 
 import re

@@ -1,6 +1,6 @@
-"""The state of a run's jobs, from what the ledger, the scheduler and the job itself say: one function, one table.
+"""The state of a run's jobs from the ledger, the scheduler and the job itself: one function, one table.
 
-| ledger says | scheduler says | state |
+| ledger | scheduler | state |
 |---|---|---|
 | submitted | queued, held, running | the scheduler's |
 | submitted, running | finished, failed, cancelled | the scheduler's, written down |

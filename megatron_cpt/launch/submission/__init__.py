@@ -1,1 +1,1 @@
-"""What is handed to a scheduler: training, pipelines, sweeps, single verbs."""
+"""Submission of training, pipelines, sweeps and single verbs."""

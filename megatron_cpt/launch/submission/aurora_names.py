@@ -1,4 +1,5 @@
-"""The variables of AuroraGPT's `train_alcf.sh`: the setting that each becomes, or why it is refused and what replaces it.
+"""The variables of AuroraGPT's `train_alcf.sh`: the setting for each, or the reason for refusing it and its
+replacement.
 
 Source: argonne-lcf/Megatron-DeepSpeed, `ALCF/helpers.sh` (`setParams`, `set_args`, `get_training_args`).
 """
@@ -36,8 +37,8 @@ SETTINGS = {
     "FFN_HIDDEN_SIZE": "model.ffn_hidden_size",
     "INIT_METHOD_STD": "model.init_method_std",
 }
-"""Variable -> setting that takes its value as it is. SP, Ulysses' ranks per sequence, becomes context parallelism; SAVE names
-the folder under which the run directory, with its checkpoints, is made."""
+"""Variable -> setting that takes its value unchanged. SP, Ulysses' ranks per sequence, becomes context parallelism;
+SAVE names the folder under which the run directory, with its checkpoints, is made."""
 
 SAME = {
     "LR_WARMUP_FRAC": "LR_WARMUP_FRACTION",
@@ -67,7 +68,7 @@ INSTEAD = {
     "USE_ACTIVATION_CHECKPOINTING": "1 turns recomputing on: parallel.recompute_granularity=full",
     "NO_TENSORBOARD": "1 turns it off: logging.tensorboard=false",
 }
-"""What a value that `VALUES` does not have is told."""
+"""Error message for a value that is not in `VALUES`."""
 
 REFUSED = {
     "MODEL_ARCH": "Name the architecture with --params, such as llama2-7b",
@@ -94,5 +95,5 @@ HARMLESS = frozenset(
     "BE CCL NCCL DATA_CACHE_PATH DEBUG DIST_LAUNCH GPUS_PER_NODE HOSTFILE MACHINE MODEL_TYPE NGPU_PER_HOST NGPUS NHOSTS "
     "OVERRIDE_CKPT_OPT_PARAM OUTPUT_DIR OUTPUT_LOG TIMING_LOG_LEVEL WORKING_DIR WORLD_SIZE TRAIN_ARGS".split()
 )
-"""What the original exports or a job's environment holds, and nothing of a run's result follows from: the layout comes from
+"""Variables of the original or of a job's environment that do not affect a run's result: the layout comes from
 launch.nodes and the site file, caches are found by content, optimizer settings always come from the configuration."""

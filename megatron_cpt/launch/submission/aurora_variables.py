@@ -3,8 +3,9 @@
     DATA_FILE_LIST=list.txt LOAD=ckpt TRAIN_TOKENS=22000000000 GRAD_ACC_STEPS=16 LR=2e-4 LR_WARMUP_FRACTION=0.01 \\
         tools/train.sh --task tasks/t --params 7b --size 22B --universal-checkpoint --finetune
 
-Every variable of the family is honoured, known to be harmless or refused (`aurora_names.py`); none is ignored. The checkpoints of this toolkit are universal, so
-`--universal-checkpoint` says only that optimizer state is loaded too, unless `--finetune` is given.
+Every variable of the family is honoured, known to be harmless or refused (`aurora_names.py`); none is ignored. The
+checkpoints of this toolkit are universal, so `--universal-checkpoint` only means that optimizer state is also loaded,
+unless `--finetune` is given.
 
 Source: the variables of `train_alcf.sh` in argonne-lcf/Megatron-DeepSpeed.
 """

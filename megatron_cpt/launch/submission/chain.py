@@ -1,7 +1,7 @@
 """Training as a chain of jobs, each of one walltime, each continuing from the last checkpoint.
 
-Every link needs what training needs (`afterok` of the parents) and comes after all links before it (`afterany`): a link whose
-parents failed never starts, and a cancelled link does not let the next one start beside a running one.
+Every link has the dependencies of training (`afterok` of the parents) and comes after all links before it (`afterany`):
+a link whose parents failed never starts, and a cancelled link does not let the next one start while another one is running.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Submitted:
-    """What a command of `submit` did."""
+    """Result of a `submit` command."""
 
     ids: tuple[str, ...] = ()
     """Jobs that it submitted or ran."""
@@ -85,7 +85,7 @@ def submit_links(
 ) -> list[str]:
     """Submit the links that are missing behind those that are `alive`; return all ids. The caller holds the lock.
 
-    `parents` must have finished before any link starts; where there are none, `first` holds for a first link.
+    `parents` must have finished before any link starts; without parents, `first` applies to the first link.
     """
     submission = executor.submission
     chain = read_jobs(submission.run.jobs)[alive[-1]].get("chain") if alive else None

@@ -1,7 +1,7 @@
 """A job per kept checkpoint: bits per byte on the task's held-out texts, or the tasks of lm-evaluation-harness.
 
-A checkpoint's Hugging Face export is measured where there is one, else the Megatron checkpoint itself, converted for the
-time. What has its result already, or a job in the queue, is not submitted again.
+A checkpoint's Hugging Face export is measured where there is one, else the Megatron checkpoint itself, converted for
+the time. A checkpoint that already has its result, or a job in the queue, is not submitted again.
 """
 
 import logging

@@ -1,7 +1,8 @@
-"""Who runs a piece of work: this machine, at once, or a batch scheduler, later. Every launch feature speaks to this interface.
+"""Executors of a piece of work: this machine, at once, or a batch scheduler, later. Every launch feature speaks to this
+interface.
 
-`submit` returns a job's id. On this machine the job has ended by then, and its state says how; a scheduler's job may wait for
-others. What one of them cannot do (`supports`) is refused by name.
+`submit` returns a job's id. On this machine the job has ended by then, with its final state; a scheduler's job can wait
+for others. An option that an executor does not support (`supports`) is refused by name.
 """
 
 import abc
@@ -48,7 +49,7 @@ class Executor(abc.ABC):
     options: frozenset[str] = frozenset()
     """Options of `submit` that it supports, of those in `_ADVICE`."""
     waits = False
-    """Whether a job may wait for others; else it has ended when `submit` returns."""
+    """Whether a job can wait for others; otherwise it has ended when `submit` returns."""
 
     def __init__(self, submission: Submission):
         self.submission = submission
@@ -96,7 +97,7 @@ class Executor(abc.ABC):
 
     @abc.abstractmethod
     def live(self, stage: str, name: str | None = None) -> list[str]:
-        """Return the ids of this run's jobs of a stage that may still run, in the order of submission.
+        """Return the ids of this run's jobs of a stage that can still run, in the order of submission.
 
         Raises: NotKnown when that cannot be told.
         """

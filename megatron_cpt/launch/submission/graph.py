@@ -1,7 +1,7 @@
-"""What a run consists of: its stages as a graph, and which of them are current.
+"""The stages of a run as a graph, and which of them are up to date.
 
-On this machine every stage is called, and its verb says what it keeps. On a cluster a job costs a wait, so a stage is left
-out whose last job finished and whose inputs and outputs are those of that job (`run/made_of.py`).
+On this machine every stage is called, and its verb decides which results it keeps. On a cluster a job costs a wait, so
+a stage is left out whose last job finished and whose inputs and outputs are those of that job (`run/made_of.py`).
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ TOKENS_SUFFIX = "_text_document"
 def pipeline_stages(submission: Submission, *, num_array_tasks: int = 1, soup_last: int = 0) -> list[Work]:
     """Return the graph in an order in which every stage comes after those it needs.
 
-    Raises: ConfigError when a corpus has documents but says not where its tokens go.
+    Raises: ConfigError if a corpus has documents but no path for its tokens.
     """
     config, run, options = submission.loaded.config, submission.run, submission.run_arguments
     iterations = train_iters(config.training)

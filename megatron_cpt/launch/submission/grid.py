@@ -75,7 +75,7 @@ def grid_points(grid: Mapping[str, Sequence[str]], config: RunConfig, old: tuple
 
 
 def old_corpora(arguments: argparse.Namespace, config: RunConfig) -> tuple[str, ...]:
-    """Return the corpora that may not be forgotten: those of --old, of the variant that is forked, or the first one.
+    """Return the corpora that must not be forgotten: those of --old, of the variant that is forked, or the first one.
 
     Raises: ConfigError for a name that is no corpus.
     """

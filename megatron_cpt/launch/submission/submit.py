@@ -1,4 +1,4 @@
-"""What a submission is, and the job of each piece of its work."""
+"""A submission, and the job of each piece of its work."""
 
 import dataclasses
 import json
@@ -25,12 +25,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Submission:
-    """What is common to the jobs of one command."""
+    """Values common to the jobs of one command."""
 
     loaded: LoadedConfig
     site: Site
     run_arguments: tuple[str, ...]
-    """--task ... key=value: what makes another verb load the same configuration."""
+    """--task ... key=value arguments that make another verb load the same configuration."""
     depend: str | None = None
     """Jobs to wait for, in the scheduler's own syntax."""
     dry_run: bool = False

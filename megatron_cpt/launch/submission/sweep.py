@@ -1,6 +1,6 @@
 """A sweep: a small grid of settings, each point a labelled variant in a run directory of its own, one report at the end.
 
-The grid's folder is `VARIANT+sweep` beside the points: `sweep.json` (what was asked for), `jobs/`, `logs/`, `report/`. On a
+The grid's folder is `VARIANT+sweep` next to the points: `sweep.json` (the request), `jobs/`, `logs/`, `report/`. On a
 cluster the missing points are tasks of one array job and the report waits for it (afterany: a point that fails does not
 keep the others from being compared); locally they run one after the other. The same command again submits the points
 that are neither finished nor queued or running; a point that has begun continues from its last checkpoint.
@@ -49,7 +49,7 @@ class Sweep:
     submissions: Sequence[Submission]
     """One per point."""
     old: tuple[str, ...]
-    """Corpora that may not be forgotten."""
+    """Corpora that must not be forgotten."""
 
 
 def check_sweep(sweep: Sweep) -> None:
@@ -150,7 +150,7 @@ def _queue(sweep: Sweep, executor: Executor) -> Submitted:
 
 
 def array_work(sweep: Sweep, missing: Sequence[int]) -> Work:
-    """Return the work of the points in `missing` as one array, whose table tells each task what to train.
+    """Return the work of the points in `missing` as one array, whose table contains the run of each task.
 
     Raises: LaunchError when the site allows no array that large.
     """

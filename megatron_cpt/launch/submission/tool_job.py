@@ -42,7 +42,8 @@ def submit_tool_job(
 ) -> Submitted:
     """Run or queue `megatron-cpt COMMAND` as the job `name`.
 
-    `problems` are what the caller found that keeps it from working. With `on_ranks` it runs on every rank of a training job, whose resources it has; else once, with those of a stage.
+    `problems` are errors found by the caller that prevent the job. With `on_ranks` it runs on every rank of a training
+    job, whose resources it has; else once, with those of a stage.
 
     Raises: LaunchError when the site lacks something or a job of that name is queued or running.
     """

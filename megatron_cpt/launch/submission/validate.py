@@ -1,4 +1,4 @@
-"""What can be found wrong before anything is queued: site, data, checkpoint, disk. A typo must not wait two days."""
+"""Checks before anything is queued: site, data, checkpoint, disk. A typo must not wait two days."""
 
 import dataclasses
 from pathlib import Path

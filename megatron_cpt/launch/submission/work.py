@@ -9,7 +9,7 @@ class Link:
 
     number: int
     is_last: bool = True
-    """Exit code 3 where the run is not finished after it: what depends on the run must not start."""
+    """Exit code 3 if the run is not finished after it: jobs that depend on the run must not start."""
     max_failures: int = 2
     """Links in a row without progress that break the chain."""
 
@@ -36,8 +36,8 @@ class Work:
     writes: tuple[str, ...] = ()
     """Files and folders that it makes."""
     joined_by: str | None = None
-    """Name of the work that joins its results, removes them, and so stands for them."""
+    """Name of the work that joins its results, removes them, and therefore represents them."""
     points: str | None = None
-    """Sweep: file with the table of what each task of the array trains."""
+    """Sweep: file with the table of the runs of the array's tasks."""
     fields: dict[str, object] = field(default_factory=dict)
     """More for the ledger."""
