@@ -9,6 +9,7 @@ import pytest
 from megatron_cpt import cli
 from megatron_cpt.errors import CptError, storage_error
 from megatron_cpt.files import naming, read_json, write_text
+from megatron_cpt.verbs import status
 
 CODES = (
     "EIO ESTALE EACCES ENOSPC EDQUOT EROFS EISDIR ENOTDIR ELOOP EMFILE ENOMEM ENAMETOOLONG ETIMEDOUT ENOTCONN".split()
@@ -34,17 +35,10 @@ def test_a_refusal_without_number_or_name_is_told_too():
 def test_the_command_line_says_it_in_one_line_and_exits_2(code, monkeypatch, capsys):
     number = getattr(errno, code)
 
-    def refuse(verb, program):
-        raise AssertionError
+    def refuse(arguments):
+        raise OSError(number, os.strerror(number), "/data/file")
 
-    class Module:
-        @staticmethod
-        def run(arguments):
-            raise OSError(number, os.strerror(number), "/data/file")
-
-    import argparse
-
-    monkeypatch.setattr(cli, "load_verb", lambda verb, program: (Module, argparse.ArgumentParser()))
+    monkeypatch.setattr(status, "run", refuse)
     with pytest.raises(SystemExit) as ended:
         cli.main(["status"])
     said = capsys.readouterr().err
