@@ -1,8 +1,8 @@
 """Hugging Face folders: tensors read one at a time with plain reads, shards written in one pass.
 
-A safetensors file is eight bytes (length of the header, little endian), a JSON header (name -> dtype, shape, offsets) and
-the values. Reading with `preadv` into a tensor of our own keeps the memory bounded by what is asked for, which a mapped
-file does not. `pytorch_model*.bin` folders are read by `safe.load_safely`, mapped.
+A safetensors file is eight bytes (length of the header, little endian), a JSON header (name -> dtype, shape, offsets)
+and the values. Reading with `preadv` into a tensor of our own limits memory to the requested bytes, unlike a mapped
+file. `pytorch_model*.bin` folders are read by `safe.load_safely`, mapped.
 """
 
 import contextlib
@@ -62,7 +62,7 @@ SIDE_FILES = (
     "chat_template.json",
     "tokenization_*.py",
 )
-"""What belongs to a tokenizer (globs)."""
+"""Files of a tokenizer (globs)."""
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 
 
@@ -89,7 +89,7 @@ class HFFolder:
 
     @property
     def options(self) -> ImportOptions:
-        """What a conversion that wrote the folder was told to pass over."""
+        """Options of the conversion that wrote the folder to skip items."""
         return ImportOptions.of(_read_record(self.path / CONVERSION))
 
     def names(self) -> list[str]:
@@ -181,8 +181,8 @@ class HFFolder:
         return {"float32": torch.float32, "float16": torch.float16}.get(str(name), torch.bfloat16)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return what tells this model from another without reading it whole: configuration, and per weight file its size
-        and a hash of its header and of 16 pieces of 64 KiB over its length."""
+        """Return the model's identity without reading all of it: configuration, and per weight file its size and a hash
+        of its header and of 16 pieces of 64 KiB over its length."""
         return {
             "config": hashlib.blake2b((self.path / "config.json").read_bytes(), digest_size=16).hexdigest(),
             "files": {file.name: [file.stat().st_size, sampled_hash(file)] for file in self.files},
@@ -345,7 +345,7 @@ def _read_fully(descriptor: int, view: memoryview, offset: int, file: Path) -> N
 
 
 def sampled_hash(file: Path) -> str:
-    """Return a hash of 17 pieces of 64 KiB over a file's length, which tells files apart without reading them whole."""
+    """Return a hash of 17 pieces of 64 KiB over a file's length, which identifies a file without reading all of it."""
     size = file.stat().st_size
     digest = hashlib.blake2b(digest_size=16)
     with file.open("rb") as raw, naming(file):

@@ -37,7 +37,7 @@ PART_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class Slice:
-    """What one write produces: `key[offsets : offsets + shape]` of a tensor with `global_shape`."""
+    """Output of one write: `key[offsets : offsets + shape]` of a tensor with `global_shape`."""
 
     key: str
     shape: tuple[int, ...]
@@ -61,7 +61,7 @@ def write_dcp(
     num_workers: int = 2,
     progress: Callable[[int], None] = lambda _: None,
 ) -> dict[str, str]:
-    """Write `slices` and the pickled `objects` as DCP files; return file name -> BLAKE2b-128 of what was written.
+    """Write `slices` and the pickled `objects` as DCP files; return file name -> BLAKE2b-128 of the written bytes.
 
     Memory: `num_workers` slices and their sources at a time. Files are flushed to disk; `.metadata` comes last.
     """
