@@ -1,4 +1,4 @@
-"""What is in a checkpoint, how two differ, and a manifest for a foreign one."""
+"""Content of a checkpoint, differences of two, and a manifest for a foreign one."""
 
 import dataclasses
 import logging

@@ -1,1 +1,1 @@
-"""What a model learned and what it forgot."""
+"""Measurement of a model's learning and forgetting."""

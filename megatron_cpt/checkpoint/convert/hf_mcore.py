@@ -76,10 +76,10 @@ def hf_to_mcore(
 ) -> Path:
     """Convert the model in `hf_dir` to `<output>/release`; return that folder.
 
-    `model`, when given, must describe the same weights; its vocabulary padding is used. `dtype` is fp32, bf16 or fp16 (None:
-    as it is; the router's bias keeps its type). `verify` reads everything back and compares it bit by bit. `extension` adds
-    rows to the vocabulary. `skip_tensors`, `ignore_config` and `drop_mtp` (the layers that predict further tokens, which are
-    not trained) are remembered in the manifest. `allow_nonfinite` lets NaN and infinity pass.
+    `model`, when given, must describe the same weights; its vocabulary padding is used. `dtype` is fp32, bf16 or fp16
+    (None: unchanged; the router's bias keeps its type). `verify` reads everything back and compares it bit by bit.
+    `extension` adds rows to the vocabulary. `skip_tensors`, `ignore_config` and `drop_mtp` (the layers that predict
+    further tokens, which are not trained) are remembered in the manifest. `allow_nonfinite` lets NaN and infinity pass.
 
     Raises: CheckpointError when a tensor or a key has no place, when sizes differ, or when there is something else already.
     """
@@ -151,10 +151,10 @@ def mcore_to_hf(
     folder `output`; return `output`.
 
     The model and the source's `config.json` come from the manifest. `tokenizer` (a folder, `tokenizer.json` or a
-    SentencePiece model) is copied, with chat template and generation configuration where it has them; else, and for all other
-    files beside the weights, what the checkpoint kept of its base is. `allow_nonfinite` lets NaN and infinity pass. `weights` and `manifest`
-    replace the checkpoint's own (averages, other formats); `checkpoint` then only names them. `extra_files` (name -> JSON
-    value) are written beside.
+    SentencePiece model) is copied, with chat template and generation configuration if it has them; otherwise, and for
+    all other files except the weights, the files that the checkpoint kept of its base are copied. `allow_nonfinite`
+    lets NaN and infinity pass. `weights` and `manifest` replace the checkpoint's own (averages, other formats);
+    `checkpoint` then only names them. `extra_files` (name -> JSON value) are written to the same folder.
 
     Raises: CheckpointError when the checkpoint is damaged or incomplete, or `output` holds something else.
     """
@@ -381,7 +381,7 @@ def claimed(directory: Path) -> Iterator[None]:
 
 
 def progress_of(label: str, total: int) -> Callable[[int], None]:
-    """Return a function that counts bytes and logs progress; workers may call it at the same time."""
+    """Return a function that counts bytes and logs progress; workers can call it concurrently."""
     meter, lock = Progress(label, total / 1e6, "MB"), threading.Lock()
 
     @functools.wraps(meter.add)

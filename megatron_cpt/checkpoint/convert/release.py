@@ -1,4 +1,4 @@
-"""Checkpoints that no training wrote (converted, averaged): what their manifest says, and whether one is made already."""
+"""Checkpoints that no training wrote (converted, averaged): their manifest, and whether one exists already."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from megatron_cpt.errors import CheckpointError
 
 
 def release_manifest(model: dict[str, Any], source: dict[str, Any], **more: Any) -> dict[str, Any]:
-    """Return the manifest of a `release` checkpoint; `source` tells what it was made of, `more` adds and overrides."""
+    """Return the manifest of a `release` checkpoint; `source` describes its inputs, `more` adds and overrides."""
     return {
         "iteration": "release",
         "consumed_samples": 0,
@@ -32,8 +32,8 @@ def release_manifest(model: dict[str, Any], source: dict[str, Any], **more: Any)
 def is_made(target: Path, source: dict[str, Any], model: ModelConfig) -> bool:
     """Return whether `target` is a whole checkpoint made of `source`, of the same model.
 
-    Models are compared by what they mean: a setting that is left to its default equals the value that the default gives
-    (`kv_channels`), and settings of training alone (dropout, initialisation) do not count.
+    Models are compared by meaning: an unset setting equals its default value (`kv_channels`), and settings of training
+    alone (dropout, initialisation) do not count.
 
     Raises: CheckpointError when it is damaged, or was made of something else, naming what differs.
     """

@@ -78,5 +78,5 @@ def verify_against_hf(
 
 
 def tensor_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor's bytes, so that comparing them tells NaN from NaN and 0 from -0."""
+    """Return a tensor's bytes, so that a comparison distinguishes different NaNs, and 0 from -0."""
     return tensor.contiguous().reshape(-1).view(torch.uint8)

@@ -56,8 +56,8 @@ def foreign_to_mcore(
 ) -> Path:
     """Convert a checkpoint of Megatron-LM or DeepSpeed, of `model`, to `<output>/release`; return that folder.
 
-    `dtype` is the weights' type (None: as they are); main parameters and moments stay in fp32. `optimizer`: what to do
-    about the optimizer's state.
+    `dtype` is the weights' type (None: unchanged); main parameters and moments stay in fp32. `optimizer`: treatment of
+    the optimizer's state.
 
     Raises: CheckpointError when a weight has no place or is missing, optimizer state is needed and cannot be mapped, a
     pickle holds more than weights and arguments, or there is something else at the output already.

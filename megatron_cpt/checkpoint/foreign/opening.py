@@ -4,7 +4,8 @@
     <universal>/zero/<parameter>/fp32.pt                 DeepSpeed universal                   (deepspeed.py)
     iter_0001000/.metadata                               torch_dist by Megatron-LM             (sources.py)
 
-All pickles are read through an allow-list (safe.py). State that cannot be mapped with certainty is not used, and said.
+All pickles are read through an allow-list (safe.py). State that cannot be mapped with certainty is not used and is
+reported.
 """
 
 import re
@@ -79,7 +80,8 @@ def open_foreign(source: Path, model: ModelConfig) -> ForeignCheckpoint:
 
 
 def is_loadable(directory: Path, model: ModelConfig) -> bool:
-    """Return whether training loads a `torch_dist` folder as it is: a key per layer, named as Transformer Engine does."""
+    """Return whether training loads a `torch_dist` folder directly: a key per layer, named as Transformer Engine
+    does."""
     present = set(DcpReader(directory).tensor_keys())
     return all(unit.key in present for unit in model_units(model))
 

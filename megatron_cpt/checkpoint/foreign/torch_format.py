@@ -40,11 +40,11 @@ _LOCAL_TO_TE = {
 _REPLICATED = re.compile(r"layer_?norm|layernorm|router|_down_proj")
 _ROWS_SPLIT = re.compile(r"linear_proj|linear_fc2")
 _BUFFER_ALIGNMENT = 64
-"""Elements: where a parameter starts in the distributed optimizer's buffer, counted from its bucket."""
+"""Elements: start of a parameter in the distributed optimizer's buffer, counted from its bucket."""
 
 
 class Unmappable(Exception):
-    """Optimizer state whose parameters cannot be told apart with certainty; the text says why."""
+    """Optimizer state whose parameters cannot be identified with certainty; the text contains the reason."""
 
 
 class TorchFormatWeights:

@@ -36,7 +36,7 @@ _LARGEST_BYTES = 256 << 20
 
 
 def companions(folder: Path) -> list[Path]:
-    """Return the files that belong to a model beside its weights and config.json, relative to `folder`."""
+    """Return the files that belong to a model in addition to its weights and config.json, relative to `folder`."""
     found = [file for file in sorted(folder.iterdir()) if file.is_file() and not _matches(file.name, _NOT_KEPT)]
     found += [file for name in _FOLDERS for file in sorted((folder / name).glob("*")) if file.is_file()]
     small = [file for file in found if file.stat().st_size <= _LARGEST_BYTES]
@@ -96,9 +96,9 @@ def add_companions(
     eod_id: int | None = None,
     is_trained: bool = False,
 ) -> list[str]:
-    """Copy `tokenizer` (folder, `tokenizer.json`, SentencePiece model) and what the checkpoint `kept` into an export; return
-    the names of all files. A `tokenizer` takes the place of the kept one, which goes along only if `uses_kept_tokenizer`; the
-    card of the base goes by another name beside a model that `is_trained` since.
+    """Copy `tokenizer` (folder, `tokenizer.json`, SentencePiece model) and the files that the checkpoint `kept` into an
+    export; return the names of all files. A `tokenizer` replaces the kept one, which is copied only if
+    `uses_kept_tokenizer`; the card of the base is renamed if the model `is_trained` since.
 
     Raises: CheckpointError when there is no such tokenizer.
     """
@@ -141,7 +141,7 @@ def check_tokenizer_fits(tokenizer: Path | None, model: ModelConfig, *, is_own: 
 def copy_tokenizer(tokenizer: Path | None, directory: Path, eod_id: int | None) -> list[str]:
     """Copy a tokenizer (folder, `tokenizer.json`, SentencePiece model) into `directory`; return the names of its files.
 
-    Where it has no `tokenizer_config.json`, one is written that names the end-of-document token: `eod_id`, the one that the
+    If it has no `tokenizer_config.json`, one is written with the end-of-document token: `eod_id`, the one that the
     model was trained with, or the tokenizer's own.
 
     Raises: CheckpointError when there is none.

@@ -1,8 +1,8 @@
 """The Hugging Face Hub: push a model folder, in files of a bounded size, and fetch models and data sets.
 
-A push is planned from the folder alone, without a network: which files go, and, where a weight file is larger than allowed,
-which files take the weights' place (tensors unchanged). It is one commit; files that an interrupted push had sent already are
-not sent again. A download goes on where an interrupted one stopped, and is checked when it is a model.
+A push is planned from the folder alone, without a network: which files go, and, where a weight file is larger than
+allowed, which files take the weights' place (tensors unchanged). It is one commit; files that an interrupted push had
+sent already are not sent again. An interrupted download resumes, and a downloaded model is checked.
 
 The server is `HF_ENDPOINT`, the token `HF_TOKEN` or that of `hf auth login`, as huggingface_hub reads them.
 """
@@ -30,11 +30,11 @@ _HEADER_BYTES = 256
 
 @dataclass(frozen=True, kw_only=True)
 class PushPlan:
-    """What a push would send."""
+    """Content of a push."""
 
     folder: Path
     files: tuple[tuple[str, int], ...]
-    """(path in the repository, bytes) of the files that go as they are."""
+    """(path in the repository, bytes) of the files that are sent unchanged."""
     new_shards: tuple[tuple[str, int], ...] = ()
     """(name, bytes) of the weight files that take the place of too large ones; their headers come on top."""
     replaced: tuple[str, ...] = ()
@@ -132,7 +132,7 @@ def push(
 ) -> str:
     """Create the repository if need be and send the plan's files as one commit; return the commit's address.
 
-    The folder is not changed; weights that are cut anew lie beside it until they are sent. `api` is an
+    The folder is not changed; re-sharded weights are kept next to it until they are sent. `api` is an
     `huggingface_hub.HfApi`.
 
     Raises: CheckpointError when the server cannot be reached or refuses.

@@ -1,7 +1,8 @@
-"""The model card of a trained model, from what its export recorded: base, data, tokens, schedule, evaluation, licence.
+"""The model card of a trained model, from the records of its export: base, data, tokens, schedule, evaluation, licence.
 
-`training_record` is written into `conversion.json` when a checkpoint of a run is exported; `model_card` turns it into the
-README.md that a push sends where the folder has none. `without_local_paths` takes this machine's folders out of what is sent.
+`training_record` is written into `conversion.json` when a checkpoint of a run is exported; `model_card` turns it into
+the README.md that a push sends where the folder has none. `without_local_paths` removes this machine's folders from the
+card.
 """
 
 import json
@@ -25,7 +26,7 @@ _LARGEST_TEXT_BYTES = 64 << 20
 
 
 def training_record(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a card says about a run's checkpoint, empty for one that no training wrote."""
+    """Return the card's data about a run's checkpoint, empty for a checkpoint that no training wrote."""
     config = manifest.get("config")
     if not config:
         return {}

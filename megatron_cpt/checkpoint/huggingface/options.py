@@ -1,4 +1,4 @@
-"""What a conversion was told to pass over, remembered so that its inverse does not ask again.
+"""Skip options of a conversion, stored so that its inverse does not need them again.
 
 The manifest of a checkpoint and the `conversion.json` of an exported folder hold it under `options`.
 """

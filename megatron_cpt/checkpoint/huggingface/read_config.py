@@ -31,7 +31,7 @@ POSITION_FIELDS = {
     "rotary_base",
     *(field.name for field in dataclasses.fields(ModelConfig) if field.name.startswith("rope_")),
 }
-"""Fields that may differ on purpose between two stages (a longer context) although the weights are the same."""
+"""Fields that can differ on purpose between two stages (a longer context) with the same weights."""
 
 
 def model_config_from_hf(
@@ -96,7 +96,7 @@ def family_of_config(config: Mapping[str, Any], where: str = "config.json") -> F
 
 
 def architecture_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keys of a configuration that may change what the model computes."""
+    """Return the keys of a configuration that can change the model's computation."""
     return {key: value for key, value in config.items() if key not in HARMLESS}
 
 

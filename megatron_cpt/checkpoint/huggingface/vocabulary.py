@@ -1,4 +1,4 @@
-"""More rows for a vocabulary during conversion: old rows stay as they are, so that old tokens' logits do not change.
+"""More rows for a vocabulary during conversion: old rows are unchanged, so that old tokens' logits do not change.
 
 A new row is the mean of the old ones; or that mean plus noise of their covariance (scaled by 1e-5), which keeps the new
 tokens apart; or the mean of the rows of the old tokens that spell the new token.
@@ -49,7 +49,7 @@ class VocabExtension:
     seed: int = 0
     """Of the noise."""
     tokenizer: Path | None = None
-    """The tokenizer with the new tokens, which takes the place of the base's beside the checkpoint; None: the base's."""
+    """The tokenizer with the new tokens, stored with the checkpoint instead of the base's; None: the base's."""
 
     def trained_rows(self, rows: int) -> int:
         """Return how many of `rows` old rows belong to old tokens."""

@@ -17,7 +17,7 @@ _VARIANT = re.compile(rf"(?:model|pytorch_model)\.(?!safetensors$|bin$)[\w-]+?(?
 
 
 def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
-    """Return the files that hold weights, and tensor -> file name where an index says so.
+    """Return the files with weights, and tensor -> file name if there is an index.
 
     Raises: CheckpointError when there are none, when a file of the index is not there, or two sets contradict each other.
     """

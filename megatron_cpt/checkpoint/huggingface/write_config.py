@@ -1,7 +1,7 @@
 """A `config.json` for a model: the one its weights came from, or one derived from the ModelConfig.
 
-Both styles are written (`rope_parameters` and `rope_theta`, `dtype` and `torch_dtype`), so that transformers 5 and older readers each
-find their own. What is written is read back and must describe the same model.
+Both styles are written (`rope_parameters` and `rope_theta`, `dtype` and `torch_dtype`), so that transformers 5 and
+older readers each find their own. The written file is read back and must describe the same model.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,7 +35,7 @@ def hf_config_from_model(
     when it describes `model`; otherwise its keys that do not touch the architecture are carried over. `token_ids` fills
     `bos_token_id` and such where `base` has none. `ignore`: keys of `base` that were vouched for when it was read.
 
-    Raises: CheckpointError when no known architecture computes what `model` says.
+    Raises: CheckpointError if no known architecture computes `model`.
     """
     family = family_of_config(base) if base is not None else None
     if (
@@ -65,7 +65,8 @@ def hf_config_from_model(
 
 
 def portable_config(base: Mapping[str, Any], dtype: str | None = None) -> dict[str, Any]:
-    """Return `base` in the styles of transformers 4 and of 5, for weights of its model in `dtype` (None: as it says)."""
+    """Return `base` in the styles of transformers 4 and of 5, for weights of its model in `dtype` (None: its own
+    dtype)."""
     config = {**base, **({"dtype": dtype, "torch_dtype": dtype} if dtype else {})}
     try:
         family = family_of_config(base)

@@ -1,6 +1,7 @@
-"""Blocks of rules that architectures share, with the shape of each Megatron tensor beside its rule.
+"""Blocks of rules that architectures share; each rule has the shape of its Megatron tensor.
 
-`layer_rules` puts a layer together from the model's settings; an architecture whose names or blocks differ gives its own.
+`layer_rules` puts a layer together from the model's settings; an architecture with other names or blocks defines its
+own.
 """
 
 from collections.abc import Sequence

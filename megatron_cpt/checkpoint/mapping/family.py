@@ -1,4 +1,4 @@
-"""What a file about an architecture holds."""
+"""Definition of an architecture; one file each."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ class Family:
     architecture: str
     """As config.json's `architectures` names it."""
     model_type: str
-    """As config.json's `model_type` names it; where two architectures share one, the first of `FAMILIES` is meant."""
+    """The `model_type` of config.json; if two architectures share one, the first of `FAMILIES` is used."""
     read: Callable[[Reader], dict[str, Any]]
     """Returns the fields of ModelConfig after taking the keys that it understands."""
     write: Callable[[ModelConfig], dict[str, Any]]
@@ -30,9 +30,9 @@ class Family:
     other_types: tuple[str, ...] = ()
     """More `model_type`s of the same architecture."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """What transformers takes for keys that are not there, where it is not the reader's default."""
+    """transformers' defaults for absent keys, if they differ from the reader's defaults."""
     harmless: frozenset[str] = frozenset()
-    """Keys of this architecture that do not change what the model computes, whatever their value."""
+    """Keys of this architecture that do not change the model's computation, for any value."""
     required: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """Keys that hold one of these values, or are not there."""
     aliases: tuple[tuple[str, str], ...] = ()

@@ -21,7 +21,7 @@ HARMLESS = frozenset(
     max_window_layers num_nextn_predict_layers ep_size seq_aux aux_loss_alpha qk_head_dim
     """.split()
 )
-"""Keys that change nothing in the forward pass, whatever their value, or are kept with the model (`hf` in the manifest)."""
+"""Keys that change nothing in the forward pass, for any value, or are kept with the model (`hf` in the manifest)."""
 
 REQUIRED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
@@ -86,4 +86,4 @@ MEANINGS = {
     "attn_output_gate": "a gate on the attention's output",
     "full_attention_interval": "linear attention in the layers between",
 }
-"""What a key that changes the model stands for."""
+"""Meaning of a key that changes the model."""

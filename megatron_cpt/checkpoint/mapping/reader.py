@@ -1,8 +1,9 @@
 """config.json key by key: each is taken, known to change nothing, or an error that names it.
 
-`Reader` remembers which keys were taken. The functions take the keys that several architectures share and return fields of
-ModelConfig. Both styles are read: that of transformers 5 (`rope_parameters`, `dtype`) and the older one (`rope_theta`,
-`rope_scaling`, `torch_dtype`). Where a configuration has both, they mean the same or are refused.
+`Reader` remembers which keys were taken. The functions take the keys that several architectures share and return fields
+of ModelConfig. Both styles are read: that of transformers 5 (`rope_parameters`, `dtype`) and the older one
+(`rope_theta`, `rope_scaling`, `torch_dtype`). If a configuration has both, they must have the same meaning; otherwise
+they are refused.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,7 +35,7 @@ class Reader:
         self._required = {**REQUIRED, **(required or {})}
 
     def take(self, key: str, *default: Any) -> Any:
-        """Return the value of `key`; where it is absent what transformers takes then, or else `default`."""
+        """Return the value of `key`; if absent, transformers' default, or else `default`."""
         self.taken.add(key)
         if key in self.config:
             return self.config[key]
@@ -82,7 +83,7 @@ class Reader:
         return {key: value for key, value in self.config.items() if key not in self.taken | self._harmless}
 
     def finish(self) -> None:
-        """Raise for a key that nobody took and that may change the model, or whose value would have to be another."""
+        """Raise for an unread key that can change the model, or whose value is unsupported."""
         for key, value in self.left().items():
             if key in self._required:
                 if value not in self._required[key]:
@@ -193,7 +194,7 @@ def _meaning(scaling: dict[str, Any]) -> dict[str, Any]:
 
 
 def window(reader: Reader, *, is_used: bool, counts_full_layers: bool = False) -> dict[str, Any]:
-    """Return the attention window. `is_used`: where `use_sliding_window` is absent; `counts_full_layers`: whether
+    """Return the attention window. `is_used`: default of `use_sliding_window`; `counts_full_layers`: whether
     `max_window_layers` counts leading layers without a window."""
     size = reader.take("sliding_window", None)
     is_used = reader.flag("use_sliding_window", is_used)
@@ -212,7 +213,7 @@ def window(reader: Reader, *, is_used: bool, counts_full_layers: bool = False) -
 
 
 def experts(reader: Reader, *, normalised: bool) -> dict[str, Any]:
-    """Return the fields of a router and its experts; `normalised`: where `norm_topk_prob` is absent."""
+    """Return the fields of a router and its experts; `normalised`: default of `norm_topk_prob`."""
     counts = [reader.optional_size(key) for key in ("num_local_experts", "num_experts", "n_routed_experts")]
     found = sorted({count for count in counts if count is not None})
     if len(found) != 1:

@@ -1,7 +1,7 @@
 """Which Hugging Face tensors make which Megatron tensor, spelled out for a model and held against what a folder has.
 
-The rules are data of each architecture (`families/`). What Hugging Face has and no rule claims, or the other way round, is
-an error in `check_coverage`.
+The rules are data of each architecture (`families/`). A Hugging Face tensor without a rule, or a rule without a tensor,
+is an error in `check_coverage`.
 """
 
 import fnmatch
@@ -54,7 +54,7 @@ class Unit:
 
     @property
     def offsets(self) -> tuple[int, ...]:
-        """Where the unit starts in the whole Megatron tensor."""
+        """Start of the unit in the whole Megatron tensor."""
         start = (0,) * len(self.shape)
         return start if self.expert is None else (self.expert, *start)
 

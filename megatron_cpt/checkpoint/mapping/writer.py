@@ -73,8 +73,8 @@ def both_styles(
 ) -> dict[str, Any]:
     """Return a configuration with each key under the names of transformers 4 and of 5.
 
-    A base saved by transformers 5 has `rope_parameters` only, and 4 then takes theta 10,000 without a word. `theta` is that of
-    a configuration that says none.
+    A base saved by transformers 5 has `rope_parameters` only, and 4 then takes theta 10,000 without a word. `theta` is
+    the default of a configuration without one.
     """
     result = dict(config)
     for one, other in (*aliases, ("torch_dtype", "dtype")):

@@ -1,7 +1,8 @@
 """Model soups: which tensors of several models can be merged, and their mean.
 
-The mean streams tensor by tensor: the weighted sum in float32, divided once (weights of 1/3 applied before the sum differ
-in 0.75 % of bf16 elements), then rounded. What matched and what did not goes into `merge_info.json` with every input's hash.
+The mean streams tensor by tensor: the weighted sum in float32, divided once (weights of 1/3 applied before the sum
+differ in 0.75 % of bf16 elements), then rounded. `merge_info.json` lists matched and unmatched names and every input's
+hash.
 """
 
 import hashlib
@@ -90,7 +91,7 @@ def check_mergeable(
 ) -> None:
     """Raise CheckpointError for what `allow` (skipped, mismatched, configuration, tokenizer) does not permit.
 
-    `but`: fields of the model that may differ all the same.
+    `but`: fields of the model that are allowed to differ.
     """
     first = folders[0]
     problems = []
@@ -242,7 +243,7 @@ def merge_info(
 def is_merged(output: Path, info: dict[str, Any]) -> bool:
     """Return whether `output` is a whole soup of the models, and made in the way, that `info` describes.
 
-    Folders may have moved: models are compared by their files' hashes.
+    Folders can have moved, so models are compared by their files' hashes.
 
     Raises: CheckpointError when there is something else.
     """
@@ -286,7 +287,7 @@ def summary(comparison: Comparison, num_models: int) -> str:
 
 
 def normalised_weights(paths: Sequence[Path], weights: Sequence[float] | None, *, has_base: bool) -> list[float]:
-    """Return a weight per path: those given (the base's, where there is one, may be left out and is 1), else all 1.
+    """Return a weight per path: the given weights (a base's weight is optional, default 1), or all 1.
 
     Raises: CheckpointError when their number or sum makes no mean.
     """

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 class AveragedWeights:
-    """The weighted mean of several checkpoints, computed as it is read."""
+    """The weighted mean of several checkpoints, computed while reading."""
 
     def __init__(self, sources: Sequence[TorchDistWeights], shares: Sequence[float]):
         self.sources, self.shares = sources, shares

@@ -1,4 +1,4 @@
-"""Copies of checkpoints to another disk: every byte is hashed on the way, and a copy that was interrupted goes on."""
+"""Copies of checkpoints to another disk: every byte is hashed during the copy, and an interrupted copy resumes."""
 
 import logging
 import os

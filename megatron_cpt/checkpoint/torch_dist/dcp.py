@@ -2,8 +2,8 @@
 
 A `torch_dist` folder is `.metadata` (a pickled index: which slice of which tensor lies where) and `__R_I.distcp` files
 (each slice one `torch.save`). The index is read as data (index_pickle.py) and slices with `weights_only`, so that
-nothing in a checkpoint can run code. torch writes a CRC-32 with each slice but does not look at it when it loads; it is
-checked here, so that a flipped bit is an error whoever made the checkpoint.
+nothing in a checkpoint can run code. torch writes a CRC-32 with each slice but does not check it when it loads; it is
+checked here, so that a flipped bit is an error in any checkpoint.
 
 Source: torch 2.13, `torch/distributed/checkpoint/{metadata,filesystem}.py`.
 """

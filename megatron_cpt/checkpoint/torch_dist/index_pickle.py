@@ -1,11 +1,11 @@
 """The pickled index of a `torch_dist` folder, read as data: no class of any module is looked up, none of ours can act.
 
 Names are compared as (module, name) with a fixed table. Pickle's protocol 4 has dotted names (`strategies.torch`,
-`os.system`), so that a check by prefix lets any function through. What the table knows becomes a `Record`, an inert note of
-what was stored; the index is built anew from records after each value was looked at. What is checked is therefore what is used.
+`os.system`), so that a check by prefix lets any function through. Known objects become a `Record`, an inert copy of the
+stored values; the index is rebuilt from records after each value was checked. Only checked values are therefore used.
 
-The machine is Python's own in Python: the one in C gives a memo place 4294967295 the 64 GiB that it asks for, and hashes a
-key of nested tuples for ever.
+The unpickler is Python's pure-Python one: the C version allocates 64 GiB for a memo index of 4294967295, and hashes a
+key of nested tuples without end.
 """
 
 import functools
@@ -33,7 +33,7 @@ class NameRefused(Exception):
 
 
 class Record:
-    """What a pickle says of one object: the arguments it was made with and the state it was given."""
+    """A pickle's description of one object: its constructor arguments and its state."""
 
     def __init__(self, *arguments: Any):
         self.arguments = arguments
@@ -159,7 +159,7 @@ class _Machine(_PythonUnpickler):
         self.read, self.readinto, self.readline = file.read, file.readinto, file.readline
 
     def load(self) -> Any:
-        """Return what the pickle says. Python's own loop reads through a second layer, which doubles the time."""
+        """Return the content of the pickle. Python's own loop reads through a second layer, which doubles the time."""
         self.metastack: list[Any] = []
         self.stack: list[Any] = []
         self.proto = 0

@@ -1,4 +1,5 @@
-"""Copies of what lay beside the base model's weights: in a converted checkpoint, or one for all checkpoints of a stage.
+"""Copies of the base model's files other than weights: in a converted checkpoint, or one for all checkpoints of a
+stage.
 
 <checkpoints>/release/huggingface/     of a converted model, listed in its manifest
 <checkpoints>/huggingface/             of the checkpoints of a stage that began with it

@@ -1,8 +1,8 @@
 """Megatron's checkpoint folder on disk: names, tracker file, manifest, verification, walking back. No megatron import.
 
-    <root>/latest_checkpointed_iteration.txt     `100` or `release`, written last of all
-    <root>/iter_0000100/                         torch_dist files: `__R_I.distcp`, `.metadata`, `metadata.json`, `common.pt`
-    <root>/iter_0000100/manifest.json            ours: what the files are, with size and hash of each; written last in the folder
+    <root>/latest_checkpointed_iteration.txt     `100` or `release`, written last of all <root>/iter_0000100/
+    torch_dist files: `__R_I.distcp`, `.metadata`, `metadata.json`, `common.pt` <root>/iter_0000100/manifest.json
+    ours: the list of files, with size and hash of each; written last in the folder
 
 A checkpoint without a complete manifest does not exist for us: a killed save leaves none. The manifest carries a
 checksum of itself, so that a flipped bit in it is found too.
@@ -136,7 +136,7 @@ def manifest_model(manifest: Mapping[str, Any], where: Path) -> ModelConfig:
 def verify_checkpoint(directory: Path, mode: VerifyMode = "full") -> dict[str, Any]:
     """Return the manifest after checking that every file is there with its size and, in mode full, its hash.
 
-    Raises: CheckpointError naming the checkpoint and everything that is wrong with it: what cannot be read is damage.
+    Raises: CheckpointError with the checkpoint and all of its problems; unreadable files count as damage.
     """
     manifest = read_manifest(directory)
     damage = [

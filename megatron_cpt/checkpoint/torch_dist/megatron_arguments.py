@@ -1,10 +1,11 @@
-"""What Megatron-LM keeps beside the tensors: arguments, iteration, optimizer settings. Read safely, written for it.
+"""Megatron-LM's data other than tensors: arguments, iteration, optimizer settings. Read safely, written for it.
 
-Megatron-Core up to 0.16 reads `common.pt`; later ones read the object `common_state` inside the DCP files, and `common.pt`
-where there is one. Megatron-LM's loader (`megatron/training/checkpointing.py`, v0.12 to v0.16) takes from it `args`
-(architecture checks, parallel sizes, consumed samples), `iteration`, `checkpoint_version`,
-`num_floating_point_operations_so_far`, `content_metadata` and, for the optimizer, `param_groups` and `opt_param_scheduler`.
-`args` holds plain values only, so that `weights_only` with `argparse.Namespace` allowed reads it.
+Megatron-Core up to 0.16 reads `common.pt`; later versions read the object `common_state` inside the DCP files, and
+`common.pt` if there is one. Megatron-LM's loader (`megatron/training/checkpointing.py`, v0.12 to v0.16) takes from it
+`args` (architecture checks, parallel sizes, consumed samples), `iteration`, `checkpoint_version`,
+`num_floating_point_operations_so_far`, `content_metadata` and, for the optimizer, `param_groups` and
+`opt_param_scheduler`. `args` holds plain values only, so that `weights_only` with `argparse.Namespace` allowed reads
+it.
 """
 
 import argparse
@@ -45,7 +46,7 @@ METADATA_JSON = {
 def megatron_args(model: ModelConfig, **others: Any) -> argparse.Namespace:
     """Return Megatron-LM's `args` for a model: its own names and plain values; `others` are added.
 
-    Random states are ours (they follow from seed and iteration), so `no_save_rng` tells Megatron-LM not to look for them.
+    Random states are ours (they follow from seed and iteration), so `no_save_rng` makes Megatron-LM not load them.
     """
     values: dict[str, Any] = {
         "num_layers": model.num_layers,
@@ -88,7 +89,7 @@ def megatron_args(model: ModelConfig, **others: Any) -> argparse.Namespace:
 def param_groups(step: int) -> list[dict[str, Any]]:
     """Return the settings of Megatron's two groups of parameters, with and without weight decay, after `step` updates.
 
-    Rates and decay are placeholders: whoever trains on sets them; groups are told apart by their multipliers.
+    Rates and decay are placeholders that the next training sets; groups are identified by their multipliers.
     """
     shared = {
         "lr": 0.0, "max_lr": 0.0, "min_lr": 0.0, "lr_mult": 1.0, "betas": (0.9, 0.95), "eps": 1e-8, "step": step,
@@ -150,7 +151,7 @@ def check_safe(directory: Path) -> None:
 
 
 def find_step(value: Any) -> int | None:
-    """Return the number of updates that an optimizer's state states, wherever in it: in a group, or for all parameters."""
+    """Return the number of updates in an optimizer's state, stored in a group or for all parameters."""
     if isinstance(value, dict):
         if value.get("common_step") is not None:
             return int(value["common_step"])

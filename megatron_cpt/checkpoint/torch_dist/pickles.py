@@ -1,4 +1,4 @@
-"""Pickles read without running code: `weights_only`, and an allow-list of what Megatron puts beside the tensors.
+"""Pickles read without running code: `weights_only`, and an allow-list of Megatron's objects other than tensors.
 
 Megatron stores arguments (a `Namespace`), random states, paths and its own enumerations. The classes of megatron-core
 are not needed and become empty placeholders. A class on neither list is an error, because it could run code.
@@ -39,7 +39,7 @@ _LOCK = threading.Lock()
 
 
 class Placeholder:
-    """Stands for an object beside the tensors that is not needed (Megatron-Core's MCoreMetadata, cached plans, enums)."""
+    """Placeholder for an object that is not needed (Megatron-Core's MCoreMetadata, cached plans, enums)."""
 
     def __init__(self, *ignored: Any, **also_ignored: Any) -> None: ...
 
@@ -49,7 +49,7 @@ class Placeholder:
 def load_safely(source: Path | IO[bytes], where: str, *, mmap: bool = False, only_tensors: bool = False) -> Any:
     """Return the content of a `torch.save` file, on the CPU; `only_tensors`: without the allow-list.
 
-    `mmap` holds for the archives that torch has written since 1.6; what is older is read into memory.
+    `mmap` applies to the archives that torch has written since 1.6; older files are read into memory.
 
     Raises: CheckpointError naming the class that is not allowed, or saying that the file is damaged. OSError.
     """

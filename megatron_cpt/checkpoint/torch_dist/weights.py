@@ -1,7 +1,7 @@
-"""Where conversions read Megatron weights and moments from: `torch_dist` folders of every layout in use.
+"""Sources of Megatron weights and moments for conversions: `torch_dist` folders of every layout in use.
 
 Megatron writes one tensor per layer, or all layers stacked (`decoder.layers.self_attention...` with a layer axis), and
-its local specification names some norms differently from Transformer Engine's. Gate and up rows may be two tensors
+its local specification names some norms differently from Transformer Engine's. Gate and up rows can be two tensors
 (`..._w`, `..._v`), experts a key each (`singleton_local_shards`). Optimizer state carries the same names behind
 `optimizer.state.<kind>.`; in `fully_sharded_model_space` (Megatron-Core up to 0.15) each tensor-parallel part of it is flat:
 the stored shape is the grid of parts, then the elements of a part. All of them read alike here.
@@ -40,10 +40,10 @@ def is_extra_state(name: str) -> bool:
 
 
 class MegatronWeights(Protocol):
-    """Megatron tensors by Transformer-Engine name, whatever the format on disk."""
+    """Megatron tensors by Transformer-Engine name, independent of the format on disk."""
 
     def shape(self, unit: Unit) -> tuple[int, ...]:
-        """Return the shape of a unit on disk, without the expert axis; its vocabulary may be padded otherwise."""
+        """Return the shape of a unit on disk, without the expert axis; its vocabulary can be padded differently."""
         ...
 
     def dtype(self, unit: Unit) -> torch.dtype:

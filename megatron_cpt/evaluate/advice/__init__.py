@@ -1,1 +1,1 @@
-"""What to do next with a stage."""
+"""Recommendation of the next step for a stage."""

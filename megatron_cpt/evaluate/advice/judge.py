@@ -1,4 +1,4 @@
-"""What the CPT cookbook would do next with a stage: read its metrics, judge them, name the rung, print the commands."""
+"""The CPT cookbook's next step for a stage: read its metrics, judge them, choose the rung, print the commands."""
 
 import dataclasses
 import shlex
@@ -31,7 +31,7 @@ LEARNED = 0.005
 
 @dataclass(frozen=True, kw_only=True)
 class Advice:
-    """A stage judged, with what to do next."""
+    """The judgement of a stage, with the next step."""
 
     summary: str
     """One line: healthy, recovering, not recovering, not learning, or too little data."""
@@ -51,8 +51,8 @@ def advise(
 ) -> Advice:
     """Return what to do next with the stage in `run_path`.
 
-    The stage before is `previous`, else the run that init.from_path names. `old` names the corpora that may not be
-    forgotten; without it those of the stage before, else the first one of the task.
+    The stage before is `previous`, else the run that init.from_path names. `old` lists the corpora that must not be
+    forgotten; default: those of the previous stage, else the first one of the task.
 
     Raises: DataError where there are no metrics, ConfigError where the configuration cannot be read.
     """

@@ -1,4 +1,4 @@
-"""The ladder of the CPT cookbook: what to change when a stage does not recover, gentle changes first.
+"""The ladder of the CPT cookbook: changes for a stage that does not recover, gentle changes first.
 
 1. more replay of the old data (5 % -> 10 % -> 25 %);
 2. re-warm to another peak (LR_max / 2 where old data is forgotten, 2 LR_max where nothing is learned);
@@ -6,7 +6,7 @@
 4. the buffer mix: old / new / buffer 0.05 / 0.48 / 0.47, then 0 / 0.1 / 0.9;
 5. decay first: the old mix from LR_max down to LR_max / 5, then the new mix from there down to LR_max / 100.
 
-Which rungs a stage stands on already is read from its configuration and its parent's metrics; nothing else is remembered.
+The current rungs of a stage follow from its configuration and its parent's metrics; no other state is kept.
 
 Source: AuroraGPT's CPT cookbook for the order; 2403.08763 for replay and re-warming; 2407.07263 for rung 5.
 """
@@ -32,11 +32,11 @@ Settings = Mapping[str, str]
 
 @dataclass(frozen=True, kw_only=True)
 class Position:
-    """Where a stage stands: its settings, what it was forked from, and how it does."""
+    """State of a stage: its settings, its parent, and its recovery."""
 
     config: RunConfig
     old: tuple[str, ...]
-    """Corpora that may not be forgotten, without the buffer."""
+    """Corpora that must not be forgotten, without the buffer."""
     parent: RunConfig | None
     """Settings of the stage before; None where it is not a run of ours."""
     lr_max: float
@@ -82,7 +82,7 @@ class Rung:
 
     name: str
     why: str
-    """Where the stage stands on it, with numbers."""
+    """The stage's position on the rung, with numbers."""
     trials: tuple[Trial, ...] = field(default=())
     """Runs to start one after the other; none where the rung was tried or is not possible."""
 

@@ -37,7 +37,7 @@ class Recovery:
 
     verdict: Verdict
     reference: float
-    """What the curve is expected to come back to."""
+    """Value to which the curve is expected to return."""
     peak: float
     """Highest value since the change."""
     now: float

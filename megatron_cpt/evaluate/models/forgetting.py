@@ -1,4 +1,4 @@
-"""What a series of models learned and forgot: bits per byte on every domain, compared with the first model's.
+"""Learning and forgetting of a series of models: bits per byte on every domain, compared with the first model's.
 
 A change below zero is learning, above zero forgetting. Its 95 % interval is a bootstrap over the documents of the
 domain, drawn in pairs (the same documents for both models), which is far tighter than the two intervals compared.
@@ -48,7 +48,7 @@ def compare_with_first(results: Sequence[Perplexity]) -> list[Change]:
 
 
 def compare_with_previous(results: Sequence[Perplexity]) -> list[Change]:
-    """Return each result with its change from the model before it: what every stage of a series did.
+    """Return each result with its change from the previous model: the effect of every stage of a series.
 
     Raises: as `compare_with_first`.
     """

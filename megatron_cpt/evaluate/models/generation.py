@@ -31,7 +31,7 @@ def continuations(
 ) -> list[str]:
     """Return what `model` writes after each prompt: the most likely tokens at temperature 0, else a sample.
 
-    With `template` each prompt is what a user says, and the continuation the assistant's answer.
+    With `template`, each prompt is a user turn and the continuation is the assistant's answer.
 
     Raises: DataError when the template does not take a single turn of a user.
     """
@@ -59,7 +59,7 @@ def continuations(
 
 
 def end_ids(model: LanguageModel, template: ChatTemplate | None = None) -> set[int]:
-    """Return the tokens at which a continuation ends; without `template` the tokenizer's own template tells too."""
+    """Return the tokens at which a continuation ends; without `template`, the tokenizer's own template is also used."""
     configured = getattr(model.model.generation_config, "eos_token_id", None)
     found = {model.tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
     special = {id: token.content for id, token in model.tokenizer.added_tokens_decoder.items() if token.special}

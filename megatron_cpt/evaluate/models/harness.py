@@ -1,6 +1,7 @@
-"""Optional adapter: EleutherAI's lm-evaluation-harness on a Hugging Face folder, when it is installed beside us.
+"""Optional adapter: EleutherAI's lm-evaluation-harness on a Hugging Face folder, if it is installed in the same
+environment.
 
-The harness runs as a program of its own, with its own options; what comes back is its results file. Source:
+The harness runs as a separate program, with its own options; the result is its results file. Source:
 https://github.com/EleutherAI/lm-evaluation-harness, command `lm_eval`.
 """
 
@@ -18,7 +19,7 @@ PROGRAM = "lm_eval"
 def run_harness(
     model: Path, tasks: Sequence[str], output_dir: Path, *, tokenizer: Path | None = None, options: Sequence[str] = ()
 ) -> None:
-    """Run the harness's `tasks` on `model`; its results are below `output_dir`. `options` are passed on as they are.
+    """Run the harness's `tasks` on `model`; its results are below `output_dir`. `options` are passed on unchanged.
 
     Raises: LaunchError when it is not installed or fails.
     """

@@ -2,8 +2,8 @@
 
     bits per byte = (sum of -log2 p(token | context) over all tokens of a set) / (UTF-8 bytes of its documents)
 
-Each document stands alone: its tokens are preceded by one start token (the tokenizer's BOS if it has one, else its
-end-of-document token, which in training stands before every document), which is context and not scored; the end of the
+Each document is scored separately: its tokens are preceded by one start token (the tokenizer's BOS if it has one, else
+its end-of-document token, which precedes every document in training), which is context and not scored; the end of the
 document is not scored. A document longer than the context is cut into windows of `context` tokens that advance by
 `stride`; each token is scored once, with at least `context - stride` tokens before it. The default stride is the
 context: windows do not overlap, and the first token of a later window sees the token before it.

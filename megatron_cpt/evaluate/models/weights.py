@@ -24,7 +24,7 @@ OUTSIDE_LAYERS = "embeddings and output"
 
 @dataclass(frozen=True, kw_only=True)
 class TensorStats:
-    """What `analyze stats` says about one tensor."""
+    """Statistics of one tensor in `analyze stats`."""
 
     name: str
     shape: tuple[int, ...]

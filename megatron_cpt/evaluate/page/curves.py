@@ -10,11 +10,12 @@ from typing import Any
 from megatron_cpt.evaluate.report.stages import Stage
 
 TRAIN_COLUMNS = ("lr", "grad_norm", "tokens_per_second", "tflops_per_gpu", "step_seconds", "global_batch_size")
-"""Keys of a training record that are drawn as they are; loss and the share of waiting for data are made of others."""
+"""Keys of a training record that are drawn directly; loss and the share of waiting for data are computed from
+others."""
 TRAIN_FIELDS = frozenset(
     ("kind", "iteration", "consumed_tokens", "loss", "time", "data_seconds", "memory_bytes", "eta_seconds")
 ) | set(TRAIN_COLUMNS)
-"""What a page keeps of a training record."""
+"""Part of a training record that a page keeps."""
 MOST_POINTS, FEWEST_POINTS, POINTS_OF_A_PAGE = 2000, 200, 24000
 
 

@@ -1,4 +1,5 @@
-"""What a run directory holds besides its curves: jobs, checkpoints, exports, soups, blend, samples, settings, environment."""
+"""Content of a run directory other than its curves: jobs, checkpoints, exports, soups, blend, samples, settings,
+environment."""
 
 import os
 import re
@@ -69,7 +70,7 @@ def checkpoint_rows(run: RunDir, page_dir: Path) -> list[dict[str, Any]]:
 
 
 def blend_rows(run: RunDir, stage: Stage) -> list[dict[str, Any]]:
-    """Return what each corpus was to give and what it has given by the newest checkpoint."""
+    """Return the planned and the drawn amounts of each corpus at the newest checkpoint."""
     manifests = [_json(path) for path in sorted(run.checkpoints.glob("iter_*/manifest.json"))]
     newest = max(
         (manifest for manifest in manifests if manifest), key=lambda found: found.get("iteration") or 0, default={}
@@ -126,7 +127,7 @@ def setting_rows(run: RunDir) -> list[dict[str, str]]:
 
 
 def environment_rows(run: RunDir) -> list[tuple[str, str]]:
-    """Return the code revision and what the last start wrote about its machine."""
+    """Return the code revision and the machine record of the last start."""
     rows = []
     if run.revision_path.is_file():
         rows.append(("revision", run.revision_path.read_text(encoding="utf-8").strip()))

@@ -1,4 +1,5 @@
-"""What an evaluation measured, laid out for the page: bits per byte with intervals, and changes on one scale for all texts."""
+"""Results of an evaluation, arranged for the page: bits per byte with intervals, and changes on one scale for all
+texts."""
 
 from pathlib import Path
 from typing import Any

@@ -80,7 +80,8 @@ def mark_interruptions(axis: Axes, stage: Stage, colour: str) -> None:
 
 
 def label_lines(axis: Axes, lines: Sequence[Line]) -> None:
-    """Write each line's name at its right end, moved up where names would overlap; beside its middle where others go on."""
+    """Write each line's name at its right end, moved up if names would overlap; next to its middle if other lines
+    continue."""
     axis.figure.canvas.draw()
     height = axis.get_window_extent().height * 72 / axis.figure.dpi
     low, high = axis.get_ylim()

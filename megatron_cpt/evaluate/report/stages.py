@@ -1,15 +1,14 @@
-"""What a run directory says about a stage: its curves without superseded records, its interruptions, its blend.
+"""A stage as recorded in its run directory: its curves without superseded records, its interruptions, its blend.
 
 `metrics.jsonl` has one JSON object a line, each with `kind` and `time` (seconds since 1970):
 
-    start        iteration, consumed_tokens, resumed, layout, world_size, changed_settings
-    train        iteration, consumed_tokens, loss, lr, grad_norm, tokens_per_second and what else a step logs
-    validation   iteration, consumed_tokens, corpus, loss (nats per token), bits_per_byte
-    save         iteration, seconds, stall_seconds
-    skip         iteration, consumed_tokens: an iteration of data.skip_iterations or skip_iterations.txt
-    spike        iteration, consumed_tokens, loss, median, deviation, first_sample, last_sample, shards, documents
-    rollback     iteration (of the checkpoint gone back to), consumed_tokens, skipped
-    end          iteration, reason: finished, a signal, a file such as stop_now, the walltime
+    start        iteration, consumed_tokens, resumed, layout, world_size, changed_settings train        iteration,
+    consumed_tokens, loss, lr, grad_norm, tokens_per_second and other values of a step validation   iteration,
+    consumed_tokens, corpus, loss (nats per token), bits_per_byte save         iteration, seconds, stall_seconds skip
+    iteration, consumed_tokens: an iteration of data.skip_iterations or skip_iterations.txt spike        iteration,
+    consumed_tokens, loss, median, deviation, first_sample, last_sample, shards, documents rollback     iteration (of
+    the checkpoint gone back to), consumed_tokens, skipped end          iteration, reason: finished, a signal, a file
+    such as stop_now, the walltime
 
 A value that is no number (NaN, infinity) is null. It is append-only. A stage that was killed and continued holds some iterations twice: after a `start` record
 with `resumed`, every earlier record of a later iteration counts no more.
@@ -50,7 +49,7 @@ class Interruption:
 
 @dataclass(kw_only=True)
 class Stage:
-    """One run: records that count, in order, and what surrounds them."""
+    """One run: valid records, in order, with their context."""
 
     name: str
     path: Path

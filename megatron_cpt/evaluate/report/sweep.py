@@ -1,8 +1,8 @@
-"""The comparison of a sweep's points: what each learned and forgot, by the held-out losses measured while it trained.
+"""The comparison of a sweep's points: learning and forgetting of each, by the held-out losses measured during training.
 
-`learned` is the mean change in bits per byte of the new corpora since before the point's first step, `forgot` that of the
-old ones; below zero is better for both. A point is marked when no other one is better in both (the Pareto front): choosing
-among the marked ones is a matter of what the model is for.
+`learned` is the mean change in bits per byte of the new corpora since before the point's first step, `forgot` that of
+the old ones; below zero is better for both. A point is marked if no other one is better in both (the Pareto front); the
+choice among the marked ones depends on the model's purpose.
 """
 
 import math
@@ -24,7 +24,7 @@ from megatron_cpt.files import read_json_object, write_json, write_text
 
 @dataclass(frozen=True, kw_only=True)
 class SweepPoint:
-    """One point with what its metrics say; changes are nan while there are fewer than two measurements."""
+    """One point with its metrics; changes are nan with fewer than two measurements."""
 
     label: str
     axes: dict[str, str]

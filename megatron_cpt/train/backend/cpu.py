@@ -1,8 +1,9 @@
 """Everything megatron-core 0.19.2 needs in order to train on CPU with gloo, each substitution with its reason.
 
-megatron-core names CUDA devices directly. Where there is no GPU, `substitute()` (1) runs every torch call through one
-`TorchFunctionMode` that turns `device="cuda"` into CPU, (2) gives `torch.cuda` harmless CPU answers. What is missing without
-Transformer Engine and Apex, on a GPU too, is in `kernels.py`; a machine with a GPU gets nothing else.
+megatron-core names CUDA devices directly. Without a GPU, `substitute()` (1) runs every torch call through one
+`TorchFunctionMode` that turns `device="cuda"` into CPU, (2) makes `torch.cuda` return harmless CPU values. `kernels.py`
+replaces Transformer Engine and Apex if they are missing, also on a GPU; a machine with a GPU gets no other
+substitution.
 
 Factories are not replaced by name: a replaced `torch.empty` makes transformers leave rotary buffers uninitialised.
 """
@@ -174,7 +175,7 @@ def _substitute_uneven_collectives() -> None:
 
 
 def set_threads() -> None:
-    """Share the cores between the ranks of this machine, unless OMP_NUM_THREADS says otherwise."""
+    """Share the cores between the ranks of this machine, unless OMP_NUM_THREADS is set."""
     if is_cpu() and "OMP_NUM_THREADS" not in os.environ:
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max((os.cpu_count() or 1) // ranks, 1))

@@ -1,6 +1,7 @@
-"""What megatron-core takes from Transformer Engine or Apex, on torch's own kernels, where both are missing.
+"""Replacements on torch's own kernels for the parts of Transformer Engine and Apex that megatron-core uses, if both are
+missing.
 
-Its own fallback, torch's AdamW, cannot stand in for FusedAdam in megatron-core 0.19.2, on a GPU or a CPU: the first update
+Its own fallback, torch's AdamW, cannot replace FusedAdam in megatron-core 0.19.2, on a GPU or a CPU: the first update
 fails on moments that `init_state_fn` made (they have no `step`), and the distributed optimizer cannot save a `step` per
 parameter. Its norm asks the GPU for one number per parameter, and it scales gradients one by one.
 """

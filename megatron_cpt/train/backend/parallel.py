@@ -93,9 +93,8 @@ def finish_parallel() -> None:
 def on_rank_0(function: Callable[[], Any]) -> Any:
     """Return on every rank what `function` returns on rank 0, or raise on every rank the CptError it raises there.
 
-    What the operating system refuses becomes a CptError.
-    So a mistake that only rank 0 can see ends all ranks with the same exit code, instead of one with the mistake's and
-    the others with a lost connection.
+    Errors of the operating system become a CptError. So a mistake that only rank 0 can see ends all ranks with the same
+    exit code, instead of one with the mistake's and the others with a lost connection.
     """
     answer: list[Any] = [None, None]
     if torch.distributed.get_rank() == 0:
@@ -115,7 +114,7 @@ def on_rank_0(function: Callable[[], Any]) -> Any:
 def on_every_rank(function: Callable[[], Any]) -> Any:
     """Return what `function` returns on this rank; when it fails on any, raise on every rank the CptError of the first.
 
-    The error names the rank and its host: a disk or a mount may fail on one node only. Collective.
+    The error contains the rank and its host, because a disk or a mount can fail on one node only. Collective.
     """
     result, problem = None, None
     try:

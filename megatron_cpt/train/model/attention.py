@@ -1,11 +1,11 @@
-"""Core attention on `torch.nn.functional.scaled_dot_product_attention`, for wherever Transformer Engine is missing.
+"""Core attention on `torch.nn.functional.scaled_dot_product_attention`, used if Transformer Engine is missing.
 
 Stands in for megatron's `DotProductAttention`: grouped queries without copies of keys, sliding windows, isolated
 documents, context parallelism by gathering keys and values, and value heads of another width (MLA).
 
-The `attention_mask` that reaches it is made by `attention_bounds.py`: None for plain causal attention, the bounds of documents
-(varlen attention on a GPU, document by document on a CPU), or `[b, 1, s, s]`, True where a query (row) may see a key
-(column). (megatron's own masks are True where hidden.)
+The `attention_mask` that reaches it is made by `attention_bounds.py`: None for plain causal attention, the bounds of
+documents (varlen attention on a GPU, document by document on a CPU), or `[b, 1, s, s]`, True where a query (row)
+attends to a key (column). (megatron's own masks are True where hidden.)
 
 Source: flash attention's limits (bf16 or fp16, one head size for all three, a multiple of 8, at most 256) are those of torch
 2.13, `ATen/native/transformers/cuda/flash_attn/flash_api.cpp`, `mha_varlen_fwd`.

@@ -1,8 +1,8 @@
-"""Who may see whom in a micro-batch: documents or pieces apart, sliding windows, a context-parallel rank's queries.
+"""Visibility in a micro-batch: isolated documents or pieces, sliding windows, a context-parallel rank's queries.
 
-Attention gets the bounds of the documents (`cu_seqlens`) wherever `reason_for_mask` finds nothing against it, else a mask
-`[b, 1, queries, s]`, made when a forward pass asks for it, on the device: a step's micro-batches wait and travel with
-`[b, s]` numbers of pieces instead of s x s bytes a sample.
+Attention receives the bounds of the documents (`cu_seqlens`) if `reason_for_mask` returns no reason, otherwise a mask
+`[b, 1, queries, s]`, built on demand in a forward pass, on the device: a step's micro-batches wait and travel with `[b,
+s]` numbers of pieces instead of s x s bytes a sample.
 
 Bounds reach attention in the place of the mask, as one int32 tensor `[m, n + 1]`: every row has the bounds of the n pieces in
 the b x s tokens of the micro-batch, and m, the number of rows (which share their memory), is at least the longest piece's
@@ -31,21 +31,21 @@ MAX_HEAD_SIZE = 256
 
 @dataclass(frozen=True)
 class Visibility:
-    """What a micro-batch's attention mask follows from."""
+    """Inputs of a micro-batch's attention mask."""
 
     shape: tuple[int, ...]
     """(b, s) of the whole sequence."""
     pieces: Tensor | None = None
-    """`[b, s]` int, equal for tokens that may see each other; None: every sample is one piece."""
+    """`[b, s]` int, equal for tokens that can attend to each other; None: every sample is one piece."""
     window_size: int | None = None
     """Tokens that a query sees, itself included; None: all before it."""
     positions: Tensor | None = None
     """Positions of this context-parallel rank's queries; None: all."""
     device: str = "cpu"
-    """Where the mask is made."""
+    """Device of the mask."""
     bounds: Tensor | None = None
-    """`[n + 1]` int32: where the n pieces begin, and the end of the last, counted over b x s tokens; None: a mask.
-    Under context parallelism `[2 (n + 1) + k]`: bounds of queries, bounds of keys, numbers of keys."""
+    """`[n + 1]` int32: starts of the n pieces, and the end of the last, counted over b x s tokens; None: a mask. Under
+    context parallelism `[2 (n + 1) + k]`: bounds of queries, bounds of keys, numbers of keys."""
     num_bounds: int = 0
     """n + 1, where keys have bounds of their own."""
     longest: int = 0
@@ -88,7 +88,7 @@ class Visibility:
         return self.bounds.expand(self.longest, *([self.num_bounds] if self.num_bounds else []), -1)
 
     def mask(self) -> Tensor | None:
-        """Return True where a query may see a key, `[b, 1, queries, s]`; None when plain causal is meant.
+        """Return True where a query attends to a key, `[b, 1, queries, s]`; None when plain causal is meant.
 
         Rotary positions are relative, so isolation alone makes a piece's logits those it has alone. A context-parallel
         rank's queries need a mask also where plain causal is meant.

@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 class CptGPTModel(GPTModel):
-    """GPTModel whose loss leaves out the padded rows of the vocabulary and may add a z-loss.
+    """GPTModel whose loss excludes the padded rows of the vocabulary and optionally adds a z-loss.
 
     megatron-core does not mask padded logits: the loss then depends on the padding (6.67 instead of 6.49 on a tiny
     model with 125 padded rows), and so on the layout.

@@ -42,7 +42,7 @@ def build_layer_spec(
 ) -> TransformerBlockSubmodules | ModuleSpec:
     """Return the spec of the layers that this pipeline stage (and virtual stage) builds.
 
-    Where documents are isolated, Transformer Engine's layers keep attention on SDPA: its own ignores masks.
+    With isolated documents, Transformer Engine's layers use attention on SDPA, because its own ignores masks.
     """
     if use_transformer_engine:
         block = gpt_layer_specs.get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
@@ -62,7 +62,8 @@ def build_layer_spec(
 
 
 class LocalRMSNorm(torch.nn.RMSNorm):
-    """RMSNorm whose weight says that its gradient is summed over tensor-parallel ranks under sequence parallelism."""
+    """RMSNorm whose weight is marked so that its gradient is summed over tensor-parallel ranks under sequence
+    parallelism."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **ignored: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
@@ -107,8 +108,8 @@ class NamedNormsMLASelfAttention(multi_latent_attention.MLASelfAttention):
 class LocalMLASelfAttention(NamedNormsMLASelfAttention):
     """Latent attention whose down-projections are duplicated over tensor-parallel ranks.
 
-    megatron-core's attribute check accepts a duplicated projection only under the name `TELinear`, so the name stands for ours
-    while the module is built, and no longer: Transformer Engine's models of the same process need it.
+    megatron-core's attribute check accepts a duplicated projection only under the name `TELinear`, so the name refers
+    to our class only while the module is built: Transformer Engine's models of the same process need it.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:

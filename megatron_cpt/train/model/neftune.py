@@ -1,4 +1,4 @@
-"""NEFTune: uniform noise on the embeddings' output while a model trains, the same for a sample wherever it is drawn.
+"""NEFTune: uniform noise on the embeddings' output while a model trains, the same for a sample under every layout.
 
     x + u x alpha / sqrt(s x h),   u uniform in [-1, 1), one number per position and channel
 

@@ -1,8 +1,8 @@
 """Training and validation samples from megatron-core's GPT datasets, as micro-batches for one rank.
 
-The samples of iteration i are `[i x global_batch_size, (i + 1) x global_batch_size)` of the stage's order whatever
-the layout, so a run continues exactly under another data-parallel size or micro-batch. Every rank reads its own
-samples from the memory-mapped files: ranks of one node share them in the page cache, and nothing is broadcast.
+The samples of iteration i are `[i x global_batch_size, (i + 1) x global_batch_size)` of the stage's order for every
+layout, so a run continues exactly under another data-parallel size or micro-batch. Every rank reads its own samples
+from the memory-mapped files: ranks of one node share them in the page cache, and nothing is broadcast.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ class Batch:
     position_ids: Tensor
     """`[b, s]` int64."""
     visibility: Visibility
-    """Who may see whom."""
+    """Visibility between tokens."""
     dataset_ids: Tensor
     """`[b]` int64: which entry of the data list each sample came from."""
     sample_ids: Tensor
@@ -51,12 +51,14 @@ class Batch:
 
     @property
     def attention_mask(self) -> Tensor | None:
-        """What attention takes (`attention_bounds.py`): bounds of documents, a mask, or None for plain causal attention."""
+        """Input of attention (`attention_bounds.py`): bounds of documents, a mask, or None for plain causal
+        attention."""
         return self.visibility.for_attention()
 
 
 class DatasetTokenizer:
-    """What GPTDataset asks of a tokenizer: the end-of-document id, the vocabulary, and a name for its cache keys."""
+    """Tokenizer attributes that GPTDataset reads: the end-of-document id, the vocabulary, and a name for its cache
+    keys."""
 
     def __init__(self, eod_id: int, vocab_size: int, identity: dict[str, Any] | None):
         self.eod = eod_id
@@ -67,7 +69,7 @@ class DatasetTokenizer:
 def build_train_dataset(
     config: RunConfig, order: StageOrder, tokenizer: DatasetTokenizer, cache: Path
 ) -> BlendedSamples:
-    """Return the stage's samples in its order; each entry of the data list gives exactly its planned samples.
+    """Return the stage's samples in its order; exactly the planned samples of each entry of the data list are drawn.
 
     Index caches are written by rank 0 into `cache` and read by the others.
     """
@@ -169,7 +171,7 @@ def build_batch(
 ) -> Batch:
     """Return a micro-batch of this rank, on the training device, from token ids `[b, s + 1]`.
 
-    `pieces` `[b, s]` numbers what may not see each other; None: documents, as their end-of-document ids tell.
+    `pieces` `[b, s]` numbers the isolated pieces; None: documents, separated by their end-of-document ids.
     """
     tokens, labels = ids[:, :-1], ids[:, 1:]
     parts = {

@@ -1,7 +1,7 @@
 """Reading ahead: a thread reads the batches of the next steps, in their order, while the current step runs.
 
-What a step gets is what it would have read itself: batches are functions of the iteration, so nothing here is part of a
-run's state. A mistake while reading is raised by the step that was to have the batch.
+A step receives the same batch as without prefetching: batches are functions of the iteration, so this module has no
+part of a run's state. A mistake while reading is raised by the step that was to have the batch.
 """
 
 import queue
@@ -14,7 +14,7 @@ import torch
 from megatron_cpt.train.backend import cpu
 
 AHEAD = 2
-"""Steps whose batches wait at most; another one may be in the making."""
+"""Maximum number of steps with ready batches; one more can be in preparation."""
 
 
 class Prefetch:
@@ -30,7 +30,7 @@ class Prefetch:
     def get(self, iteration: int) -> Any:
         """Return what was read for the next iteration, which must be `iteration`.
 
-        Raises: what reading it raised.
+        Raises: the exception of the read.
         """
         found, value, problem = self._waiting.get()
         if problem is not None:
@@ -40,7 +40,7 @@ class Prefetch:
         return value
 
     def close(self) -> None:
-        """End the thread; what it has read is dropped."""
+        """End the thread and drop its batches."""
         self._is_closed.set()
         while self._thread.is_alive():
             while not self._waiting.empty():  # the thread may be waiting for room

@@ -33,7 +33,7 @@ class ShardSamples:
         self.first_epoch = first_sample // samples_per_epoch
         self.first_sample = first_sample
         self.prompt_loss_weight = 0.0
-        """Weight of a prompt's labels, where the mask says which are."""
+        """Weight of a prompt's labels, if the mask marks them."""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         epoch, sample = self._place(index)
@@ -49,7 +49,7 @@ class ShardSamples:
         }
 
     def spans(self, index: int) -> list[tuple[int, int, int]]:
-        """Return (document, its first token here, tokens) of each document that gives tokens to a sample, in order."""
+        """Return (document, its first token here, tokens) of each document with tokens in a sample, in order."""
         epoch, sample = self._place(index)
         dataset = self.epochs[epoch]
         row = int(dataset.shuffle_index[sample])

@@ -1,7 +1,7 @@
 """Iterations that pass without a step, and the count of tokens per corpus without them.
 
-What is skipped comes from `data.skip_iterations` and from `<run>/skip_iterations.txt`. What a run has passed already stands
-in its checkpoint: a range that is added later for iterations long trained changes nothing in the past.
+Skipped iterations are listed in `data.skip_iterations` and `<run>/skip_iterations.txt`. The checkpoint stores the
+iterations already skipped: adding a range of trained iterations later does not change the past.
 """
 
 from pathlib import Path
@@ -55,7 +55,7 @@ def tokens_per_corpus(
 ) -> dict[str, int]:
     """Return the tokens of each corpus up to the end of the last of `iterations`, without the skipped ones.
 
-    `before` are those of the first `iterations[0]`, which another blend may have given; the rest is counted from the
+    `before` are those of the first `iterations[0]`, which can belong to another blend; the rest is counted from the
     blend's own index.
     """
     start, end = iterations

@@ -1,6 +1,6 @@
 """A stage's samples from megatron-core's GPT datasets: exact per shard, without replacement, from a race-free cache.
 
-- Each entry of the data list gives exactly its planned samples in the order of a `StageOrder`.
+- Exactly the planned samples of each entry of the data list are drawn in the order of a `StageOrder`.
 - A shard is read epoch by epoch, each in an order of its own; no document comes again before the epoch is exhausted.
   `DataEntry.first_sample` continues where earlier stages stopped in the same shard.
 - An index is built once per shard, epoch, seed and sequence length, in a folder named after their hash and the shard's
@@ -107,7 +107,7 @@ def build_train_indexes(
 ) -> None:
     """Build the shards' indexes that `build_train_samples` will read, in `workers` processes.
 
-    Raises: what a worker raises.
+    Raises: the exception of a worker.
     """
     skip, dataset_config = stage_skip_list(config), dataclasses.replace(dataset_config, random_seed=order.seed)
     # fork: a process of its own would spend longer on importing torch and megatron than on a shard
@@ -264,7 +264,8 @@ def _shard_samples(
 def document_index(
     documents: np.ndarray, num_epochs: int, random_state: np.random.RandomState, separate_final_epoch: bool
 ) -> np.ndarray:
-    """Return the documents of all epochs in their order, int32 [epochs * documents]; the last epoch may be shuffled alone.
+    """Return the documents of all epochs in their order, int32 [epochs * documents]; the last epoch can be shuffled
+    separately.
 
     The same as megatron-core's function of this purpose, without its 16 bytes per document on the way and a third faster.
     """

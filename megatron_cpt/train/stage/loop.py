@@ -1,4 +1,4 @@
-"""The training loop: set up, continue where the run stands, step, log, evaluate, save, end.
+"""The training loop: set up, resume, step, log, evaluate, save, end.
 
 Every rank runs `train`; rank 0 decides and writes, the others follow through broadcasts. The stage's position is one
 number, the samples consumed; iteration, tokens, learning rate, batches and per-corpus counts are functions of it.
@@ -43,14 +43,14 @@ from megatron_cpt.train.watch.watchdog import Watchdog, longest_stage_seconds
 logger = logging.getLogger(__name__)
 
 MAX_SKIPPED_STEPS = 10
-"""Steps in a row whose loss or gradients are not finite, after which a run gives up."""
+"""Steps in a row whose loss or gradients are not finite, after which a run stops."""
 
 
 def train(loaded: LoadedConfig) -> str:
     """Train one stage to its end, or until it is asked to stop; return the reason it ended.
 
     The reason is `finished`, `signal`, `walltime` or `stop_now`: all of them saved a checkpoint, and the same command
-    continues the run. Raises: CptError for what a user can mend.
+    continues the run. Raises: CptError for errors that a user can fix.
     """
     config = loaded.config
     with Watchdog(config.launch.hang_timeout, stage="joining") as watchdog:

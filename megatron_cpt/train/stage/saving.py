@@ -1,4 +1,4 @@
-"""Checkpoints of a running stage: at once or while training goes on, with the older ones pruned."""
+"""Checkpoints of a running stage: synchronous or asynchronous, with the older ones pruned."""
 
 import logging
 import time
@@ -25,7 +25,7 @@ class Saver:
         self._queue = AsyncCallsQueue() if stage.config.checkpoint.async_save else None
 
     def save(self, iteration: int, losses: list[float], *, can_wait: bool = True) -> None:
-        """Save the stage as it stands after `iteration` iterations; with `can_wait` False return when it is on disk."""
+        """Save the stage's state after `iteration` iterations; with `can_wait` False return when it is on disk."""
         stage, started = self._stage, time.monotonic()
         stall: float | None = None  # known once training goes on; a save that is complete before stalls it all the time
 

@@ -6,8 +6,8 @@ another learning rate raises or silently keeps the old one. Warm-up and decay sh
 of arXiv:2403.08763, section 7, whose last phase is the cooldown style `geometric`; re-warming is a stage with a warm-up of
 its own. Weight decay follows the same file's `get_wd`.
 
-The place of an iteration is the samples consumed before it, so that the first iteration of a stage without a warm-up has the
-peak and the last one stands one step before the end of its decay.
+The place of an iteration is the samples consumed before it, so that the first iteration of a stage without a warm-up
+has the peak and the last one is one step before the end of its decay.
 """
 
 import math
@@ -40,7 +40,7 @@ class Schedule:
     cooldown_style: str
     total: int
     decay: int
-    """Where cosine and linear reach min_lr; other styles do not look at it."""
+    """End of the decay of cosine and linear, where they reach min_lr; other styles ignore it."""
     hold: float | None = None
     hold_start: int | None = None
     weight_decay_style: str = "constant"

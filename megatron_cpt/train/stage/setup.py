@@ -1,4 +1,4 @@
-"""A stage ready to train: data, model and optimizer, at the place where the run stands.
+"""A stage ready to train: data, model and optimizer, at the run's current position.
 
 `prepare` finds the run's newest good checkpoint, refuses settings or data that would silently change a run that has begun,
 builds everything and loads it.
@@ -74,7 +74,7 @@ class Stage:
     model: list[Any]
     optimizer: MegatronOptimizer
     hf: dict[str, Any] | None
-    """What an export to Hugging Face needs to know of the model that the stage began with."""
+    """Metadata of the stage's initial model for an export to Hugging Face."""
     imported: dict[str, Any]
     """Options with which this model was converted, as its manifest holds them; an export needs them again."""
     skipped: Ranges
@@ -95,7 +95,7 @@ class Stage:
         return self.sizes.samples(iteration) * self.config.training.seq_length
 
     def manifest(self, iteration: int, losses: list[float]) -> dict[str, Any]:
-        """Return what a checkpoint says about the run at an iteration."""
+        """Return a checkpoint's record of the run at an iteration."""
         config, samples = self.config, self.sizes.samples(iteration)
         return {
             "iteration": iteration,
@@ -126,10 +126,10 @@ class Stage:
 def prepare(loaded: LoadedConfig, *, from_start: bool = False, watchdog: Watchdog | None = None) -> Stage | None:
     """Return the stage with everything loaded, None when the run is finished.
 
-    With `from_start` the run's own checkpoints are left aside, and nothing that says what the run is gets written. A
+    With `from_start`, the run's own checkpoints are ignored, and no file that describes the run is written. A
     checkpoint of the run that verifies on rank 0 and that a rank then cannot load is passed over as a damaged one is.
 
-    Raises: CptError for what a user can mend, on every rank.
+    Raises: CptError for errors that a user can fix, on every rank.
     """
     unreadable: set[Path] = set()
     watchdog = watchdog or Watchdog(0)
@@ -229,7 +229,7 @@ def _check_contents(config: RunConfig, entries: list[DataEntry]) -> None:
 
 
 def go_back(stage: Stage) -> None:
-    """Load the run's newest good checkpoint into the stage; the skipped iterations are read anew."""
+    """Load the run's newest good checkpoint into the stage, and reread the skipped iterations."""
     config, run = stage.config, stage.run
     directory = on_rank_0(lambda: newest_good_checkpoint(run.checkpoints, config.checkpoint.verify_on_load))
     load_checkpoint(directory, stage.model, stage.optimizer)

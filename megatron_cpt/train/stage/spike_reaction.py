@@ -1,4 +1,4 @@
-"""What follows a loss spike: a report of what the step read and, where it is asked for, the way back."""
+"""The action after a loss spike: a report of the step's samples and, if configured, a roll-back."""
 
 import logging
 from collections import Counter
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 def react(stage: Stage, saver: Saver, writer: MetricsWriter, spike: Spike, iteration: int) -> bool:
     """Report a spike at `iteration`; return whether the stage went back to its last checkpoint.
 
-    Without a checkpoint of its own, or after `training.spike_max_rollbacks`, a run goes on.
+    Without a checkpoint of its own, or after `training.spike_max_rollbacks`, a run continues.
     """
     first, last = stage.sizes.samples(iteration - 1), stage.sizes.samples(iteration)
     shards = Counter(stage.entries[number].prefix for number in stage.dataset.dataset_index[first:last].tolist())

@@ -22,7 +22,7 @@ from megatron_cpt.train.samples.batches import Batch
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did: mean loss in nats per token, gradient norm before clipping, whether parameters changed."""
+    """Result of a step: mean loss in nats per token, gradient norm before clipping, whether parameters changed."""
 
     loss: float
     grad_norm: float
@@ -30,7 +30,7 @@ class StepResult:
     forward_backward_seconds: float
     """Until the loss is known on every rank; on a GPU that waits for both passes."""
     optimizer_seconds: float
-    """Reduction and norm of the gradients and the update; a GPU may finish the update during the next step."""
+    """Reduction and norm of the gradients and the update; a GPU can finish the update during the next step."""
 
 
 def train_step(

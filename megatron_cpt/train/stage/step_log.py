@@ -1,7 +1,7 @@
-"""Where a run's time goes: parts of a step summed between two logged lines, throughput, and what is left of the stage.
+"""Time of a run: parts of a step summed between two logged lines, throughput, and the remaining time of the stage.
 
-Evaluations, saves and roll-backs are not part of a step's time; the seconds that saves held the run up are told apart. All
-seconds are rank 0's wall clock and means per step. What is left of the stage counts the evaluations and saves to come, each
+Evaluations, saves and roll-backs are not part of a step's time; the seconds that saves held the run up are told apart.
+All seconds are rank 0's wall clock and means per step. The remaining time includes future evaluations and saves, each
 as long as the last one.
 """
 

@@ -20,12 +20,12 @@ from megatron_cpt.train.stage.step import forward_step
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """A corpus's held-out samples and how many bytes of text one of its tokens stands for."""
+    """A corpus's held-out samples and its bytes of text per token."""
 
     corpus: str
     dataset: Any
     bytes_per_token: float | None
-    """None for masked shards: the bytes of what is learned are not known."""
+    """None for masked shards, because the bytes of their learned tokens are unknown."""
 
 
 def build_validation_sets(config: RunConfig, tokenizer: DatasetTokenizer, cache: Path) -> list[ValidationSet]:

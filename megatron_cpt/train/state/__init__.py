@@ -1,1 +1,1 @@
-"""What a run loads and saves: weights, optimizer state, checks of a resume."""
+"""State that a run loads and saves: weights, optimizer state, checks of a resume."""

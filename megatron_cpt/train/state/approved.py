@@ -1,4 +1,4 @@
-"""megatron-core's loading of `torch_dist` folders from what was approved, instead of from the files a second time.
+"""megatron-core's loading of `torch_dist` folders from checked data, instead of reading the files a second time.
 
 torch unpickles the index with plain `pickle.load` and objects with `weights_only=False`; megatron-core asks for both. Here the
 index is the one that `checkpoint/torch_dist/dcp.py` built from checked values, and objects are those that `checkpoint/torch_dist/pickles.py` let through,
@@ -30,7 +30,7 @@ from megatron_cpt.train.backend.parallel import on_every_rank
 def load_approved(state: ShardedStateDict, directory: Path) -> dict[str, Any]:
     """Return `state` filled from the checkpoint `directory`, with its common state, as `dist_checkpointing.load` does.
 
-    Collective: what one rank cannot read is an error on all.
+    Collective: a read error of one rank is raised on all.
 
     Raises: CheckpointError when a pickle in it could run code, or it does not fit the model; DamagedError when it cannot be read.
     """

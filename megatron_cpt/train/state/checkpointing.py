@@ -1,7 +1,7 @@
 """Saving and loading a training run through megatron-core's `dist_checkpointing`, reshardable to any layout.
 
-Keys are per layer and named as Transformer Engine names them; optimizer state is `fully_reshardable`. What makes a
-checkpoint complete (manifest, then tracker) is in `checkpoint/torch_dist/mcore.py`.
+Keys are per layer and named as Transformer Engine names them; optimizer state is `fully_reshardable`.
+`checkpoint/torch_dist/mcore.py` completes a checkpoint (manifest, then tracker).
 """
 
 import ctypes
@@ -61,7 +61,7 @@ logger = logging.getLogger(__name__)
 _TO_LOAD = "optimizer_to_load"
 
 READ_BACK_ATTEMPTS, READ_BACK_WAIT_SECONDS = 3, 1.0
-"""Another node's view of a network file system may lag behind what this one wrote."""
+"""Another node's view of a network file system can lag behind the writes of this one."""
 
 PR_SET_PDEATHSIG = 1
 """prctl(2): the signal a process gets when its parent dies."""
@@ -81,7 +81,7 @@ def save_checkpoint(
     """Write `<root>/iter_%07d` from all ranks, then its manifest, then the tracker; return the folder.
 
     Every rank hashes the files it wrote; with `read_back` the next rank, often on another node, reads them again and compares
-    before the tracker names the checkpoint. With `queue` the files are written by forked processes while training goes on:
+    before the tracker names the checkpoint. With `queue` the files are written by forked processes while training continues:
     the call returns at once, and the checkpoint is complete when the queue has finalized it. `after` runs on rank 0
     then. An earlier save still in the queue is waited for.
 

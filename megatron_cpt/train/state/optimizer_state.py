@@ -1,9 +1,9 @@
 """Optimizer state between the distributed and the plain optimizer, and between layouts with one optimizer or several.
 
-Both keep main parameters and moments by parameter name. They differ in the main parameters' key (`optimizer.state.param`
-of the distributed one, `optimizer.state.fp32_param` of the plain one in bf16, none of the plain one in fp32, where the
-weights are the main parameters) and in what stands beside the tensors. All of that follows from the settings except the
-number of updates, which is carried over.
+Both keep main parameters and moments by parameter name. They differ in the main parameters' key
+(`optimizer.state.param` of the distributed one, `optimizer.state.fp32_param` of the plain one in bf16, none of the
+plain one in fp32, where the weights are the main parameters) and in the data other than tensors. All of that follows
+from the settings except the number of updates, which is carried over.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ _MAIN = ("optimizer.state.param.", "optimizer.state.fp32_param.")
 
 
 def main_prefix(directory: Path) -> str:
-    """Return what stands before a parameter's name in the key of its main copy: empty where the weights are it."""
+    """Return the prefix of a parameter's name in the key of its main copy; empty if the weights are the main copy."""
     keys = list(read_metadata(directory).state_dict_metadata)
     return next((prefix for prefix in _MAIN if any(key.startswith(prefix) for key in keys)), "")
 

@@ -1,4 +1,5 @@
-"""What may differ between a checkpoint and the run that loads it: nothing of the model, results only with consent."""
+"""Allowed differences between a checkpoint and the run that loads it: none of the model; settings that change results
+need `accept_changes`."""
 
 import dataclasses
 from pathlib import Path
@@ -21,13 +22,14 @@ FREE_SETTINGS = (
 )  # fmt: skip
 FIXED_SETTINGS = ("data.order",)
 FREE_OF_A_CORPUS = ("documents", "validation", "validation_documents")
-"""What training does not read of a corpus."""
+"""Fields of a corpus that training does not read."""
 
 
 def check_model_fits(directory: Path, model: ModelConfig) -> None:
     """Raise CheckpointError when a checkpoint's architecture differs from `model`, naming each difference.
 
-    Settings that leave the tensors alone (dropout, initialisation, longest sequence, router loss weights) may differ.
+    Settings that leave the tensors alone (dropout, initialisation, longest sequence, router loss weights) are allowed
+    to differ.
     """
     stored = read_manifest(directory)["model"]
     free = {

@@ -1,4 +1,4 @@
-"""Where a stage's weights come from: a Hugging Face folder, a Megatron checkpoint, or another variant's run."""
+"""Sources of a stage's initial weights: a Hugging Face folder, a Megatron checkpoint, or another variant's run."""
 
 import dataclasses
 import logging
@@ -24,9 +24,9 @@ logger = logging.getLogger(__name__)
 def initial_checkpoint(config: RunConfig, run: RunDir) -> Path | None:
     """Return the verified checkpoint folder that `init.from_path` means, None when it is not set.
 
-    A Hugging Face folder, or a checkpoint of Megatron-LM or DeepSpeed that training cannot read as it is (torch format,
-    universal, stacked layers, no manifest), is converted into `<run>/init` first (once), its optimizer state too where
-    init.load is full. Raises: CheckpointError.
+    A Hugging Face folder, or a checkpoint of Megatron-LM or DeepSpeed that training cannot read directly (torch format,
+    universal, stacked layers, no manifest), is converted into `<run>/init` first (once), including its optimizer state
+    if init.load is full. Raises: CheckpointError.
     """
     text = config.init.from_path
     if text is None:

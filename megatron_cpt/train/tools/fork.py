@@ -1,12 +1,11 @@
 """Branches of a run: another stage, or a decay to a usable model, from any iteration that was kept. No torch here.
 
-Nothing is written into `tasks/`: the branch is a variant of the task, or a label of the source's variant (`main+NAME`), and
-what differs stands in `key=value`. What it reads is one of two:
+Nothing is written into `tasks/`: the branch is a variant of the task, or a label of the source's variant (`main+NAME`),
+and `key=value` overrides set the differences. It reads one of two orders:
 
 - `continue` (`data.order: continue`): the very samples that the source would have read next. The default of a decay branch of
   the same data, whose result is then that of a run which had cooled down there.
-- `own`: sample 0 of an order of its own. The default of another stage. `training.seed` is the source's plus the iteration, so
-  that a branch does not read what the source read first; documents may come again, unless a replay buffer (`data.buffer`)
+- `own`: sample 0 of an order of its own. The default of another stage. `training.seed` is the source's plus the iteration, so that a branch does not start with the source's first samples; documents can repeat, unless a replay buffer (`data.buffer`)
   draws without replacement.
 
 A decay branch (`--decay`) is a stage of that length that does nothing but cool down, from the learning rate that the source
@@ -38,7 +37,7 @@ from megatron_cpt.train.stage.schedule import schedule
 
 NOT_INHERITED = ("init.", "checkpoint.accept_changes", "data.skip_iterations", "data.order", "training.seed")
 LAYOUT = ("launch.", "parallel.", "paths.", "training.micro_batch_size", "logging.")
-"""What a stage of another variant takes over from the source's command line."""
+"""Settings that a stage of another variant copies from the source's command line."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Fork:
     iteration: int
     loaded: LoadedConfig
     arguments: list[str]
-    """What `megatron-cpt train` or `submit train` is called with."""
+    """Arguments of `megatron-cpt train` or `submit train`."""
 
     @property
     def target(self) -> RunDir:

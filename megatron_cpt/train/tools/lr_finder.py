@@ -39,7 +39,7 @@ DIVERGED = 4.0
 
 @dataclass(frozen=True)
 class RangeTest:
-    """What a range test measured."""
+    """Measurements of a range test."""
 
     rates: list[float]
     losses: list[float]
@@ -79,7 +79,7 @@ def suggested_rate(rates: Sequence[float], losses: Sequence[float]) -> tuple[flo
 def find_learning_rate(loaded: LoadedConfig, lr_min: float, lr_max: float, iterations: int) -> RangeTest:
     """Run the range test on every rank of this job; rank 0 writes what it measured.
 
-    Raises: CptError for what a user can mend.
+    Raises: CptError for errors that a user can fix.
     """
     check_range_test(loaded.config.training, lr_min, lr_max, iterations)
     initialize_parallel(loaded.config)

@@ -20,7 +20,7 @@ DISK_BYTES = 16 << 20
 def run_preflight(directory: Path) -> tuple[list[RankReport], float | None]:
     """Measure on every rank of the job; return all ranks' reports in order, and the all-reduce's bus bandwidth.
 
-    `directory`: where the disk write goes. Joins and leaves a process group of its own.
+    `directory`: target of the disk write. Joins and leaves a process group of its own.
     """
     on_gpu = torch.cuda.is_available()
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29400")):

@@ -1,4 +1,4 @@
-"""What a run read in an iteration: documents with file and line, from the run directory alone.
+"""Trace of an iteration's data: documents with file and line, from the run directory alone.
 
 The configuration, the data list and the index cache of the run directory give the very samples that training drew, under
 every layout. File and line come from the provenance sidecars of the shards (`tokenize --provenance`).
@@ -54,7 +54,7 @@ class DocumentPart:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleTrace:
-    """Where one sample of an iteration came from."""
+    """Origin of one sample of an iteration."""
 
     iteration: int
     sample: int

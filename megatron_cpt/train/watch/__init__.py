@@ -1,1 +1,1 @@
-"""What observes a running stage: metrics, watchdog, interrupts, spikes."""
+"""Observers of a running stage: metrics, watchdog, interrupts, spikes."""

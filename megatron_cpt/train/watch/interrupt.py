@@ -10,7 +10,7 @@ import torch
 from megatron_cpt.config.settings.schema import LaunchConfig
 
 URGENCY = (None, "save_now", "stop_now", "walltime", "signal")
-"""What may be asked for; of several requests the last one counts."""
+"""Possible requests; the last of several requests applies."""
 
 
 class Interrupts:
@@ -18,7 +18,7 @@ class Interrupts:
 
     SIGTERM (PBS, Slurm) and SIGUSR1 (Slurm's `--signal`) end the run after a save, as does the walltime less
     `exit_before_walltime` seconds, counted from `MEGATRON_CPT_JOB_START` (a Unix time the launcher sets) or from here.
-    A signal may reach any rank; the walltime and files are rank 0's. `touch RUN/save_now` saves; `touch RUN/stop_now`
+    A signal can reach any rank; rank 0 checks the walltime and files. `touch RUN/save_now` saves; `touch RUN/stop_now`
     saves and ends.
     """
 

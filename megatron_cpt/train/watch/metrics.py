@@ -1,4 +1,4 @@
-"""What a run says: one aligned console line and one JSON record per logged step, and TensorBoard events."""
+"""Output of a run: one aligned console line and one JSON record per logged step, and TensorBoard events."""
 
 import json
 import logging
@@ -39,8 +39,9 @@ PEAK_FLOPS = {
 class MetricsWriter:
     """Appends records to `metrics.jsonl`, TensorBoard and W&B; on ranks other than 0 it does nothing.
 
-    A run that goes on at `iteration` (0: from its start), or goes back to one, trains what comes after it once more. TensorBoard
-    is told to forget that part; W&B draws over `iteration`, since what is logged for an earlier step of its own it drops.
+    A run that resumes at `iteration` (0: from its start), or rolls back to one, repeats the later iterations.
+    TensorBoard is told to forget that part; W&B draws over `iteration`, since what is logged for an earlier step of its
+    own it drops.
     """
 
     def __init__(

@@ -1,13 +1,14 @@
-"""Loss spikes: found against the losses before, explained by what the step read, and undone by a roll-back.
+"""Loss spikes: detected by comparison with recent losses, explained by the step's samples, and undone by a roll-back.
 
 A loss is a spike when it exceeds the median of the last 16 by more than `training.spike_threshold` robust standard
-deviations of the noise: 1.4826 / sqrt(2) x the median absolute deviation of the differences between neighbours among the
-last 128 (for independent normal noise: its standard deviation, whatever the trend), at least 0.1 % of the median, so that
-a loss that hardly moves does not make every wiggle a spike. Nothing is judged before 16 losses are known. Every loss enters
-the window, so a lasting change of level stops being a spike after 8 steps.
+deviations of the noise: 1.4826 / sqrt(2) x the median absolute deviation of the differences between neighbours among
+the last 128 (for independent normal noise: its standard deviation, independent of the trend), at least 0.1 % of the
+median, so that small changes of a flat loss are not spikes. Nothing is judged before 16 losses are known. Every loss
+enters the window, so a lasting change of level stops being a spike after 8 steps.
 
-A roll-back goes to the last checkpoint and skips the spike's iteration and those just before it, whose update may be what
-raised the loss. Source: PaLM, arXiv:2204.02311, section 5.1 (restart before the spike, skip the batches before and during).
+A roll-back goes to the last checkpoint and skips the spike's iteration and those just before it, whose updates can have
+raised the loss. Source: PaLM, arXiv:2204.02311, section 5.1 (restart before the spike, skip the batches before and
+during).
 """
 
 import math
@@ -79,5 +80,5 @@ def num_rollbacks(text: str) -> int:
 
 
 def may_roll_back(training: TrainingConfig, text: str) -> bool:
-    """Return whether a run whose `skip_iterations.txt` reads `text` may roll back once more."""
+    """Return whether a run whose `skip_iterations.txt` contains `text` can roll back once more."""
     return training.spike_action == "rollback" and num_rollbacks(text) < training.spike_max_rollbacks

@@ -1,7 +1,8 @@
 """TensorBoard events of a run: curves in groups over iterations and over tokens, its settings as text, saves and spikes.
 
-`tensorboard/` has everything over iterations, `tensorboard/tokens/` losses and learning rate over consumed tokens, on which runs of
-other batch sizes can be compared. A run that goes back to an iteration tells TensorBoard to forget what came after it.
+`tensorboard/` has everything over iterations, `tensorboard/tokens/` losses and learning rate over consumed tokens, on
+which runs of other batch sizes can be compared. A run that rolls back to an iteration makes TensorBoard drop the later
+events.
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
 """A run at Weights & Biases, where `logging.wandb_project` asks for one; only rank 0 imports the package.
 
-A run keeps its id over restarts, so that its curves go on: it is a hash of the run directory's path. Curves are drawn over
-`iteration`: W&B drops what is logged for a step of its own that has passed, as after a roll-back.
+A run keeps its id over restarts, so that its curves continue: it is a hash of the run directory's path. Curves are
+drawn over `iteration`: W&B drops what is logged for a step of its own that has passed, as after a roll-back.
 """
 
 import importlib.util

@@ -1,4 +1,4 @@
-"""What DeepSeek V2 and V3 share: multi-head latent attention, shared experts, dense layers first."""
+"""Rules shared by DeepSeek V2 and V3: multi-head latent attention, shared experts, dense layers first."""
 
 from typing import Any
 
