@@ -148,8 +148,7 @@ def tokenize(
         Path(tokenizer),
         output_prefix=None if output_prefix is None else Path(output_prefix),
         output_dir=None if output_dir is None else Path(output_dir),
-        keys=list(keys),
-        on_bad_line=on_bad_line,
+        options=driver.TokenizeOptions(keys=list(keys), on_bad_line=on_bad_line),
         workers=workers or _cores(),
     )
     if output_prefix is not None:

@@ -103,31 +103,33 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int | None:
     # numpy and the tokenizer libraries are slow to import; --help must not wait for them
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    from megatron_cpt.data.tokenize.driver import tokenize
+    from megatron_cpt.data.tokenize.driver import TokenizeOptions, tokenize
 
     report = tokenize(
         arguments.input,
         arguments.tokenizer,
         output_prefix=arguments.output_prefix,
         output_dir=arguments.output_dir,
-        keys=keys_of(arguments),
-        append_eod=arguments.append_eod,
-        eod_token=arguments.eod_token,
+        options=TokenizeOptions(
+            keys=keys_of(arguments),
+            append_eod=arguments.append_eod,
+            eod_token=arguments.eod_token,
+            shard_tokens=arguments.shard_tokens,
+            num_shards=arguments.num_shards,
+            is_across_folders=arguments.across_folders,
+            on_bad_line=arguments.on_bad_line,
+            include=arguments.include,
+            exclude=arguments.exclude,
+            format=arguments.format,
+            txt_documents=arguments.txt_documents,
+            max_document_bytes=arguments.max_document_bytes,
+            provenance=arguments.provenance,
+            engine=arguments.engine,
+            special_tokens=arguments.special_tokens,
+            bos=arguments.bos,
+        ),
         workers=arguments.workers,
-        shard_tokens=arguments.shard_tokens,
-        num_shards=arguments.num_shards,
-        is_across_folders=arguments.across_folders,
         part=arguments.shard,
-        on_bad_line=arguments.on_bad_line,
-        include=arguments.include,
-        exclude=arguments.exclude,
-        format=arguments.format,
-        txt_documents=arguments.txt_documents,
-        max_document_bytes=arguments.max_document_bytes,
-        provenance=arguments.provenance,
-        engine=arguments.engine,
-        special_tokens=arguments.special_tokens,
-        bos=arguments.bos,
     )
     sys.stdout.write(str(report))
     return 0

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_cpt.data.reading.documents import list_sources
+from megatron_cpt.data.reading.documents import Source, list_sources
 from megatron_cpt.data.reading.records import CONTROL_TOKEN, POLICIES
 from megatron_cpt.data.reading.streams import MAX_DOCUMENT_BYTES, PIECE_BYTES, Layout, Piece
 from megatron_cpt.data.shards.indexed import older_options, read_shard_manifest, token_dtype
@@ -81,96 +81,132 @@ class Report:
         return "\n".join(lines) + "\n"
 
 
+@dataclass(frozen=True, kw_only=True)
+class TokenizeOptions:
+    """Choices that change the shards, the files that are read, or how a bad line is treated."""
+
+    keys: Sequence[str] = ("text",)
+    """Keys or columns that hold text; each gets a shard of its own."""
+    append_eod: bool = True
+    eod_token: str | None = None
+    """The end-of-document token where the tokenizer's eos_token is not the one."""
+    bos: str = "auto"
+    """auto (as the tokenizer's post-processor writes it), on or off."""
+    special_tokens: str | None = None
+    """Control tokens written in a text: text, token or reject; None: text, or what an output of an earlier release began with."""
+    shard_tokens: int | None = None
+    """Files are grouped into shards of about this many tokens, within their folder."""
+    num_shards: int | None = None
+    """All files are grouped into this many shards of similar size."""
+    is_across_folders: bool = False
+    """Whether `shard_tokens` groups files of different folders."""
+    on_bad_line: str = "fail"
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    format: str | None = None
+    """What the files are, whatever their names say."""
+    txt_documents: str = "line"
+    max_document_bytes: int = MAX_DOCUMENT_BYTES
+    provenance: bool = False
+    """Whether file and line of each document are kept."""
+    engine: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for values that are none of the choices."""
+        if self.on_bad_line not in POLICIES:
+            raise ConfigError(f"tokenize: on_bad_line is {self.on_bad_line!r}. Choose one of {', '.join(POLICIES)}.")
+        if self.special_tokens not in (None, *SPECIAL_TOKENS) or self.bos not in BOS:
+            raise ConfigError(
+                f"tokenize: special_tokens is {self.special_tokens!r} and bos {self.bos!r}. Choose one of "
+                f"{', '.join(SPECIAL_TOKENS)}, and one of {', '.join(BOS)}."
+            )
+        if self.num_shards is not None and (self.num_shards < 1 or self.shard_tokens or self.is_across_folders):
+            raise ConfigError(
+                f"tokenize: num_shards is {self.num_shards}. A number from 1 on is needed, which says alone how files are grouped."
+            )
+        if self.is_across_folders and not self.shard_tokens:
+            raise ConfigError("tokenize: files of different folders are grouped by shard_tokens. Give --shard-tokens.")
+
+    @property
+    def layout(self) -> Layout:
+        """How documents are found in files."""
+        return Layout(
+            keys=tuple(self.keys), txt_documents=self.txt_documents, max_document_bytes=self.max_document_bytes
+        )
+
+    def recorded(self) -> dict[str, Any]:
+        """Return what a shard's manifest says of them; control tokens and BOS depend on the tokenizer and come later."""
+        return {
+            "keys": list(self.keys),
+            "append_eod": self.append_eod,
+            "txt_documents": self.txt_documents,
+            "max_document_bytes": self.max_document_bytes,
+            "on_bad_line": self.on_bad_line,
+            "provenance": self.provenance,
+            "shard_tokens": self.shard_tokens,
+            **({"num_shards": self.num_shards} if self.num_shards else {}),
+            **({"across_folders": True} if self.is_across_folders else {}),
+        }
+
+
 def tokenize(
     inputs: Sequence[str | Path],
     tokenizer_path: Path,
     *,
     output_prefix: Path | None = None,
     output_dir: Path | None = None,
-    keys: Sequence[str] = ("text",),
-    append_eod: bool = True,
-    eod_token: str | None = None,
+    options: TokenizeOptions | None = None,
     workers: int = 1,
-    shard_tokens: int | None = None,
-    num_shards: int | None = None,
-    is_across_folders: bool = False,
     part: tuple[int, int] | None = None,
-    on_bad_line: str = "fail",
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    format: str | None = None,
-    txt_documents: str = "line",
-    max_document_bytes: int = MAX_DOCUMENT_BYTES,
-    provenance: bool = False,
-    engine: str = "auto",
-    special_tokens: str | None = None,
-    bos: str = "auto",
 ) -> Report:
     """Tokenize `inputs` into one shard per key (`output_prefix`) or a tree of shards (`output_dir`).
 
-    In a tree files are grouped into shards of about `shard_tokens` within their folder, or over all folders where
-    `is_across_folders`; or all into `num_shards` of similar size. Shards that are whole already, of the same inputs, tokenizer and options, are kept. `part` is (i, n): the i-th of n
-    members of a job array, counted from 0. The output does not depend on `workers` and `engine`. `special_tokens` is text,
-    token or reject (None: text), `bos` is auto, on or off; by default an output that an earlier release began continues as it
-    began, with control tokens as tokens and without BOS.
+    Shards that are whole already, of the same inputs, tokenizer and options, are kept. `part` is (i, n): the i-th of n members of
+    a job array, counted from 0. The output does not depend on `workers` and on the engine.
 
     Raises: DataError on bad lines under the policy, on damaged inputs, on shards of another tokenizer or other options.
     """
+    options = options or TokenizeOptions()
     if (output_prefix is None) == (output_dir is None):
         raise ConfigError("tokenize: give either an output prefix (one shard) or an output folder (a tree of shards).")
-    if on_bad_line not in POLICIES:
-        raise ConfigError(f"tokenize: on_bad_line is {on_bad_line!r}. Choose one of {', '.join(POLICIES)}.")
+    if output_dir is None and (options.num_shards or options.is_across_folders):
+        raise ConfigError("tokenize: an output prefix is one shard. Give --output-dir for several.")
     if part is not None and not 0 <= part[0] < part[1]:
         raise ConfigError(f"tokenize: part is {part[0]}/{part[1]}. Parts count from 0 to n - 1.")
-    if special_tokens not in (None, *SPECIAL_TOKENS) or bos not in BOS:
-        raise ConfigError(
-            f"tokenize: special_tokens is {special_tokens!r} and bos {bos!r}. Choose one of {', '.join(SPECIAL_TOKENS)}, and "
-            f"one of {', '.join(BOS)}."
-        )
-    _check_grouping(output_dir, shard_tokens, num_shards, is_across_folders)
-    sources = list_sources(inputs, include, exclude, format, keep_bad_files=on_bad_line == "skip")
-    tokenizer = load_tokenizer(tokenizer_path, eod_token)
-    layout = Layout(keys=tuple(keys), txt_documents=txt_documents, max_document_bytes=max_document_bytes)
-    options: dict[str, Any] = {
-        "keys": list(keys),
-        "append_eod": append_eod,
-        "txt_documents": txt_documents,
-        "max_document_bytes": max_document_bytes,
-        "on_bad_line": on_bad_line,
-        "provenance": provenance,
-        "shard_tokens": shard_tokens,
-        **({"num_shards": num_shards} if num_shards else {}),
-        **({"across_folders": True} if is_across_folders else {}),
-    }
+    keys = options.keys
+    sources = list_sources(
+        inputs, options.include, options.exclude, options.format, keep_bad_files=options.on_bad_line == "skip"
+    )
+    tokenizer = load_tokenizer(tokenizer_path, options.eod_token)
+    recorded = options.recorded()
     if output_prefix is not None:
         plans = plan_one(output_prefix, sources, part)
         is_older = any(is_of_an_older_release(plan.prefix(key)) for plan in plans for key in keys)
     else:
         assert output_dir is not None
         is_older = check_neighbours(output_dir, tokenizer.identity)
-    options |= _reading_options(tokenizer, special_tokens, bos, is_older=is_older)
-    read_special_tokens(tokenizer, "token" if options["special_tokens"] == "token" else "text")
+    recorded |= _reading_options(tokenizer, options.special_tokens, options.bos, is_older=is_older)
+    read_special_tokens(tokenizer, "token" if recorded["special_tokens"] == "token" else "text")
     if output_dir is not None:
-        target = shard_tokens / tokens_per_byte(sources, tokenizer, layout) if shard_tokens else None
-        plans = plan_tree(output_dir, sources, target, part, num_shards=num_shards, is_across_folders=is_across_folders)
+        plans = _planned_tree(output_dir, sources, tokenizer, options, part)
     if output_prefix is not None and part is not None:
         whole = plan_one(output_prefix, sources, None)
-        if all(is_finished(plan, keys, tokenizer.identity, options) for plan in whole):
+        if all(is_finished(plan, keys, tokenizer.identity, recorded) for plan in whole):
             logger.info("%s: kept, the parts of these documents are joined already", output_prefix)
             plans = whole  # what `data merge` joined; its parts are not made again
-    pending = [plan for plan in plans if not is_finished(plan, keys, tokenizer.identity, options)]
+    pending = [plan for plan in plans if not is_finished(plan, keys, tokenizer.identity, recorded)]
     job = Job(
         tokenizer_path=tokenizer_path,
-        eod_token=eod_token,
-        layout=layout,
-        engine=engine,
+        eod_token=options.eod_token,
+        layout=options.layout,
+        engine=options.engine,
         dtype=token_dtype(tokenizer.vocab_size),
-        special_tokens=options["special_tokens"],
-        bos_ids=tuple(options["bos_ids"]),
-        append_eod=append_eod,
-        keep_lines=provenance,
+        special_tokens=recorded["special_tokens"],
+        bos_ids=tuple(recorded["bos_ids"]),
+        append_eod=options.append_eod,
+        keep_lines=options.provenance,
     )
-    used = _run(pending, job, tokenizer, options, max(workers, 1)) if pending else None
+    used = _run(pending, job, tokenizer, recorded, max(workers, 1)) if pending else None
     manifests = {plan.prefix(key): read_shard_manifest(plan.prefix(key)) for plan in plans for key in keys}
     reject_files = [rejects_path(plan.base) for plan in plans if rejects_path(plan.base).exists()]
     return Report(
@@ -178,17 +214,24 @@ def tokenize(
     )
 
 
-def _check_grouping(
-    output_dir: Path | None, shard_tokens: int | None, num_shards: int | None, is_across_folders: bool
-) -> None:
-    if num_shards is not None and (num_shards < 1 or shard_tokens or is_across_folders):
-        raise ConfigError(
-            f"tokenize: num_shards is {num_shards}. A number from 1 on is needed, which says alone how files are grouped."
-        )
-    if is_across_folders and not shard_tokens:
-        raise ConfigError("tokenize: files of different folders are grouped by shard_tokens. Give --shard-tokens.")
-    if output_dir is None and (num_shards or is_across_folders):
-        raise ConfigError("tokenize: an output prefix is one shard. Give --output-dir for several.")
+def _planned_tree(
+    output_dir: Path,
+    sources: Sequence[Source],
+    tokenizer: Tokenizer,
+    options: TokenizeOptions,
+    part: tuple[int, int] | None,
+) -> list[ShardPlan]:
+    target = None
+    if options.shard_tokens:
+        target = options.shard_tokens / tokens_per_byte(sources, tokenizer, options.layout)
+    return plan_tree(
+        output_dir,
+        sources,
+        target,
+        part,
+        num_shards=options.num_shards,
+        is_across_folders=options.is_across_folders,
+    )
 
 
 def _reading_options(tokenizer: Tokenizer, special_tokens: str | None, bos: str, *, is_older: bool) -> dict[str, Any]:
