@@ -103,7 +103,8 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int | None:
     # numpy and the tokenizer libraries are slow to import; --help must not wait for them
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    from megatron_cpt.data.tokenize.driver import TokenizeOptions, tokenize
+    from megatron_cpt.data.tokenize.driver import tokenize
+    from megatron_cpt.data.tokenize.options import TokenizeOptions
 
     report = tokenize(
         arguments.input,

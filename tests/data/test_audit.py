@@ -18,7 +18,8 @@ from megatron_cpt.data.joining.merge import find_parts, merge_shards, remove_sha
 from megatron_cpt.data.shards.adopt import adopt
 from megatron_cpt.data.shards.discovery import find_shards
 from megatron_cpt.data.shards.indexed import bin_path, idx_path, manifest_path, read_index, write_index
-from megatron_cpt.data.tokenize.driver import TokenizeOptions, tokenize
+from megatron_cpt.data.tokenize.driver import tokenize
+from megatron_cpt.data.tokenize.options import TokenizeOptions
 from megatron_cpt.data.tokenizer.interface import load_tokenizer
 from megatron_cpt.errors import DataError
 from tests.data.conftest import SENTENCES

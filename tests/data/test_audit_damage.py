@@ -10,7 +10,8 @@ from megatron_cpt.cli import main
 from megatron_cpt.data.audit.shards import audit_all, audit_shard
 from megatron_cpt.data.shards.adopt import adopt
 from megatron_cpt.data.shards.indexed import bin_path, idx_path, manifest_path, read_index, write_index
-from megatron_cpt.data.tokenize.driver import TokenizeOptions, tokenize
+from megatron_cpt.data.tokenize.driver import tokenize
+from megatron_cpt.data.tokenize.options import TokenizeOptions
 from megatron_cpt.data.tokenize.shard_writer import provenance_path
 from megatron_cpt.data.tokenizer.interface import load_tokenizer
 from tests.data.conftest import SENTENCES

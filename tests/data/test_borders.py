@@ -198,7 +198,7 @@ def test_a_file_that_cannot_be_read_stops_the_work_at_its_start_or_is_counted(wo
     assert run(*words) == 2
     assert "in/b.jsonl: no such file: a link to " in capsys.readouterr().err
     assert not Path("out").exists()
-    assert run(*words, skip) == 0
+    assert run(*words, *skip.split()) == 0
     entries = [json.loads(line) for path in Path("out").rglob("*.rejects") for line in path.read_text().splitlines()]
     assert {(Path(entry["path"]).name, entry["reason"]) for entry in entries} == {
         (name, "file that cannot be read") for name in ("b.jsonl", "d.jsonl", "e.parquet")
@@ -206,7 +206,8 @@ def test_a_file_that_cannot_be_read_stops_the_work_at_its_start_or_is_counted(wo
 
 
 def test_tokenizing_counts_files_that_cannot_be_read_in_the_manifest(with_bad_files, bpe_dir):
-    from megatron_cpt.data.tokenize.driver import TokenizeOptions, tokenize
+    from megatron_cpt.data.tokenize.driver import tokenize
+    from megatron_cpt.data.tokenize.options import TokenizeOptions
 
     with pytest.raises(DataError, match="a link to"):
         tokenize(["in"], bpe_dir, output_prefix=Path("t"), workers=1)
@@ -224,7 +225,8 @@ def test_validate_and_repair_tell_files_that_cannot_be_read(with_bad_files, caps
 
 
 def test_the_folders_of_a_tree_become_n_shards_in_order(tmp_path, bpe_dir):
-    from megatron_cpt.data.tokenize.driver import TokenizeOptions, tokenize
+    from megatron_cpt.data.tokenize.driver import tokenize
+    from megatron_cpt.data.tokenize.options import TokenizeOptions
     from megatron_cpt.errors import ConfigError
 
     names = [f"in/d{folder:02d}/f.jsonl" for folder in range(12)]

@@ -24,7 +24,8 @@ from megatron_cpt.data.reading import records
 from megatron_cpt.data.reading.documents import list_sources
 from megatron_cpt.data.reading.record_files import Reading, Tally, read_records
 from megatron_cpt.data.reading.streams import Layout, parse_piece, pieces_of
-from megatron_cpt.data.tokenize.driver import TokenizeOptions, tokenize
+from megatron_cpt.data.tokenize.driver import tokenize
+from megatron_cpt.data.tokenize.options import TokenizeOptions
 from megatron_cpt.errors import DataError
 
 ZSTD = zstandard.ZstdCompressor().compress

@@ -22,7 +22,8 @@ from megatron_cpt.data.shards.indexed import (
     read_tokens,
     write_index,
 )
-from megatron_cpt.data.tokenize.driver import TokenizeOptions, tokenize
+from megatron_cpt.data.tokenize.driver import tokenize
+from megatron_cpt.data.tokenize.options import TokenizeOptions
 from megatron_cpt.data.tokenizer.control_tokens import ControlTokens
 from megatron_cpt.data.tokenizer.interface import load_tokenizer
 from megatron_cpt.errors import DataError

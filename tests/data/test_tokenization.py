@@ -14,7 +14,8 @@ import pytest
 import zstandard
 
 from megatron_cpt.data.shards.indexed import document_bounds, read_index, read_shard_manifest, read_tokens
-from megatron_cpt.data.tokenize.driver import TokenizeOptions, tokenize
+from megatron_cpt.data.tokenize.driver import tokenize
+from megatron_cpt.data.tokenize.options import TokenizeOptions
 from megatron_cpt.data.tokenizer.interface import load_tokenizer
 from megatron_cpt.errors import DataError
 from tests.data.conftest import SENTENCES, build_bpe, save_tokenizer
@@ -271,7 +272,8 @@ import logging, sys
 import numpy as np
 from pathlib import Path
 from megatron_cpt.data.tokenizer import engines
-from megatron_cpt.data.tokenize.driver import TokenizeOptions, tokenize
+from megatron_cpt.data.tokenize.driver import tokenize
+from megatron_cpt.data.tokenize.options import TokenizeOptions
 
 def lying(tokenizer):
     reference = engines._reference_encoder(tokenizer)

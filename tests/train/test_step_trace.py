@@ -10,7 +10,8 @@ import pytest
 from megatron_cpt.checkpoint.torch_dist.mcore import read_manifest
 from megatron_cpt.cli import main
 from megatron_cpt.data.shards.indexed import document_bounds, read_index, read_tokens
-from megatron_cpt.data.tokenize.driver import TokenizeOptions, tokenize
+from megatron_cpt.data.tokenize.driver import tokenize
+from megatron_cpt.data.tokenize.options import TokenizeOptions
 from megatron_cpt.errors import DataError
 from tests.train.test_loop import run_path, run_stage
 
