@@ -77,8 +77,9 @@ def documents_of(prefix):
     return [tokens[start:end].tolist() for start, end in itertools.pairwise(bounds)]
 
 
-def make(corpus, folder, output, **options):
-    tokenize([corpus], folder, output_prefix=output, options=TokenizeOptions(**{"bos": "off", **options}))
+def make(corpus, folder, output, *, workers=1, part=None, **options):
+    chosen = TokenizeOptions(**{"bos": "off", **options})
+    tokenize([corpus], folder, output_prefix=output, options=chosen, workers=workers, part=part)
     return output.with_name(output.name + "_text_document")
 
 
