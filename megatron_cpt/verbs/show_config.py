@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the run's arguments and what to print of it."""
+    """Add the run's arguments and the parts to print."""
     add_run_arguments(parser)
     add_variable_arguments(parser)
     parser.add_argument(

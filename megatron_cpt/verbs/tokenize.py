@@ -1,4 +1,4 @@
-"""Turn documents into Megatron's .bin/.idx token files, with a JSON manifest beside each.
+"""Turn documents into Megatron's .bin/.idx token files, each with a JSON manifest.
 
 Inputs are files, folders or globs of .jsonl/.json (an object per line), .txt, each plain or .gz/.zst/.xz/.bz2, .parquet
 and .arrow. With --output-prefix everything becomes one shard per json key, `<prefix>_<key>_document`; with --output-dir

@@ -23,7 +23,7 @@ def skips_bad_lines(arguments: argparse.Namespace) -> bool:
 
 
 def add_keys_argument(parser: argparse.ArgumentParser, meaning: str) -> None:
-    """Add --key, which may come again; `--json-keys` is its earlier name. Read them with `keys_of`."""
+    """Add --key, which can be repeated; `--json-keys` is its earlier name. Read them with `keys_of`."""
     parser.add_argument("--key", action="append", dest="keys", metavar="KEY", help=f"{meaning}; repeat for more (text)")
     parser.add_argument("--json-keys", nargs="+", dest="keys", help=argparse.SUPPRESS)
 

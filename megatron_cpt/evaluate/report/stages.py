@@ -2,13 +2,14 @@
 
 `metrics.jsonl` has one JSON object a line, each with `kind` and `time` (seconds since 1970):
 
-    start        iteration, consumed_tokens, resumed, layout, world_size, changed_settings train        iteration,
-    consumed_tokens, loss, lr, grad_norm, tokens_per_second and other values of a step validation   iteration,
-    consumed_tokens, corpus, loss (nats per token), bits_per_byte save         iteration, seconds, stall_seconds skip
-    iteration, consumed_tokens: an iteration of data.skip_iterations or skip_iterations.txt spike        iteration,
-    consumed_tokens, loss, median, deviation, first_sample, last_sample, shards, documents rollback     iteration (of
-    the checkpoint gone back to), consumed_tokens, skipped end          iteration, reason: finished, a signal, a file
-    such as stop_now, the walltime
+    start        iteration, consumed_tokens, resumed, layout, world_size, changed_settings
+    train        iteration, consumed_tokens, loss, lr, grad_norm, tokens_per_second and other values of a step
+    validation   iteration, consumed_tokens, corpus, loss (nats per token), bits_per_byte
+    save         iteration, seconds, stall_seconds
+    skip         iteration, consumed_tokens: an iteration of data.skip_iterations or skip_iterations.txt
+    spike        iteration, consumed_tokens, loss, median, deviation, first_sample, last_sample, shards, documents
+    rollback     iteration (of the target checkpoint), consumed_tokens, skipped
+    end          iteration, reason: finished, a signal, a file such as stop_now, the walltime
 
 A value that is no number (NaN, infinity) is null. It is append-only. A stage that was killed and continued holds some iterations twice: after a `start` record
 with `resumed`, every earlier record of a later iteration counts no more.
