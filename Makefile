@@ -7,7 +7,7 @@ PY := .venv/bin/python
 SHELL_FILES = $(shell git ls-files --cached --others --exclude-standard '*.sh' .ci/run)
 RECIPES = llmjp-v4-midtraining aurora-cpt openseek-cpt snakmodel-danish latxa-instruct
 
-.PHONY: help venv demo demo-clean recipes recipes-clean test test-fast test-full check format bench docs doctor clean cluster-packages browser-package
+.PHONY: help venv demo demo-clean recipes recipes-clean test test-fast test-full faults check format bench docs doctor clean cluster-packages browser-package
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -36,6 +36,9 @@ test-fast: venv  ## run the tests that take seconds
 # -v: one line a test as it ends, with its seconds (tests/conftest.py), so that a run cut short still says where the time went
 test-full: venv cluster-packages  ## run the long matrices only: every layout, family, fault and short recipe
 	@$(PY) -m pytest -v -m full --durations=25
+
+faults: venv  ## kill, fill, flip and replace: the fault suite (docs/reliability.md)
+	@$(PY) -m pytest -q tests/faults
 
 check: venv  ## format, lint, types, shell files and the policy tests
 	@$(PY) -m ruff format --check .

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from typing import ClassVar, TextIO
 
 CLEAR = "\r\x1b[K"
@@ -139,6 +140,13 @@ def format_bytes(number: float) -> str:
             return f"{number:.0f} B" if suffix == "B" else f"{number:.1f} {suffix}"
         number /= 1024
     raise AssertionError("unreachable")
+
+
+def aligned(rows: Sequence[tuple[str, ...]]) -> str:
+    """Return rows as lines whose columns start at the same place."""
+    widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines) + "\n"
 
 
 def _short(number: float) -> str:

@@ -9,6 +9,7 @@ import pytest
 from megatron_cpt import cli
 from megatron_cpt.errors import CptError, storage_error
 from megatron_cpt.files import naming, read_json, write_text
+from megatron_cpt.verbs import status
 
 CODES = (
     "EIO ESTALE EACCES ENOSPC EDQUOT EROFS EISDIR ENOTDIR ELOOP EMFILE ENOMEM ENAMETOOLONG ETIMEDOUT ENOTCONN".split()
@@ -34,17 +35,10 @@ def test_a_refusal_without_number_or_name_is_told_too():
 def test_the_command_line_says_it_in_one_line_and_exits_2(code, monkeypatch, capsys):
     number = getattr(errno, code)
 
-    def refuse(verb, program):
-        raise AssertionError
+    def refuse(arguments):
+        raise OSError(number, os.strerror(number), "/data/file")
 
-    class Module:
-        @staticmethod
-        def run(arguments):
-            raise OSError(number, os.strerror(number), "/data/file")
-
-    import argparse
-
-    monkeypatch.setattr(cli, "load_verb", lambda verb, program: (Module, argparse.ArgumentParser()))
+    monkeypatch.setattr(status, "run", refuse)
     with pytest.raises(SystemExit) as ended:
         cli.main(["status"])
     said = capsys.readouterr().err
@@ -55,16 +49,17 @@ def test_a_folder_in_a_files_place_and_a_circle_of_links_are_one_line(tmp_path, 
     (tmp_path / "config.json").mkdir()
     (tmp_path / "circle").symlink_to("circle")
     for argv in (
-        ["convert", "hf-to-mcore", "--input", str(tmp_path), "--output", str(tmp_path / "out")],
+        ["convert", "hf-to-mcore", str(tmp_path), str(tmp_path / "out")],
         ["data", "validate", "--input", str(tmp_path / "circle")],
         ["checkpoint", "inspect", str(tmp_path / "circle")],
-        ["analyze", str(tmp_path)],
-        ["report", str(tmp_path / "circle")],
+        ["analyze", "stats", str(tmp_path)],
+        ["report", str(tmp_path / "circle"), "--output", str(tmp_path / "r")],
     ):
         with pytest.raises(SystemExit) as ended:
             cli.main(argv)
         said = capsys.readouterr().err
-        assert ended.value.code == 2 and "Traceback" not in said, argv
+        assert ended.value.code == 2 and said.startswith("megatron-cpt ") and "usage:" not in said, (argv, said)
+        assert said.splitlines()[-1].startswith("megatron-cpt "), said
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,7 @@ def tracked(*patterns: str) -> tuple[Path, ...]:
     return tuple(sorted({ROOT / name for name in names if (ROOT / name).is_file()}))
 
 
+@functools.cache
 def library() -> dict[str, Path]:
     """Return dotted module name -> file of the package."""
     return {module_name(path): path for path in tracked("megatron_cpt/*.py")}

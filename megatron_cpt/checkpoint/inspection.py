@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,33 +14,11 @@ from megatron_cpt.checkpoint.torch_dist import mcore
 from megatron_cpt.checkpoint.torch_dist.dcp import DcpReader
 from megatron_cpt.config.settings.schema import ModelConfig
 from megatron_cpt.errors import CheckpointError
-from megatron_cpt.log import format_bytes, format_count
+from megatron_cpt.log import aligned, format_bytes, format_count
 
 logger = logging.getLogger(__name__)
 
 _OPTIMIZER = ("optimizer.", "chained_")
-
-
-def checkpoint_table(root: Path, protected: set[int]) -> str:
-    """Return a table of the checkpoints in `root`: iteration, tokens, bytes, content, whether protected or tracked."""
-    tracked = mcore.read_tracker(root)
-    rows = [("iteration", "tokens", "size", "content", "note")]
-    for iteration in mcore.list_checkpoints(root):
-        directory = mcore.checkpoint_dir(root, iteration)
-        manifest = mcore.read_manifest(directory)
-        notes = ["latest"] if iteration == tracked else []
-        notes += ["protected"] if iteration in protected else []
-        size = sum(entry["bytes"] for entry in manifest["files"].values())
-        rows.append(
-            (
-                str(iteration),
-                format_count(manifest.get("consumed_tokens") or 0),
-                format_bytes(size),
-                str(manifest.get("content", "")),
-                " ".join(notes),
-            )
-        )
-    return aligned(rows)
 
 
 def describe_checkpoint(directory: Path, *, with_tensors: bool = False) -> str:
@@ -147,13 +124,6 @@ def adopt_checkpoint(directory: Path, model: ModelConfig) -> None:
             "source": {"kind": "adopted"},
         },
     )
-
-
-def aligned(rows: Sequence[tuple[str, ...]]) -> str:
-    """Return rows as lines whose columns start at the same place."""
-    widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join(lines) + "\n"
 
 
 def _layout(layout: dict[str, Any]) -> str:

@@ -5,9 +5,11 @@ line in its logs. A job that the ledger believes alive and the scheduler no long
 repairs it. `launch/scheduler/states.py` defines how the two are combined.
 """
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_cpt.config.settings.derived import train_iters, train_tokens
 from megatron_cpt.config.settings.schema import RunConfig
@@ -48,12 +50,17 @@ def job_rows(run: RunDir, now: float | None = None) -> list[JobRow]:
         seen = states[job]
         state, reason = seen.state, seen.reason
         if state in ("failed", "lost", "cancelled") and not reason.startswith("links"):
-            found = first_error(Path(record["log_dir"])) if record.get("log_dir") else None
+            found = first_error(Path(str(record["log_dir"]))) if record.get("log_dir") else None
             reason = found or reason or f"exit code {record.get('exit_code')}"
-        age = format_seconds(max(now - float(record.get("submitted") or now), 0))
+        age = format_seconds(max(now - _number(record.get("submitted"), now), 0))
         name = str(record.get("name") or record.get("stage", "?"))
-        rows.append(JobRow(job, name, state, age, int(record.get("restarts", 0)), reason))
+        rows.append(JobRow(job, name, state, age, int(_number(record.get("restarts"), 0)), reason))
     return rows
+
+
+def _number(value: Any, otherwise: float) -> float:
+    """Return a number of the ledger's; a damaged one is not worth the table."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) and value else otherwise
 
 
 def status_text(run: RunDir, config: RunConfig | None, now: float | None = None) -> str:

@@ -45,13 +45,16 @@ def read_jobs(jobs_dir: Path) -> dict[str, dict[str, Any]]:
     """Return job id -> its fields, in the order of submission; a line cut short by a crash is skipped with a warning."""
     jobs: dict[str, dict[str, Any]] = {}
     with contextlib.suppress(FileNotFoundError):
-        for number, line in enumerate(ledger_path(jobs_dir).read_text(encoding="utf-8").splitlines(), start=1):
+        lines = ledger_path(jobs_dir).read_bytes().split(b"\n")  # a byte that is no text costs its own line only
+        for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
                 record = json.loads(line)
                 job = record["job"]
-            except (json.JSONDecodeError, KeyError, TypeError):
+                if not isinstance(job, str):
+                    raise TypeError("a job's id is text")
+            except (ValueError, KeyError, TypeError, RecursionError):
                 logger.warning("%s:%d: not a ledger record; skipped.", ledger_path(jobs_dir), number)
                 continue
             fields = jobs.setdefault(job, {"submitted": record.get("time")})

@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     part = actions.add_parser("verify", help="check every file of one or all checkpoints; exit 1 when one is damaged")
     part.add_argument("path", type=Path, metavar="ROOT|DIR", help="a `checkpoints` folder, or one checkpoint")
     part.add_argument("--size", action="store_true", help="check sizes only, not hashes")
+    part.add_argument("--sha256", action="store_true", help="a line per file for sha256sum too, of what is good")
     part = actions.add_parser("inspect", help="what a checkpoint holds")
     part.add_argument("path", type=Path, metavar="DIR", help="a checkpoint, or a folder of them")
     part.add_argument("--tensors", action="store_true", help="a line per tensor")
@@ -71,15 +72,16 @@ def run(arguments: argparse.Namespace) -> int | None:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from megatron_cpt.checkpoint.inspection import checkpoint_table  # torch
     from megatron_cpt.checkpoint.torch_dist.retention import read_protected
+    from megatron_cpt.checkpoint.torch_dist.table import checkpoint_table
 
     sys.stdout.write(checkpoint_table(arguments.root, read_protected(arguments.root)))
     return 0
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from megatron_cpt.checkpoint.torch_dist.mcore import verify_checkpoint
+    from megatron_cpt.checkpoint.torch_dist.content import sha256_lines
+    from megatron_cpt.checkpoint.torch_dist.mcore import read_manifest, verify_checkpoint
     from megatron_cpt.checkpoint.torch_dist.megatron_arguments import check_safe  # torch
 
     damaged = 0
@@ -92,6 +94,9 @@ def _verify(arguments: argparse.Namespace) -> int:
             sys.stdout.write(f"DAMAGED {problem}\n")
         else:
             sys.stdout.write(f"good    {directory}\n")
+            if arguments.sha256:
+                names = ["manifest.json", *read_manifest(directory)["files"]]
+                sys.stdout.write(sha256_lines(directory, names))
     return 1 if damaged else 0
 
 

@@ -55,7 +55,7 @@ def _folder(arguments: argparse.Namespace) -> Path | None:
 
 def _text(arguments: argparse.Namespace) -> str:
     from megatron_cpt.config.loading.resolve import read_resolved
-    from megatron_cpt.errors import ConfigError
+    from megatron_cpt.errors import CptError, storage_error
     from megatron_cpt.launch.status import status_text
     from megatron_cpt.run.directory import RunDir, run_dir
     from megatron_cpt.verbs.run_arguments import load_run
@@ -69,7 +69,11 @@ def _text(arguments: argparse.Namespace) -> str:
         run = RunDir(ledger.parents[1])
         try:
             known = read_resolved(run.config_path)
-        except (ConfigError, OSError):  # no job has trained yet
+        except (CptError, OSError):  # no job has trained yet
             known = None
-        parts.append(status_text(run, known))
+        try:
+            parts.append(status_text(run, known))
+        except (CptError, OSError) as problem:  # of one run, which must not hide the others
+            said = storage_error(problem) if isinstance(problem, OSError) else problem
+            parts.append(f"{run.path}\nits state cannot be told: {said}\n")
     return "\n".join(parts)

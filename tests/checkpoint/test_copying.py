@@ -27,13 +27,13 @@ def test_a_copy_is_verified_and_tracked(checkpoint, tmp_path):
 def test_an_interrupted_copy_goes_on_with_what_is_missing(checkpoint, tmp_path, monkeypatch):
     original, copied = copying._copy_bytes, []
 
-    def copy(source, target, progress=None):
+    def copy(source, target, known_by="", progress=None):
         if source.name == "c" and not copied.count("c"):
             copied.append("c")
             target.write_bytes(b"half")
             raise KeyboardInterrupt
         copied.append(source.name)
-        return original(source, target, progress)
+        return original(source, target, known_by, progress)
 
     monkeypatch.setattr(copying, "_copy_bytes", copy)
     with pytest.raises(KeyboardInterrupt):

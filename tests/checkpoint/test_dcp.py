@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.distributed import checkpoint as torch_dcp
 
+from megatron_cpt.checkpoint.torch_dist.content import content_hash
 from megatron_cpt.checkpoint.torch_dist.dcp import DcpReader
 from megatron_cpt.checkpoint.torch_dist.dcp_writer import Slice, write_dcp
 from megatron_cpt.errors import CheckpointError
-from megatron_cpt.files import file_hash
 
 
 def whole(key, tensor):
@@ -61,7 +61,7 @@ def test_a_gap_between_slices_is_an_error(tmp_path):
 def test_hashes_are_those_of_the_files(tmp_path):
     hashes = write_dcp(tmp_path, [whole(str(index), torch.randn(100)) for index in range(9)], num_workers=3)
     assert len(hashes) == 4
-    assert hashes == {name: file_hash(tmp_path / name) for name in hashes}
+    assert hashes == {name: content_hash(tmp_path / name) for name in hashes}
 
 
 def test_a_view_of_a_larger_tensor_costs_only_its_own_bytes(tmp_path):

@@ -368,7 +368,7 @@ def test_an_export_that_changed_since_is_hashed_and_one_that_did_not_is_not(hf_m
     exported = mcore_to_hf(hf_to_mcore(hf_models("llama"), tmp_path / "mcore"), tmp_path / "hf")
     recorded = json.loads((exported / "conversion.json").read_text())["files"]["model.safetensors"]["hash"]
     weights = [exported / "model.safetensors"]
-    monkeypatch.setattr(mean, "file_hash", lambda path: "read")
+    monkeypatch.setattr(mean, "content_hash", lambda path: "read")
     assert mean.recorded_hashes(exported, weights) == {"model.safetensors": recorded}
     weights[0].touch()
     assert mean.recorded_hashes(exported, weights) == {"model.safetensors": "read"}

@@ -386,3 +386,12 @@ def test_a_base_whose_tokenizer_has_an_id_too_many_goes_out_as_it_came_in(hf_mod
     Tokenizer(models.WordLevel({"a": 0, "[PAD]": 130}, unk_token="a")).save(str(source / "tokenizer.json"))
     exported = mcore_to_hf(hf_to_mcore(source, tmp_path / "mcore"), tmp_path / "hf")
     assert (exported / "tokenizer.json").exists() and "ids up to 130" in caplog.text
+
+
+@pytest.mark.parametrize("of_root", [True, False])
+def test_a_checkpoint_of_megatron_lm_is_told_the_verb_that_reads_it(of_root, hf_models, tmp_path):
+    release = hf_to_mcore(hf_models("llama"), tmp_path / "mcore")
+    (release / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="convert foreign-to-hf") as caught:
+        mcore_to_hf(tmp_path / "mcore" if of_root else release, tmp_path / "hf")
+    assert "remove the folder" not in str(caught.value)

@@ -70,7 +70,7 @@ def test_what_the_disk_refuses_is_walked_back_over(call, number, root, monkeypat
         return called
 
     if call == "hash":
-        monkeypatch.setattr(mcore, "file_hash", refusing(mcore.file_hash, "iter_0000020"))
+        monkeypatch.setattr(mcore, "has_content", refusing(mcore.has_content, "iter_0000020"))
     elif call == "manifest":
         monkeypatch.setattr(type(root), "read_text", refusing(type(root).read_text, "iter_0000020"))
     else:

@@ -12,6 +12,7 @@ import yaml
 
 from megatron_cpt.config.loading.resolve import load_config
 from megatron_cpt.launch.scheduler import queue
+from megatron_cpt.launch.scheduler.choice import scheduler_of
 from megatron_cpt.launch.scheduler.site import read_site
 from megatron_cpt.launch.submission.chain import submit_training
 from megatron_cpt.launch.submission.executor import executor_of
@@ -102,13 +103,11 @@ class Cluster:
         """Return the states of jobs once none may run any more."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            states = queue.scheduler_of(self.submission.scheduler).states(ids)
+            states = scheduler_of(self.submission.scheduler).states(ids)
             if all(state.state not in queue.ALIVE for state in states.values()):
                 return [states[job] for job in ids]
             time.sleep(0.2)
-        raise AssertionError(
-            f"still there after {seconds} s: {queue.scheduler_of(self.submission.scheduler).states(ids)}"
-        )
+        raise AssertionError(f"still there after {seconds} s: {scheduler_of(self.submission.scheduler).states(ids)}")
 
     def until(self, condition, seconds: float = 60) -> None:
         """Wait until `condition()` is true."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_cpt.errors import LaunchError
-from megatron_cpt.launch.scheduler import queue
+from megatron_cpt.launch.scheduler.choice import scheduler_of
 from megatron_cpt.launch.scheduler.job import Dependency
 from tests.cluster import pbs_stand_in
 from tests.cluster.conftest import Cluster, stand_in_cluster, submit_chain, submit_stage
@@ -58,7 +58,7 @@ def pbs_run(tmp_path, monkeypatch) -> Iterator[Cluster]:
     monkeypatch.setenv("PBS_STAND_IN", str(directory))
     monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
     yield stand_in_cluster(tmp_path / "cpt", monkeypatch, SITE)
-    queue.scheduler_of("pbs").cancel([path.name for path in (directory / "jobs").iterdir()])
+    scheduler_of("pbs").cancel([path.name for path in (directory / "jobs").iterdir()])
 
 
 def test_a_chain_goes_on_after_a_crash_and_ends_when_the_run_is_finished(pbs_run):
@@ -135,7 +135,7 @@ def test_deleting_a_running_link_lets_the_next_one_continue(pbs_run):
     first, second = submit_chain(pbs_run.submission, num_links=2)
     pbs_run.until(lambda: pbs_run.iteration() >= 10)
     pbs_run.behave()
-    queue.scheduler_of("pbs").cancel([first])
+    scheduler_of("pbs").cancel([first])
     assert [state.state for state in pbs_run.wait(first, second)] == ["cancelled", "finished"], pbs_run.logs()
     assert pbs_run.jobs()[second]["iteration_start"] >= 10
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cpt.launch.scheduler.queue import scheduler_of
+from megatron_cpt.launch.scheduler.choice import scheduler_of
 from megatron_cpt.run.directory import RunDir
 from megatron_cpt.run.ledger import read_jobs
 from tests.cluster.conftest import ROOT, Cluster

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_cpt.errors import LaunchError
-from megatron_cpt.launch.scheduler import queue
+from megatron_cpt.launch.scheduler.choice import scheduler_of
 from megatron_cpt.launch.scheduler.job import Dependency
 from tests.cluster.conftest import submit_chain, submit_stage
 
@@ -53,7 +53,7 @@ def test_a_cancelled_link_is_repaired_by_the_same_command(slurm_run):
     slurm_run.behave(seconds=0.1)
     first, second = submit_chain(slurm_run.submission, num_links=2)
     slurm_run.until(lambda: slurm_run.iteration() >= 10)
-    queue.scheduler_of("slurm").cancel([first, second])
+    scheduler_of("slurm").cancel([first, second])
     slurm_run.wait(first, second)
     slurm_run.behave()
     later = dataclasses.replace(slurm_run.submission, stamp="later")
@@ -92,7 +92,7 @@ def test_a_second_submission_is_refused_and_a_longer_chain_adds_only_links(slurm
     ids = submit_chain(later, num_links=3)
     assert ids[:1] == first and len(set(ids)) == 3
     assert len({slurm_run.jobs()[job]["chain"] for job in ids}) == 1
-    queue.scheduler_of("slurm").cancel(ids)
+    scheduler_of("slurm").cancel(ids)
     slurm_run.wait(*ids)
 
 
@@ -143,7 +143,7 @@ def test_a_preempted_job_is_queued_again_and_continues(slurm_run):
     (job,) = submit_chain(slurm_run.submission)
     slurm_run.until(lambda: slurm_run.iteration() >= 10)
     subprocess.run(["scontrol", "requeue", job], check=True)
-    slurm_run.until(lambda: queue.scheduler_of("slurm").states([job])[job].state == "queued")
+    slurm_run.until(lambda: scheduler_of("slurm").states([job])[job].state == "queued")
     time.sleep(3)  # in the same second the job's credential still counts as revoked, and the job fails without a word
     slurm_run.behave()
     subprocess.run(["scontrol", "update", f"jobid={job}", "starttime=now"], check=True)  # Slurm would wait 2 minutes

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_cpt.errors import LaunchError
-from megatron_cpt.launch.scheduler import queue
+from megatron_cpt.launch.scheduler.choice import scheduler_of
 from megatron_cpt.launch.scheduler.job import Dependency
 from megatron_cpt.launch.scheduler.pbs import Pbs
 from megatron_cpt.launch.scheduler.states import job_states
@@ -104,7 +104,7 @@ def test_a_job_whose_submission_was_not_answered_is_found_and_not_queued_twice(p
     (job,) = submit_chain(pbs_run.submission)
     assert job == "0.pbs1" and not open_intents(pbs_run.run.jobs)
     pbs_run.until(lambda: pbs_run.iteration() >= 1)
-    queue.scheduler_of("pbs").cancel([job])
+    scheduler_of("pbs").cancel([job])
     pbs_run.wait(job)
     behave(server(pbs_run), qsub="notice")
     (job,) = submit_chain(later(pbs_run))
@@ -144,7 +144,7 @@ def test_a_cancelled_middle_link_does_not_let_the_next_one_start_beside_the_runn
     pbs_run.behave(seconds=0.15)
     first, second, third = submit_chain(pbs_run.submission, num_links=3)
     pbs_run.until(lambda: pbs_run.iteration() >= 1)
-    queue.scheduler_of("pbs").cancel([second])
+    scheduler_of("pbs").cancel([second])
     time.sleep(1)
     assert Pbs().states([third])[third].state == "held", "it waits for the first one too"
     states = pbs_run.wait(first, second, third)
@@ -200,7 +200,7 @@ def test_preflight_ends_where_the_node_file_has_other_names_than_the_nodes(pbs_r
 
 
 def test_printed_ids_are_searched_in_what_else_a_site_prints():
-    pbs, slurm = Pbs(), queue.scheduler_of("slurm")
+    pbs, slurm = Pbs(), scheduler_of("slurm")
     assert pbs.printed_id("12.pbs1\n") == "12.pbs1"
     assert pbs.printed_id("You have 93.5 of 100 hours.\n12[].pbs1.site\nSee 4.x notes\n") == "12[].pbs1.site"
     assert pbs.printed_id("job 12.pbs1 queued, 3.5 hours left\n") == "12.pbs1"
@@ -213,7 +213,7 @@ def test_printed_ids_are_searched_in_what_else_a_site_prints():
 @pytest.mark.parametrize("wanted", ["ja", "a task", "100B", "日本語", "x" * 300, "-dash", "a/b"])
 def test_a_jobs_name_is_one_that_both_schedulers_take(wanted):
     for name in ("pbs", "slurm"):
-        made = queue.scheduler_of(name).job_name(f"{wanted}-train", "0a1b2c3d")
+        made = scheduler_of(name).job_name(f"{wanted}-train", "0a1b2c3d")
         assert made.endswith("-0a1b2c3d") and len(made) <= 64 and made[0].isalpha()
         assert all(letter.isalnum() or letter in "-_." for letter in made) and made.isascii()
 

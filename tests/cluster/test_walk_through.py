@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from megatron_cpt.launch.scheduler.queue import ALIVE, scheduler_of
+from megatron_cpt.launch.scheduler.choice import scheduler_of
+from megatron_cpt.launch.scheduler.queue import ALIVE
 from megatron_cpt.run.directory import RunDir
 from megatron_cpt.run.ledger import read_jobs
 from tests.cluster.conftest import ROOT

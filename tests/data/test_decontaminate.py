@@ -132,11 +132,11 @@ def test_workers_change_nothing_and_a_killed_run_goes_on(material, monkeypatch):
     assert reports[0] == reports[1]
     real, calls = module.record_writer, []
 
-    def killed(path):
+    def killed(path, source):
         calls.append(path)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return real(path)
+        return real(path, source)
 
     monkeypatch.setattr(module, "record_writer", killed)
     with pytest.raises(KeyboardInterrupt):

@@ -12,7 +12,7 @@ from megatron_cpt.evaluate.models.forgetting import (
     markdown_table,
     results_from_json,
 )
-from megatron_cpt.evaluate.models.perplexity import Perplexity
+from megatron_cpt.evaluate.models.measured import Perplexity
 from tests.tolerances import assert_fp64_rounding
 
 

@@ -26,8 +26,9 @@
 static struct rule { char operation[12]; int number; char part[512]; atomic_int left; } rules[MOST];
 static int num_rules;
 
-__attribute__((constructor)) static void read_rules(void) {
-  const char *text = getenv("FAULTY_DISK");
+/* Replaces the rules; a process that has forked gives itself its own. */
+void faulty_disk_rules(const char *text) {
+  num_rules = 0;
   while (text && *text && num_rules < MOST) {
     struct rule *rule = &rules[num_rules];
     int skip = 0;
@@ -39,6 +40,8 @@ __attribute__((constructor)) static void read_rules(void) {
     if (text) text++;
   }
 }
+
+__attribute__((constructor)) static void read_rules(void) { faulty_disk_rules(getenv("FAULTY_DISK")); }
 
 static int fails(const char *operation, const char *path) {
   for (int i = 0; path && i < num_rules; i++) {

@@ -105,22 +105,6 @@ def test_a_run_that_is_held_is_refused_with_its_holder(tmp_path):
     assert not (run.jobs / "lock.json").exists()
 
 
-def test_a_lock_of_a_dead_process_or_past_its_expiry_is_taken_over(tmp_path):
-    path = tmp_path / "lock.json"
-    child = subprocess.Popen([sys.executable, "-c", "pass"])
-    child.wait()
-    holder = '{"owner": "old", "host": "%s", "pid": %d, "since": 1, "expires": %f}'
-    path.write_text(holder % (socket.gethostname(), child.pid, time.time() + 1000))
-    with run_lock(path, "new"):
-        assert "new" in path.read_text()
-    path.write_text(holder % ("another-host", 1, time.time() - 1))
-    with run_lock(path, "new"):
-        pass
-    path.write_text(holder % ("another-host", 1, time.time() + 50))
-    with pytest.raises(LaunchError, match="on another-host"), run_lock(path, "new"):
-        pass
-
-
 def test_a_lock_is_renewed_while_it_is_held(tmp_path):
     path = tmp_path / "lock.json"
     with run_lock(path, "first", expiry_seconds=0.3):

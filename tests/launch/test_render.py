@@ -23,8 +23,8 @@ from megatron_cpt.config.settings.schema import (
     TrainingConfig,
 )
 from megatron_cpt.errors import ConfigError, LaunchError
+from megatron_cpt.launch.scheduler.choice import scheduler_of
 from megatron_cpt.launch.scheduler.job import Dependency, parse_dependency
-from megatron_cpt.launch.scheduler.queue import scheduler_of
 from megatron_cpt.launch.scheduler.render import render_job
 from megatron_cpt.launch.scheduler.site import Site, read_site
 from megatron_cpt.launch.submission.submit import Submission, stage_job, training_job

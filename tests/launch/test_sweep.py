@@ -17,7 +17,8 @@ from megatron_cpt.cli import main
 from megatron_cpt.config.loading.resolve import LoadedConfig
 from megatron_cpt.config.loading.sources import CHECKOUT
 from megatron_cpt.errors import ConfigError, LaunchError
-from megatron_cpt.launch.scheduler.queue import ALIVE, scheduler_of
+from megatron_cpt.launch.scheduler.choice import scheduler_of
+from megatron_cpt.launch.scheduler.queue import ALIVE
 from megatron_cpt.launch.scheduler.render import render_job
 from megatron_cpt.launch.submission.grid import grid_points, parse_grid
 from megatron_cpt.launch.submission.submit import Submission, job_of

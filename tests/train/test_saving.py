@@ -56,6 +56,9 @@ def save_twice(root: str, is_async: bool, disturb: str) -> str:
             if action == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             result = original(*arguments, **options)
+            if action == "steal":
+                os.environ[HELD] = f"token@{root}/lock.json"  # as of a job whose lock another one has taken
+                return result
             if action == "kill-after":
                 os.kill(os.getpid(), signal.SIGKILL)
             (part,) = (Path(root) / "iter_0000002").glob("__0_0.distcp")
@@ -116,6 +119,14 @@ def test_a_save_that_fails_says_so_and_does_not_count(ranks, tmp_path, is_async,
     assert mcore.read_tracker(tmp_path) == 1
 
 
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_job_that_lost_its_lock_saves_nothing(ranks, tmp_path, is_async):
+    (problem,) = ranks.run(save_twice, 1, str(tmp_path), is_async, "steal:_gathered_hashes")
+    assert "the lock was lost" in problem
+    assert mcore.newest_good_checkpoint(tmp_path) == tmp_path / "iter_0000001"
+    assert mcore.read_tracker(tmp_path) == 1
+
+
 def test_damage_to_any_file_of_a_checkpoint_is_found_and_named(ranks, tmp_path):
     ranks.run(run_steps, 2, tiny_config(**{TP: 2}), 0, 1, None, str(tmp_path))
     whole = tmp_path / "iter_0000001"
@@ -170,3 +181,33 @@ def test_a_job_tells_what_it_starts_that_it_holds_the_lock(tmp_path):
     with run_lock(tmp_path / "lock.json", "a job"):
         assert is_held_for_us(tmp_path / "lock.json") and not is_held_for_us(tmp_path / "other.json")
     assert HELD not in os.environ
+
+
+def stage_with_a_bad_mount(task: str, folder: str) -> str:
+    """Train a stage of which rank 1 cannot read the newest checkpoint, which rank 0 can."""
+    import errno
+
+    from megatron_cpt.train.state import approved
+
+    original = approved._ApprovedReader
+
+    class Refusing(original):
+        def __init__(self, directory):
+            if os.environ["RANK"] == "1" and directory.name == folder:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(directory / ".metadata"))
+            super().__init__(directory)
+
+    approved._ApprovedReader = Refusing
+    return run_stage(task, "base", ("checkpoint.save_interval=2", "launch.gpus_per_node=2"))
+
+
+def test_a_checkpoint_that_one_rank_cannot_read_is_walked_back_over_by_all(ranks, experiment):
+    overrides = ("checkpoint.save_interval=2", "launch.gpus_per_node=2")
+    assert ranks.run(run_stage, 2, str(experiment), "base", overrides) == ["finished"] * 2
+    checkpoints = run_path(experiment, "base") / "checkpoints"
+    shutil.rmtree(checkpoints / "iter_0000008")  # as after a kill behind iteration 6
+    mcore.write_tracker(checkpoints, 6)
+    assert ranks.run(stage_with_a_bad_mount, 2, str(experiment), "iter_0000006") == ["finished"] * 2
+    starts = records(experiment, "base", "start")
+    assert [start["iteration"] for start in starts] == [0, 4]
+    assert mcore.newest_good_checkpoint(checkpoints).name == "iter_0000008"

@@ -42,13 +42,14 @@ from megatron_cpt.checkpoint.huggingface.vocabulary import ExtendedFolder, Vocab
 from megatron_cpt.checkpoint.huggingface.write_config import hf_config_from_model
 from megatron_cpt.checkpoint.mapping.units import Unit, check_coverage, family_of, units
 from megatron_cpt.checkpoint.torch_dist import mcore
+from megatron_cpt.checkpoint.torch_dist.content import content_hash
 from megatron_cpt.checkpoint.torch_dist.dcp_writer import Slice, write_dcp
 from megatron_cpt.checkpoint.torch_dist.kept_files import KEPT, kept_companions
 from megatron_cpt.checkpoint.torch_dist.megatron_arguments import write_megatron_metadata
 from megatron_cpt.checkpoint.torch_dist.weights import MegatronWeights, TorchDistWeights
 from megatron_cpt.config.settings.schema import ModelConfig
 from megatron_cpt.errors import CheckpointError
-from megatron_cpt.files import file_hash, read_json, take_lock, text_hash, whole_dir, write_json
+from megatron_cpt.files import read_json_object, take_lock, text_hash, whole_dir, write_json
 from megatron_cpt.log import Progress, format_bytes
 
 logger = logging.getLogger(__name__)
@@ -221,7 +222,7 @@ def mcore_to_hf(
         record["files"] = {
             file.relative_to(directory).as_posix(): {
                 "bytes": file.stat().st_size,
-                "hash": hashes.get(file.name) or file_hash(file),
+                "hash": hashes.get(file.name) or content_hash(file),
             }
             for file in sorted(directory.rglob("*"))
             if file.is_file()
@@ -336,7 +337,7 @@ def _cast_type(step: Unit, stored: torch.dtype, cast: torch.dtype | None) -> tor
 def _is_exported(output: Path, identity: dict[str, Any]) -> bool:
     if not output.exists():
         return False
-    record = read_json(output / CONVERSION, CheckpointError) if (output / CONVERSION).exists() else {}
+    record = read_json_object(output / CONVERSION, CheckpointError) if (output / CONVERSION).exists() else {}
     files = record.get("files", {})
     if record.get("source") == identity and all(
         (output / name).is_file() and (output / name).stat().st_size == entry["bytes"] for name, entry in files.items()

@@ -5,7 +5,6 @@ Engine's names, and `optimizer.state.{param,exp_avg,exp_avg_sq}.<key>` in fp32 (
 """
 
 import dataclasses
-import hashlib
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import xxhash
 
 from megatron_cpt.checkpoint.convert.hf_mcore import (
     DTYPES,
@@ -29,13 +29,14 @@ from megatron_cpt.checkpoint.huggingface.options import CONVERSION
 from megatron_cpt.checkpoint.mapping.transforms import pad_vocab
 from megatron_cpt.checkpoint.mapping.units import Unit
 from megatron_cpt.checkpoint.torch_dist import mcore
+from megatron_cpt.checkpoint.torch_dist.content import content_hash
 from megatron_cpt.checkpoint.torch_dist.dcp import DcpReader
 from megatron_cpt.checkpoint.torch_dist.dcp_writer import Slice, write_dcp
 from megatron_cpt.checkpoint.torch_dist.megatron_arguments import write_megatron_metadata
 from megatron_cpt.checkpoint.torch_dist.weights import MegatronWeights
 from megatron_cpt.config.settings.schema import ModelConfig
 from megatron_cpt.errors import CheckpointError
-from megatron_cpt.files import file_hash, whole_dir, write_json
+from megatron_cpt.files import whole_dir, write_json
 from megatron_cpt.log import format_bytes
 
 logger = logging.getLogger(__name__)
@@ -121,7 +122,7 @@ def foreign_to_hf(
     """
     foreign = open_foreign(source, model)
     files = {
-        path.relative_to(foreign.directory).as_posix(): {"bytes": path.stat().st_size, "hash": file_hash(path)}
+        path.relative_to(foreign.directory).as_posix(): {"bytes": path.stat().st_size, "hash": content_hash(path)}
         for path in foreign.files
     }
     return mcore_to_hf(
@@ -169,7 +170,7 @@ def _slice(step: Unit, key: str, values: MegatronWeights, model: ModelConfig, dt
 
 
 def _verified(directory: Path, slices: Sequence[Slice]) -> dict[str, str]:
-    """Return tensor -> BLAKE2b-128 of its bytes after reading everything back; one expert of a tensor is `<key>[e]`."""
+    """Return tensor -> xxh3-128 of its bytes after reading everything back; one expert of a tensor is `<key>[e]`."""
     reader = DcpReader(directory)
 
     def compare(part: Slice) -> tuple[str, str]:
@@ -177,7 +178,7 @@ def _verified(directory: Path, slices: Sequence[Slice]) -> dict[str, str]:
         if not torch.equal(wanted, tensor_bytes(reader.read(part.key, part.offsets, part.shape))):
             raise CheckpointError(f"{part.key}: differs from its source. The conversion is wrong. Report it.")
         name = part.key if part.shape == part.global_shape else f"{part.key}[{part.offsets[0]}]"
-        return name, hashlib.blake2b(wanted.numpy(), digest_size=16).hexdigest()
+        return name, xxhash.xxh3_128_hexdigest(wanted.numpy())
 
     with ThreadPoolExecutor(2) as pool:
         return dict(pool.map(compare, slices))

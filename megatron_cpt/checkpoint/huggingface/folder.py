@@ -1,12 +1,13 @@
 """Hugging Face folders: tensors read one at a time with plain reads, shards written in one pass.
 
-A safetensors file is eight bytes (length of the header, little endian), a JSON header (name -> dtype, shape, offsets)
-and the values. Reading with `preadv` into a tensor of our own limits memory to the requested bytes, unlike a mapped
-file. `pytorch_model*.bin` folders are read by `safe.load_safely`, mapped.
+A safetensors file is eight bytes (length of the header, little endian), a JSON header (name -> dtype, shape, offsets) and
+the values. Reading with `preadv` into a tensor of our own keeps the memory bounded by what is asked for, which a mapped
+file does not. `pytorch_model*.bin` folders are read by `safe.load_safely`, mapped.
 """
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -62,7 +63,9 @@ SIDE_FILES = (
     "chat_template.json",
     "tokenization_*.py",
 )
-"""Files of a tokenizer (globs)."""
+"""What belongs to a tokenizer (globs)."""
+_MOST_HEADER_BYTES = 100_000_000
+"""The safetensors library's own limit."""
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 
 
@@ -89,7 +92,7 @@ class HFFolder:
 
     @property
     def options(self) -> ImportOptions:
-        """Options of the conversion that wrote the folder to skip items."""
+        """What a conversion that wrote the folder was told to pass over."""
         return ImportOptions.of(_read_record(self.path / CONVERSION))
 
     def names(self) -> list[str]:
@@ -181,8 +184,8 @@ class HFFolder:
         return {"float32": torch.float32, "float16": torch.float16}.get(str(name), torch.bfloat16)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return the model's identity without reading all of it: configuration, and per weight file its size and a hash
-        of its header and of 16 pieces of 64 KiB over its length."""
+        """Return what tells this model from another without reading it whole: configuration, and per weight file its size
+        and a hash of its header and of 16 pieces of 64 KiB over its length."""
         return {
             "config": hashlib.blake2b((self.path / "config.json").read_bytes(), digest_size=16).hexdigest(),
             "files": {file.name: [file.stat().st_size, sampled_hash(file)] for file in self.files},
@@ -302,15 +305,22 @@ def _read_header(file: Path) -> dict[str, tuple[Path, int, int, torch.dtype, tup
         length = int.from_bytes(raw.read(8), "little")
         if size < 8 or length > size - 8:
             raise CheckpointError(f"{file}: {size} bytes, its header alone needs {length + 8}. It is truncated.")
+        if length > _MOST_HEADER_BYTES:
+            raise CheckpointError(
+                f"{file}: a header of {length} bytes. {_MOST_HEADER_BYTES} are the most. It is damaged."
+            )
         try:
-            header = json.loads(raw.read(length))
-        except (json.JSONDecodeError, UnicodeDecodeError) as problem:
+            header = json.loads(raw.read(length), object_pairs_hook=_once)
+        except (ValueError, RecursionError) as problem:
             raise CheckpointError(f"{file}: the header is no JSON ({problem}). The file is damaged.") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file}: the header is no JSON object. The file is damaged.")
     start = 8 + length
-    entries = {}
+    entries: dict[str, tuple[Path, int, int, torch.dtype, tuple[int, ...]]] = {}
     for name, entry in header.items():
         if name == "__metadata__":
             continue
+        _check_entry(entry, f"{file}: {name}")
         low, high = entry["data_offsets"]
         dtype = DTYPES.get(entry["dtype"])
         shape = tuple(entry["shape"])
@@ -323,7 +333,35 @@ def _read_header(file: Path) -> dict[str, tuple[Path, int, int, torch.dtype, tup
         if start + high > size:
             raise CheckpointError(f"{file}: {name} ends at byte {start + high} of {size}. The file is truncated.")
         entries[name] = (file, start + low, high - low, dtype, shape)
+    places = sorted((low, length, name) for name, (_, low, length, _, _) in entries.items() if length)
+    for (low, length, name), (following, _, other) in itertools.pairwise(places):
+        if low + length > following:
+            raise CheckpointError(f"{file}: {name} and {other} overlap. The file is damaged.")
     return entries
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name is stated twice")
+    return found
+
+
+def _check_entry(entry: Any, where: str) -> None:
+    """Raise CheckpointError when a tensor's entry is not `{dtype: text, shape: sizes, data_offsets: [low, high]}`."""
+
+    def are_places(values: Any) -> bool:
+        return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 63 for value in values)
+
+    if (
+        not isinstance(entry, dict)
+        or not isinstance(entry.get("dtype"), str)
+        or not are_places(entry.get("shape"))
+        or not are_places(entry.get("data_offsets"))
+        or len(entry["data_offsets"]) != 2
+        or entry["data_offsets"][0] > entry["data_offsets"][1]
+    ):
+        raise CheckpointError(f"{where}: its entry is {str(entry)[:120]}. The file is damaged.")
 
 
 def _read_pickled(file: Path) -> dict[str, torch.Tensor]:
@@ -345,7 +383,7 @@ def _read_fully(descriptor: int, view: memoryview, offset: int, file: Path) -> N
 
 
 def sampled_hash(file: Path) -> str:
-    """Return a hash of 17 pieces of 64 KiB over a file's length, which identifies a file without reading all of it."""
+    """Return a hash of 17 pieces of 64 KiB over a file's length, which tells files apart without reading them whole."""
     size = file.stat().st_size
     digest = hashlib.blake2b(digest_size=16)
     with file.open("rb") as raw, naming(file):
@@ -369,7 +407,7 @@ def _write_shard(path: Path, groups: Sequence[OutputGroup], progress: Callable[[
             offset += length
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as raw, naming(path):
+    with naming(path), path.open("wb") as raw:
         file = HashingWriter(raw)
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)

@@ -35,9 +35,10 @@ from megatron_cpt.checkpoint.huggingface.folder import (
 from megatron_cpt.checkpoint.huggingface.options import CONVERSION
 from megatron_cpt.checkpoint.huggingface.read_config import config_differences, family_of_config
 from megatron_cpt.checkpoint.huggingface.write_config import portable_config
+from megatron_cpt.checkpoint.torch_dist.content import content_hash
 from megatron_cpt.checkpoint.torch_dist.mcore import check_free_space
 from megatron_cpt.errors import CheckpointError
-from megatron_cpt.files import file_hash, read_json, whole_dir, write_json
+from megatron_cpt.files import read_json, whole_dir, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -273,7 +274,7 @@ def recorded_hashes(folder: Path, files: Sequence[Path]) -> dict[str, str]:
     for file in files:
         entry, status = known.get(file.name) or {}, file.stat()
         is_same = entry.get("bytes") == status.st_size and status.st_mtime_ns <= record_path.stat().st_mtime_ns
-        hashes[file.name] = str(entry["hash"]) if is_same else file_hash(file)
+        hashes[file.name] = str(entry["hash"]) if is_same else content_hash(file)
     return hashes
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from megatron_cpt.checkpoint.convert.hf_mcore import claimed, mcore_to_hf, remove_partial
-from megatron_cpt.checkpoint.convert.release import release_manifest
+from megatron_cpt.checkpoint.convert.release import is_made, release_manifest
 from megatron_cpt.checkpoint.huggingface.companion_files import keep_companions
 from megatron_cpt.checkpoint.huggingface.options import OPTIONS, ImportOptions
 from megatron_cpt.checkpoint.huggingface.read_config import TRAINING_FIELDS, differing_fields
@@ -113,6 +113,14 @@ def average_checkpoints(
         )
     mcore.check_holds_no_run(output)
     target = mcore.checkpoint_dir(output, "release")
+    made_of = {
+        "kind": "soup",
+        "inputs": [os.fspath(checkpoint) for checkpoint in checkpoints],
+        "content": text_hash(json.dumps(inputs, sort_keys=True)),
+    }
+    if is_made(target, made_of, models[0]):
+        logger.info("%s: kept, it was made of the same checkpoints", target)
+        return target
     slices = [_slice(step, source) for step in steps]
     mcore.check_free_space(output, int(sum(part.num_bytes for part in slices) * 1.01) + (1 << 20))
     remove_partial(target)
@@ -123,7 +131,6 @@ def average_checkpoints(
         kept_files = kept_companions(checkpoints[0])
         if kept_files is not None:
             keep_companions(kept_files, directory / KEPT)
-        made_of = {"kind": "soup", "inputs": [os.fspath(checkpoint) for checkpoint in checkpoints]}
         kept = {key: manifests[0].get(key) for key in ("tokenizer", "hf", OPTIONS) if key in manifests[0]}
         mcore.write_manifest(directory, release_manifest(manifests[0]["model"], made_of, **kept), hashes)
     mcore.write_tracker(output, "release")

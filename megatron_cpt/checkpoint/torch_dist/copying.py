@@ -1,15 +1,15 @@
 """Copies of checkpoints to another disk: every byte is hashed during the copy, and an interrupted copy resumes."""
 
-import hashlib
 import logging
 import os
 from pathlib import Path
 from typing import IO, Any
 
 from megatron_cpt.checkpoint.torch_dist import mcore
+from megatron_cpt.checkpoint.torch_dist.content import ContentDigest, has_content
 from megatron_cpt.checkpoint.torch_dist.kept_files import share_companions
 from megatron_cpt.errors import CheckpointError
-from megatron_cpt.files import file_hash, naming, sync_dir
+from megatron_cpt.files import naming, sync_dir
 from megatron_cpt.log import Progress, format_bytes
 
 logger = logging.getLogger(__name__)
@@ -51,11 +51,11 @@ def copy_checkpoint(source: Path, target_root: Path) -> Path:
 
 
 def _copy_file(source: Path, target: Path, entry: dict[str, Any], progress: Progress) -> None:
-    if target.is_file() and target.stat().st_size == entry["bytes"] and file_hash(target) == entry["hash"]:
+    if target.is_file() and target.stat().st_size == entry["bytes"] and has_content(target, entry["hash"]):
         progress.add(entry["bytes"] / 1e6)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    found = _copy_bytes(source, target, progress)
+    found = _copy_bytes(source, target, entry["hash"], progress)
     if found != entry["hash"]:
         target.unlink()
         raise CheckpointError(
@@ -63,9 +63,10 @@ def _copy_file(source: Path, target: Path, entry: dict[str, Any], progress: Prog
         )
 
 
-def _copy_bytes(source: Path, target: Path, progress: Progress | None = None) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with source.open("rb") as reader, target.open("wb") as writer, naming(target):
+def _copy_bytes(source: Path, target: Path, known_by: str = "", progress: Progress | None = None) -> str:
+    """Copy a file; return its hash, of the kind of `known_by`."""
+    digest = ContentDigest(known_by)
+    with naming(target), source.open("rb") as reader, target.open("wb") as writer:
         while chunk := _read(reader, source):
             digest.update(chunk)
             writer.write(chunk)

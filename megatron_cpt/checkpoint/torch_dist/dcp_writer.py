@@ -5,7 +5,6 @@ Nothing of a model is needed but the shapes: each slice is built when its turn c
 Source: torch 2.13, `torch/distributed/checkpoint/{metadata,filesystem}.py`.
 """
 
-import hashlib
 import io
 import math
 import os
@@ -28,6 +27,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_cpt.checkpoint.torch_dist.content import ContentDigest
 from megatron_cpt.checkpoint.torch_dist.dcp import METADATA
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.files import naming, sync_dir
@@ -37,7 +37,7 @@ PART_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class Slice:
-    """Output of one write: `key[offsets : offsets + shape]` of a tensor with `global_shape`."""
+    """What one write produces: `key[offsets : offsets + shape]` of a tensor with `global_shape`."""
 
     key: str
     shape: tuple[int, ...]
@@ -61,7 +61,7 @@ def write_dcp(
     num_workers: int = 2,
     progress: Callable[[int], None] = lambda _: None,
 ) -> dict[str, str]:
-    """Write `slices` and the pickled `objects` as DCP files; return file name -> BLAKE2b-128 of the written bytes.
+    """Write `slices` and the pickled `objects` as DCP files; return file name -> hash of what was written.
 
     Memory: `num_workers` slices and their sources at a time. Files are flushed to disk; `.metadata` comes last.
     """
@@ -71,7 +71,7 @@ def write_dcp(
     def write_part(number: int) -> tuple[str, str, dict[MetadataIndex, _StorageInfo]]:
         name = f"__0_{number}.distcp"
         placed = {}
-        with (directory / name).open("wb") as raw, naming(directory / name):
+        with naming(directory / name), (directory / name).open("wb") as raw:
             file = cast("IO[bytes]", hashing := HashingWriter(raw))
             for part in parts[number]:
                 offset = file.tell()
@@ -94,7 +94,7 @@ def write_dcp(
             storage.update(placed)
     index = Metadata(_state_dict_metadata(slices, objects or {}), storage_data=storage)
     index.storage_meta, index.version = StorageMeta(), CURRENT_DCP_VERSION
-    with (directory / METADATA).open("wb") as raw, naming(directory / METADATA):
+    with naming(directory / METADATA), (directory / METADATA).open("wb") as raw:
         file = HashingWriter(raw)
         pickle.dump(index, file)
         raw.flush()
@@ -104,11 +104,11 @@ def write_dcp(
 
 
 class HashingWriter(io.RawIOBase):
-    """A file opened for writing that hashes (BLAKE2b-128) what passes through it."""
+    """A file opened for writing that hashes what passes through it (see `content.py`)."""
 
     def __init__(self, raw: IO[bytes]):
         self._raw = raw
-        self._digest = hashlib.blake2b(digest_size=16)
+        self._digest = ContentDigest()
         self._position = 0
 
     def write(self, data: Any) -> int:

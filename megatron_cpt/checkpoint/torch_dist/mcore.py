@@ -17,9 +17,10 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_cpt.checkpoint.torch_dist.content import content_hash, has_content
 from megatron_cpt.config.settings.schema import ModelConfig
 from megatron_cpt.errors import CheckpointError, DamagedError, storage_error
-from megatron_cpt.files import file_hash, read_json, text_hash, write_json, write_text
+from megatron_cpt.files import read_json, text_hash, write_json, write_text
 from megatron_cpt.log import format_bytes
 
 logger = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ def write_tracker(root: Path, iteration: Iteration) -> None:
 def write_manifest(directory: Path, manifest: Mapping[str, Any], hashes: Mapping[str, str] | None = None) -> None:
     """Complete a checkpoint: list every file of `directory` with size and hash in `manifest.json`.
 
-    `hashes` (file name -> BLAKE2b-128) saves reading again what was hashed while it was written; files not in it are
+    `hashes` (file name -> hash, see `content.py`) saves reading again what was hashed while it was written; files not in it are
     read. Raises: CheckpointError when `hashes` names a file that is not there.
     """
     hashes = hashes or {}
@@ -91,7 +92,7 @@ def write_manifest(directory: Path, manifest: Mapping[str, Any], hashes: Mapping
     if missing:
         raise CheckpointError(f"{directory}: {', '.join(missing)} was written but is not there. Save it again.")
     files = {
-        name: {"bytes": path.stat().st_size, "hash": hashes.get(name) or file_hash(path)}
+        name: {"bytes": path.stat().st_size, "hash": hashes.get(name) or content_hash(path)}
         for name, path in paths.items()
     }
     whole = {"format": MANIFEST_FORMAT, **manifest, "files": files}
@@ -154,7 +155,7 @@ def _damage(path: Path, expected: Mapping[str, Any], mode: VerifyMode) -> str | 
             return "is missing" if not os.path.lexists(path) else "is no file"
         if (size := path.stat().st_size) != expected["bytes"]:
             return f"has {size} bytes instead of {expected['bytes']}"
-        if mode == "full" and file_hash(path) != expected["hash"]:
+        if mode == "full" and not has_content(path, expected["hash"]):
             return "has another hash than when it was written"
     except OSError as problem:
         return f"cannot be read ({problem.strerror})"

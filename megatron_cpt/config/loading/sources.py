@@ -4,6 +4,7 @@ Names are looked for from the current folder first, so that a user's own params,
 come with this package: the folders of its checkout, or in an installed one their copies.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,12 @@ _PACKAGE = Path(__file__).resolve().parents[2]
 CHECKOUT = _PACKAGE / "shipped" if (_PACKAGE / "shipped").is_dir() else _PACKAGE.parent
 """Folder with the `params/`, `tasks/`, `pbs/` and `slurm/` that come with this package."""
 SITE_DIRS = (Path("pbs/sites"), Path("slurm/sites"))
+
+
+_MOST_LEVELS = 100
+_MOST_NODES = 10_000_000
+_DEEP_LINE = re.compile(rf"^[ \t?:-]{{{2 * _MOST_LEVELS}}}", re.M)
+"""Block collections need an indentation, or dashes, of at least a character per level."""
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
@@ -48,7 +55,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     name = shown(path)
     try:
-        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        value = parse_yaml(path.read_text(encoding="utf-8"))
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from None
     except yaml.YAMLError as error:
@@ -60,11 +67,60 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{name}: cannot be read ({error.strerror}).") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{name}: byte {error.start} is not UTF-8. Save the file as UTF-8.") from None
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:  # a date of month 13, a number of 5,000 digits
+        raise ConfigError(f"{name}: not valid YAML ({str(error)[:200]}).") from None
     if value is None:
         return {}
     if not isinstance(value, dict):
         raise ConfigError(f"{name}: holds a {type(value).__name__}. A mapping of sections is needed.")
     return {str(key): item for key, item in value.items()}
+
+
+def parse_yaml(text: str) -> Any:
+    """Return the value of a YAML text whose shape is harmless.
+
+    Raises: yaml.YAMLError, ConfigError, ValueError.
+    """
+    check_shape(text)
+    return yaml.load(text, Loader=_Loader)
+
+
+def check_shape(text: str) -> None:
+    """Raise ConfigError where a YAML text nests so deep that libyaml's composer overflows the stack, or repeats itself endlessly.
+
+    Raises: yaml.YAMLError too, where it is no YAML.
+    """
+    if text.count("[") + text.count("{") <= _MOST_LEVELS and "&" not in text and not _DEEP_LINE.search(text):
+        return
+    depth, nodes = 0, 0
+    sizes: dict[str | None, int] = {}
+    open_anchors: list[tuple[str | None, int]] = []
+    event: Any
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        line = event.start_mark.line + 1
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            open_anchors.append((event.anchor, nodes))
+            if depth > _MOST_LEVELS:
+                raise ConfigError(f"line {line}: more than {_MOST_LEVELS} levels deep. Nothing here needs as many.")
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+            anchor, before = open_anchors.pop()
+            if anchor:
+                sizes[anchor] = nodes - before + 1
+        elif isinstance(event, yaml.ScalarEvent) and event.anchor:
+            sizes[event.anchor] = 1
+        if isinstance(event, yaml.NodeEvent):
+            nodes += sizes.get(event.anchor, _MOST_NODES) if isinstance(event, yaml.AliasEvent) else 1
+        if nodes > _MOST_NODES:
+            raise ConfigError(
+                f"line {line}: its aliases stand for more than {_MOST_NODES:,} values. Write out what is meant."
+            )
 
 
 def parse_inline(text: str) -> Any:
@@ -73,9 +129,9 @@ def parse_inline(text: str) -> Any:
     Raises: ValueError when it is not YAML.
     """
     try:
-        return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ConfigError):
-        raise ValueError(f"{text!r} is not valid YAML") from None
+        return parse_yaml(text)
+    except (yaml.YAMLError, ConfigError, ValueError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{text[:200]!r} is not valid YAML") from None
 
 
 def shown(path: Path) -> str:

@@ -449,8 +449,9 @@ class LaunchConfig:
     exit_before_walltime: int = 0
     """Seconds before the walltime at which a run saves and ends; 0: only when signalled."""
     hang_timeout: int = 1800
-    """Seconds without a step (an evaluation and a save count as one) after which a rank writes its stacks to its log
-    and ends with exit code 85; 0: never."""
+    """Seconds without a step after which a rank writes its stacks to its log and ends with exit code 85; 0: never. Joining
+    may take twice as long, an evaluation, a save and loading six times, preparation (indexes, a conversion) twelve times. A
+    rank that was stopped, or whose node is gone, is named after 180 s in any of these."""
     max_restarts: int = 0
     """local: how often a training job that died is continued from its last checkpoint at once."""
 

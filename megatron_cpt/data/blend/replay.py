@@ -19,8 +19,9 @@ from pathlib import Path
 
 import yaml
 
+from megatron_cpt.config.loading.sources import parse_yaml
 from megatron_cpt.data.lists.entry import DataEntry
-from megatron_cpt.errors import DataError
+from megatron_cpt.errors import ConfigError, DataError
 from megatron_cpt.files import write_text
 
 CORPUS = "buffer"
@@ -64,12 +65,12 @@ def read_buffer(path: Path) -> Buffer:
     if not path.exists():
         return Buffer()
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        value = parse_yaml(path.read_text(encoding="utf-8"))
         shards = [BufferShard(**row) for row in value["shards"]]
         if value["format"] != 1 or any(shard.drawn_tokens < 0 for shard in shards):
             raise ValueError("format 1 and positions that are not negative are needed")
         return Buffer(stages=tuple(value["stages"]), shards={shard.prefix: shard for shard in shards})
-    except (yaml.YAMLError, KeyError, TypeError, ValueError) as problem:
+    except (yaml.YAMLError, ConfigError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as problem:
         raise DataError(f"{path}: not a replay buffer ({problem}). Restore it or start another one.") from None
 
 

@@ -143,5 +143,5 @@ def read_order(path: Path, training: TrainingConfig) -> StageOrder:
         values = json.loads(path.read_text(encoding="utf-8"))
         entries = tuple(DataEntry(**entry) for entry in values.pop("entries"))
         return StageOrder(**values, entries=entries, count=train_samples(training), seq_length=training.seq_length)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as problem:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as problem:
         raise DataError(f"{path}: not the order of a stage ({problem}). Restore it, or start a new variant.") from None

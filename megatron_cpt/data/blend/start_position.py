@@ -1,7 +1,6 @@
 """Start position of a stage with `data.order: continue`: after the samples that its parent run had read."""
 
 import dataclasses
-import json
 from typing import TYPE_CHECKING
 
 from megatron_cpt.config.loading.resolve import read_resolved
@@ -11,6 +10,7 @@ from megatron_cpt.config.settings.fields import setting_value
 from megatron_cpt.config.settings.schema import RunConfig
 from megatron_cpt.data.lists.data_list import read_data_list
 from megatron_cpt.errors import DataError
+from megatron_cpt.files import read_json_object
 from megatron_cpt.run.directory import RunDir, run_dir
 from megatron_cpt.run.progress import last_checkpoint
 
@@ -62,7 +62,7 @@ def order_after(run: RunDir, config: RunConfig, iteration: int) -> "StageOrder":
 
     manifest = run.checkpoints / f"iter_{iteration:07d}" / "manifest.json"
     if manifest.exists():
-        consumed = int(json.loads(manifest.read_text(encoding="utf-8"))["consumed_samples"])
+        consumed = int(read_json_object(manifest, DataError).get("consumed_samples") or 0)
     else:
         consumed = batch_sizes(config.training).samples(min(iteration, train_iters(config.training)))
     source = f"{run.path} after iteration {iteration}"

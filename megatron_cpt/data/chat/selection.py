@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_cpt.data.chat.encode import Survey
 from megatron_cpt.errors import DataError
-from megatron_cpt.files import read_json
+from megatron_cpt.files import read_json_object
 
 DUPLICATE, NOT_DRAWN = -1, -2
 
@@ -87,7 +87,7 @@ def read_bounds(path: Path, held_out: int, held_out_by: str | None) -> dict[str,
     """
     if not path.exists():
         return {}
-    found = read_json(path, DataError)
+    found = read_json_object(path, DataError)
     stated = {"number": held_out, "field": held_out_by}
     if not isinstance(found, dict) or {key: found.get(key) for key in stated} != stated:
         raise DataError(

@@ -25,7 +25,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from megatron_cpt.data.reading.turns import DEVELOPER, REASONING, SYSTEM, Turn, text_of
 from megatron_cpt.errors import DataError
-from megatron_cpt.files import read_json, text_hash
+from megatron_cpt.files import read_json_object, text_hash
 
 # Noncharacters of Unicode: no text that is interchanged holds them, and no `trim` takes them for white space.
 OPEN, CLOSE, STAND_IN = "\ufdd0", "\ufdd1", "\ufdd2"
@@ -315,7 +315,7 @@ def _own_template(folder: Path) -> tuple[str, str]:
     if path.is_file():
         return _text(path), str(path)
     path = folder / "tokenizer_config.json"
-    found = read_json(path, DataError).get("chat_template") if path.is_file() else None
+    found = read_json_object(path, DataError).get("chat_template") if path.is_file() else None
     if isinstance(found, list):
         named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
         found = named.get("default")
@@ -336,7 +336,7 @@ def _special_tokens(folder: Path) -> dict[str, Any]:
     """Return the special tokens by name, as text."""
     found: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        settings = read_json(folder / name, DataError) if (folder / name).is_file() else {}
+        settings = read_json_object(folder / name, DataError) if (folder / name).is_file() else {}
         for key in _SPECIAL:
             value = settings.get(key)
             value = value.get("content") if isinstance(value, dict) else value

@@ -29,7 +29,7 @@ from megatron_cpt.data.reading.record_files import (
     text_of,
 )
 from megatron_cpt.errors import DataError
-from megatron_cpt.files import read_json, write_json
+from megatron_cpt.files import read_json_object, write_json
 
 _EXAMPLES = 10
 
@@ -172,7 +172,7 @@ def _clean_source(
 ) -> dict[str, Any]:
     """Write the clean documents of a source and return its counts, which are kept in a file; a finished one is read."""
     if counts_path.exists():
-        return read_json(counts_path, DataError)
+        return read_json_object(counts_path, DataError)
     tally = Tally()
     removed = 0
     removed_by = [0] * len(passages.names)

@@ -34,7 +34,7 @@ from megatron_cpt.data.reading.record_files import (
     reject_writer,
 )
 from megatron_cpt.errors import DataError
-from megatron_cpt.files import read_json, write_json
+from megatron_cpt.files import read_json_object, write_json
 
 _EXAMPLES = 10
 _EXAMPLE_CHARACTERS = 200
@@ -228,7 +228,7 @@ def unchained(
 def _write_kept(source: Source, target: Path, keep: np.ndarray, reading: Reading, tally_path: Path) -> Tally:
     """Write what stays of a source and return its counts, which are kept in a file; a finished one is read."""
     if tally_path.exists():
-        return Tally.of_record(read_json(tally_path, DataError))
+        return Tally.of_record(read_json_object(tally_path, DataError))
     tally = Tally()
     with record_writer(target, source) as write, reject_writer(target) as reject:
         for number, record in enumerate(read_records(source, reading, tally, reject)):

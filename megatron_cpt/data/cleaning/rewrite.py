@@ -33,7 +33,7 @@ from megatron_cpt.data.reading.records import Problem
 from megatron_cpt.data.reading.streams import MAX_DOCUMENT_BYTES, PIECE_BYTES, stream_blocks
 from megatron_cpt.data.tokenize.shard_writer import bad_line
 from megatron_cpt.errors import DataError
-from megatron_cpt.files import read_json, whole_file, write_json
+from megatron_cpt.files import read_json_object, whole_file, write_json
 
 COMPRESSIONS = ("none", "gz", "zst")
 _BOM = b"\xef\xbb\xbf"
@@ -137,7 +137,7 @@ def rewrite(work: Rewriting) -> list[Findings]:
     if work.output is None:
         return [_look(source, work, None, None) for source in work.sources]
     record_file, identity = record_path(work.output), work.identity()
-    before = read_json(record_file, DataError) if record_file.exists() else None
+    before = read_json_object(record_file, DataError) if record_file.exists() else None
     if before is not None and before["identity"] == identity and _is_whole(work, before):
         return [Findings(**(found | _counters(found))) for found in before["findings"]]
     # written first, so that an output of ours is known as such also when the record of its findings is missing

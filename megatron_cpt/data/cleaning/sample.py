@@ -35,7 +35,7 @@ from megatron_cpt.data.reading.record_files import (
     text_of,
 )
 from megatron_cpt.errors import DataError
-from megatron_cpt.files import read_json
+from megatron_cpt.files import read_json_object
 from megatron_cpt.log import Progress
 
 logger = logging.getLogger(__name__)
@@ -176,7 +176,7 @@ def split_validation(
     stated = {"name": name, "fraction": str(fraction)}
     known: dict[str, Any] = {}
     if record_path.exists():
-        known = read_json(record_path, DataError)
+        known = read_json_object(record_path, DataError)
         if {key: known.get(key) for key in stated} != stated:
             raise DataError(
                 f"{record_path}: the set {name} was made with the fraction {known.get('fraction')}, not {fraction}. "

@@ -15,7 +15,7 @@ from typing import Any
 from megatron_cpt.data.reading.byproducts import rejects_beside, remove_partials, write_record
 from megatron_cpt.data.reading.documents import Source
 from megatron_cpt.errors import DataError
-from megatron_cpt.files import read_json, take_lock, text_hash, write_json
+from megatron_cpt.files import read_json_object, take_lock, text_hash, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class CleaningTask:
         if not path.exists():
             if taken := next((target for target in targets if target.exists()), None):
                 raise DataError(f"{taken}: exists already, from other work. Remove it or choose another output folder.")
-        elif read_json(path, DataError)["task"] != self._hash:
+        elif read_json_object(path, DataError)["task"] != self._hash:
             raise DataError(
                 f"{self.work}: holds unfinished work on other inputs or with other options. Remove it, or choose another output."
             )
@@ -79,7 +79,7 @@ class CleaningTask:
         return json.loads(json.dumps(written))
 
     def _done(self, targets: Sequence[Path]) -> dict[str, Any]:
-        found = read_json(self._report, DataError)
+        found = read_json_object(self._report, DataError)
         if not isinstance(found, dict) or found.get("task") != self._hash:
             raise DataError(
                 f"{self._report}: exists already, from other inputs or options. Remove the folder or choose another output."

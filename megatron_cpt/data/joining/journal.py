@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_cpt.data.shards.indexed import bin_path, idx_path
 from megatron_cpt.errors import DataError
-from megatron_cpt.files import read_json, take_lock, write_json
+from megatron_cpt.files import read_json_object, take_lock, write_json
 
 
 class MergeJournal:
@@ -30,7 +30,7 @@ class MergeJournal:
         if not take_lock(self.lock.fileno(), self.lock_path):
             self.lock.close()
             raise DataError(f"{self.output}: another process is merging it. Let it finish.")
-        before = read_json(self.path, DataError) if self.path.exists() else None
+        before = read_json_object(self.path, DataError) if self.path.exists() else None
         if before is not None and before["inputs"] == self.inputs:
             self.num_joined = before["num_joined"]
         elif before is None and (bin_path(self.output).exists() or idx_path(self.output).exists()):

@@ -16,9 +16,10 @@ from typing import Any
 
 import yaml
 
+from megatron_cpt.config.loading.sources import check_shape
 from megatron_cpt.data.lists.entry import DataEntry, weights_as_tokens
 from megatron_cpt.data.lists.shell import read_shell_array
-from megatron_cpt.errors import DataError
+from megatron_cpt.errors import ConfigError, DataError
 
 
 def format_number(number: Fraction | int) -> str:
@@ -116,6 +117,10 @@ def read_json(text: str, name: str, split: str) -> list[DataEntry]:
         value = json.loads(text)
     except json.JSONDecodeError as problem:
         raise DataError(f"{name}:{problem.lineno}: not valid JSON ({problem.msg}).") from None
+    except (ValueError, RecursionError) as problem:
+        raise DataError(f"{name}: not valid JSON ({str(problem)[:200]}).") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{name}: holds {type(value).__name__}. A JSON object with a list per split is needed.")
     words = value.get(split)
     if not isinstance(words, list) or not words:
         raise DataError(f"{name}: no list under '{split}' (it has {', '.join(value) or 'nothing'}).")
@@ -166,8 +171,9 @@ def read_yaml(text: str, name: str, _split: str) -> list[DataEntry]:
     """Return the entries of this toolkit's YAML list."""
     try:
         # The base loader keeps every scalar as text: no float ever touches a number.
+        check_shape(text)
         rows = yaml.load(text, Loader=yaml.BaseLoader)
-    except yaml.YAMLError as problem:
+    except (yaml.YAMLError, ConfigError, ValueError, TypeError, AttributeError, RecursionError) as problem:
         raise DataError(f"{name}: not valid YAML ({problem}).") from None
     if not isinstance(rows, list) or not all(
         isinstance(row, dict) and all(isinstance(value, str) for value in row.values()) for row in rows

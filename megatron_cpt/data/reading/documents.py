@@ -21,7 +21,7 @@ from megatron_cpt.data.reading.json_values import HEAD_BYTES, holds_values
 from megatron_cpt.data.reading.plain_reader import PlainReader
 from megatron_cpt.data.reading.splits import check_splits
 from megatron_cpt.errors import DataError
-from megatron_cpt.files import read_json
+from megatron_cpt.files import read_json_object
 
 logger = logging.getLogger(__name__)
 
@@ -252,7 +252,7 @@ def _is_saved(names: Iterable[str]) -> bool:
 
 def _saved_shards(folder: Path) -> list[str]:
     """Return the files of a Hugging Face `save_to_disk` folder in their order; caches beside them are not data."""
-    state = read_json(folder / "state.json", DataError)
+    state = read_json_object(folder / "state.json", DataError)
     if state.get("_indices_data_files"):
         raise DataError(f"{folder}: is a view (indices) of other data. Save it with flatten_indices() first.")
     return [file["filename"] for file in state.get("_data_files", [])]

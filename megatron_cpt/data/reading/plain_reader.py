@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 _READ_BYTES = 1 << 20
-_COMPRESSED_READ_BYTES = 1 << 16
-"""Little, because a megabyte may come out of a kilobyte."""
+_COMPRESSED_READ_BYTES = {"zst": 1 << 12}
+"""Little, because 128 KiB may come out of every four bytes of zstandard, and its library gives all that comes out at once."""
+_COMPRESSED_READ_BYTES_OTHERWISE = 1 << 16
+_PLAIN_BYTES = 8 << 20
+"""Most that the other libraries give at once; they keep the rest."""
 
 
 class PlainReader:
@@ -26,9 +29,12 @@ class PlainReader:
         self._decoder = codecs.getincrementaldecoder(encoding)("replace") if encoding else None
         self._new_member = _MEMBERS[compression]
         self._padding = b"\x00" if compression in ("gz", "xz") else b""
+        self._read_bytes = _COMPRESSED_READ_BYTES.get(compression or "", _COMPRESSED_READ_BYTES_OTHERWISE)
+        self._limit = () if compression == "zst" else (_PLAIN_BYTES,)
         self._file = path.open("rb", buffering=0)
         self._member: Any = None
         self._pending = b""
+        self._has_more = False
 
     def __enter__(self) -> "PlainReader":
         return self
@@ -49,7 +55,7 @@ class PlainReader:
         if self._new_member is None:
             return self._file.read(size) or b""
         while True:
-            data = self._pending or self._file.read(_COMPRESSED_READ_BYTES) or b""
+            data = b"" if self._has_more else self._pending or self._file.read(self._read_bytes) or b""
             self._pending = b""
             if self._member is None:
                 data = data.lstrip(self._padding) if self._padding else data
@@ -58,7 +64,7 @@ class PlainReader:
                 self._member = self._new_member() if data else None
                 if not data:
                     continue
-            elif not data:
+            elif not data and not self._has_more:
                 raise EOFError("the file ends within a compressed member")
             plain = self._decompress(data)
             if plain:
@@ -77,11 +83,15 @@ class PlainReader:
 
     def _decompress(self, data: bytes) -> bytes:
         try:
-            plain = self._member.decompress(data)
+            plain = self._member.decompress(data, *self._limit)
         except Exception as problem:  # each library has its own error, zstandard's is known only once imported
             raise OSError(str(problem)) from None
+        self._has_more = False
         if self._member.eof:
             self._pending, self._member = self._member.unused_data, None
+        elif self._limit:  # zlib hands back what it did not take, the others keep it
+            self._pending = getattr(self._member, "unconsumed_tail", b"")
+            self._has_more = not getattr(self._member, "needs_input", True)
         return plain
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_cpt.data.shards.indexed import manifest_path
 from megatron_cpt.data.shards.masked import has_mask
 from megatron_cpt.errors import DataError
-from megatron_cpt.files import read_json
+from megatron_cpt.files import read_json_object
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ def read_shard_form(prefix: Path) -> ShardForm:
     Raises: DataError when the manifest is no JSON, or a packed shard has no mask.
     """
     path = manifest_path(prefix)
-    manifest = read_json(path, DataError) if path.exists() else {}
+    manifest = read_json_object(path, DataError) if path.exists() else {}
     packed = manifest.get("packed")
     is_masked = manifest.get("mask") is not None or has_mask(prefix)
     if packed is not None and not is_masked:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from megatron_cpt.errors import DataError
-from megatron_cpt.files import read_json, whole_file
+from megatron_cpt.files import read_json_object, whole_file
 
 PART = re.compile(r"(?P<base>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<rest>_.*_document)")
 """Name of a part of a shard that `tokenize --shard I/N` writes."""
@@ -157,7 +157,7 @@ def read_shard_manifest(prefix: Path) -> dict[str, Any]:
     Raises: DataError when it is missing or not ours.
     """
     path = manifest_path(prefix)
-    manifest = read_json(path, DataError)
+    manifest = read_json_object(path, DataError)
     if not isinstance(manifest, dict) or not {"documents", "tokens", "tokenizer"} <= manifest.keys():
         raise DataError(f"{path}: is not a shard manifest. `megatron-cpt tokenize` writes one beside each shard.")
     return manifest

@@ -32,7 +32,7 @@ from megatron_cpt.data.tokenize.shard_plan import ShardPlan
 from megatron_cpt.data.tokenize.workers import PieceResult, TaskResult
 from megatron_cpt.data.tokenizer.interface import describe, same_tokenizer
 from megatron_cpt.errors import DataError
-from megatron_cpt.files import naming, read_json, take_lock, whole_file, write_json
+from megatron_cpt.files import naming, read_json_object, take_lock, whole_file, write_json
 
 FORMAT = 1
 _LEFTOVER = re.compile(r"\.(.+)\.(?:idx|json|provenance\.npy|rejects\.jsonl)\.[^.]+\.partial")
@@ -203,7 +203,7 @@ def is_finished(plan: ShardPlan, keys: Sequence[str], tokenizer: dict[str, Any],
         if not manifest_path(prefix).exists():
             finished = False
             continue
-        manifest = read_json(manifest_path(prefix), DataError)
+        manifest = read_json_object(manifest_path(prefix), DataError)
         if not same_tokenizer(manifest["tokenizer"], tokenizer):
             raise DataError(
                 f"{prefix}: was tokenized with {describe(manifest['tokenizer'])}, not with {describe(tokenizer)}. "
@@ -243,7 +243,7 @@ def list_leftovers(plans: Sequence[ShardPlan], keys: Sequence[str]) -> dict[Path
 
 def is_of_an_older_release(prefix: Path) -> bool:
     """Return whether a shard is there that was tokenized before its manifest told of control tokens and BOS."""
-    return manifest_path(prefix).exists() and _is_older(read_json(manifest_path(prefix), DataError))
+    return manifest_path(prefix).exists() and _is_older(read_json_object(manifest_path(prefix), DataError))
 
 
 def _is_older(manifest: dict[str, Any]) -> bool:
@@ -260,8 +260,8 @@ def check_neighbours(output_dir: Path, tokenizer: dict[str, Any]) -> bool:
     """
     is_older = False
     for path in sorted(output_dir.rglob("*_document.json")):
-        manifest = read_json(path, DataError)
-        is_older |= isinstance(manifest, dict) and _is_older(manifest)
+        manifest = read_json_object(path, DataError)
+        is_older |= _is_older(manifest)
         if isinstance(manifest, dict) and not same_tokenizer(manifest.get("tokenizer"), tokenizer):
             raise DataError(
                 f"{path}: is of a shard tokenized with {describe(manifest.get('tokenizer'))}, not with "

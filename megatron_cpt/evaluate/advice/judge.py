@@ -19,6 +19,7 @@ from megatron_cpt.evaluate.advice.recovery import (
     training_recovery,
 )
 from megatron_cpt.evaluate.report.stages import Stage, read_metrics, read_stage
+from megatron_cpt.evaluate.report.steps import STEP_FIELDS
 from megatron_cpt.log import format_count
 from megatron_cpt.run.directory import RunDir
 from megatron_cpt.run.names import command_line_settings, run_names
@@ -55,9 +56,9 @@ def advise(
 
     Raises: DataError where there are no metrics, ConfigError where the configuration cannot be read.
     """
-    stage, config = read_stage(run_path), read_resolved(RunDir(run_path).config_path)
+    stage, config = read_stage(run_path, STEP_FIELDS), read_resolved(RunDir(run_path).config_path)
     before = previous or _previous_run(run_path, config.init)
-    parent = read_stage(before) if before is not None else None
+    parent = read_stage(before, STEP_FIELDS) if before is not None else None
     parent_config = read_resolved(RunDir(before).config_path) if before is not None else None
     if parent is not None:
         _cut_at_fork(parent, config.init)
@@ -277,13 +278,12 @@ def _position(
 def _before_cooldown(before: Path, lr_max: float) -> int | None:
     """Return the last checkpoint on disk that was saved while the learning rate was held at its peak."""
     run = RunDir(before)
-    held = [
-        record["iteration"]
-        for record in read_metrics(run.metrics_path)
-        if record["kind"] == "train" and record["lr"] >= HELD * lr_max
-    ]
+    held = None
+    for record in read_metrics(run.metrics_path):
+        if record["kind"] == "train" and record["lr"] >= HELD * lr_max:
+            held = record["iteration"]
     saved = [int(path.name.removeprefix("iter_")) for path in run.checkpoints.glob("iter_*") if path.is_dir()]
-    return max((iteration for iteration in saved if held and iteration <= held[-1]), default=None)
+    return max((iteration for iteration in saved if held is not None and iteration <= held), default=None)
 
 
 def _command(run_path: Path, before: Path | None, trial: Trial) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron_cpt.errors import DataError
-from megatron_cpt.evaluate.models.perplexity import Perplexity, ratio_interval
+from megatron_cpt.evaluate.models.measured import Perplexity, ratio_interval
 
 
 @dataclass(frozen=True, kw_only=True)

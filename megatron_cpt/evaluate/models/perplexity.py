@@ -16,49 +16,21 @@ import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from megatron_cpt.evaluate.models.language_model import LanguageModel
+from megatron_cpt.evaluate.models.measured import Perplexity, ratio_interval
 from megatron_cpt.evaluate.models.texts import TextSet
 from megatron_cpt.log import Progress
 
 logger = logging.getLogger(__name__)
 
-NUM_RESAMPLES = 1000
 MAX_WORKERS = 8
 # Logits of one batch. On CPU they stay below glibc's threshold for fresh pages, which cost a third of the time.
 LOGITS_BYTES = {"cpu": 25_000_000, "cuda": 1_000_000_000}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Perplexity:
-    """One model's result on one text set."""
-
-    model: str
-    text: str
-    bits_per_byte: float
-    low: float
-    """Lower end of the 95 % interval."""
-    high: float
-    perplexity: float
-    """exp(mean nats per token): comparable between models with the same tokenizer only."""
-    documents: int
-    tokens: int
-    bytes: int
-    context: int
-    stride: int
-    start_token: str
-    document_nats: list[float] = field(repr=False)
-    """-ln p of each document, in the order of the text set."""
-    document_bytes: list[int] = field(repr=False)
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the result as JSON values."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -160,14 +132,3 @@ def window_nats(model: LanguageModel, batch: list[Window]) -> list[float]:
     logits = model.logits(padded[:, :-1]).float()
     losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), padded[:, 1:].flatten(), reduction="none")
     return (losses.view(is_scored.shape).double() * is_scored.to(model.device)).sum(1).tolist()
-
-
-def ratio_interval(
-    numerators: np.ndarray, denominators: np.ndarray, num_resamples: int = NUM_RESAMPLES
-) -> tuple[float, float]:
-    """Return the 95 % bootstrap interval of sum(numerators) / sum(denominators), resampling pairs (documents)."""
-    generator = np.random.default_rng(0)
-    drawn = generator.integers(len(numerators), size=(num_resamples, len(numerators)))
-    ratios = numerators[drawn].sum(1) / denominators[drawn].sum(1)
-    low, high = np.quantile(ratios, [0.025, 0.975])
-    return float(low), float(high)

@@ -14,6 +14,7 @@ from megatron_cpt.evaluate.models.forgetting import (
 from megatron_cpt.evaluate.report.drawing import colours
 from megatron_cpt.evaluate.report.plots import plot_blend, plot_forgetting, plot_training, plot_validation
 from megatron_cpt.evaluate.report.stages import Stage, read_stages, setting
+from megatron_cpt.evaluate.report.steps import STEP_FIELDS
 from megatron_cpt.files import read_json, write_text
 from megatron_cpt.log import format_count
 
@@ -26,7 +27,8 @@ def write_report(run_paths: Sequence[Path], output_dir: Path, evaluation_path: P
 
     Raises: DataError when a run has no metrics or the evaluation is none.
     """
-    stages = [stage for stage in read_stages(run_paths, may_be_empty=len(run_paths) > 1) if stage.starts or stage.train]
+    stages = read_stages(run_paths, STEP_FIELDS, may_be_empty=len(run_paths) > 1)
+    stages = [stage for stage in stages if stage.starts or stage.train]
     if not any(stage.train for stage in stages):
         raise DataError(f"{run_paths[0]}: metrics without a training step. Nothing to report yet. Train first.")
     results = [] if evaluation_path is None else results_from_json(read_json(evaluation_path, DataError))

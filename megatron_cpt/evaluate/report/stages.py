@@ -15,6 +15,7 @@ A value that is no number (NaN, infinity) is null. It is append-only. A stage th
 with `resumed`, every earlier record of a later iteration counts no more.
 """
 
+import itertools
 import json
 import math
 import re
@@ -24,10 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-import yaml
 
+from megatron_cpt.config.loading.sources import read_yaml
 from megatron_cpt.data.lists.data_list import read_data_list
 from megatron_cpt.errors import DataError
+from megatron_cpt.evaluate.report.steps import STEP_FIELDS, Steps
+from megatron_cpt.files import naming
 from megatron_cpt.run.directory import RunDir
 
 
@@ -101,7 +104,8 @@ def read_stages(
 def read_stage(path: Path, fields: Collection[str] | None = None, *, may_be_empty: bool = False) -> Stage:
     """Return the stage in a run directory, named by its last folder, the variant.
 
-    Of training records only `fields` are kept (None: all). `may_be_empty`: a run that has not trained has no records.
+    Of training records only `fields` are kept (None: all); where `STEP_FIELDS` say all that is asked for, a long stage is
+    thinned (`report/steps.py`). `may_be_empty`: a run that has not trained has no records.
 
     Raises: DataError when there are no metrics or a line of them is not a record.
     """
@@ -114,10 +118,18 @@ def read_stage(path: Path, fields: Collection[str] | None = None, *, may_be_empt
             stage.blend[corpus] = stage.blend.get(corpus, 0) + (entry.tokens or 0)
     if may_be_empty and not run.metrics_path.exists():
         return stage
+    steps = Steps() if fields is not None and set(fields) <= STEP_FIELDS else None
     for record in read_metrics(run.metrics_path):
-        if fields is not None and record["kind"] == "train":
+        if fields is not None and steps is None and record["kind"] == "train":
             record = {name: value for name, value in record.items() if name in fields}
-        _add_record(stage, record)
+        try:
+            _add_record(stage, steps, record)
+        except (KeyError, TypeError, OverflowError):
+            raise DataError(
+                f"{run.metrics_path}: {str(record)[:100]} lacks what a record of its kind has. Remove that line."
+            ) from None
+    if steps is not None:
+        stage.train = steps.records()
     return stage
 
 
@@ -130,26 +142,27 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
         file = path.open("rb")
     except FileNotFoundError:
         raise DataError(f"{path}: no such file. A run directory with metrics.jsonl is needed.") from None
-    with file:
+    with file, naming(path):
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            try:
-                record = _parsed(line)
-                record["kind"]
-            except (ValueError, TypeError, KeyError):
-                if not line.endswith(b"\n"):
-                    return
-                begin = line[:60].decode(errors="replace").rstrip("\n")
-                raise DataError(f"{path}:{number}: {begin!r} is no record. Remove that line.") from None
-            yield record
+            record = _record(line)
+            if record is not None:
+                yield record
+            elif line.endswith(b"\n"):
+                said = line.decode(errors="replace").rstrip()[:60]
+                raise DataError(f"{path}:{number}: {said!r} is no record. Remove that line.")
 
 
-def _parsed(line: bytes) -> Any:
+def _record(line: bytes) -> dict[str, Any] | None:
     try:
-        return orjson.loads(line)
-    except orjson.JSONDecodeError:  # earlier versions and other programs write NaN
-        return json.loads(line)
+        record = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        try:
+            record = json.loads(line)  # earlier versions and other programs write NaN
+        except (ValueError, RecursionError):
+            return None
+    return record if isinstance(record, dict) and "kind" in record else None
 
 
 def short_layouts(before: str, after: str) -> tuple[str, str]:
@@ -169,18 +182,20 @@ def setting(config: dict[str, Any], key: str) -> Any:
 
 def smoothed(values: Sequence[float], window: int) -> list[float]:
     """Return the mean over `window` values around each one; towards both ends the window shrinks, so nothing is shifted."""
-    means = []
-    for index in range(len(values)):
-        reach = min(index, len(values) - 1 - index, window // 2)
-        means.append(sum(values[index - reach : index + reach + 1]) / (2 * reach + 1))
-    return means
+    sums = list(itertools.accumulate(values, initial=0.0))
+    count = len(values)
+    reaches = (min(index, count - 1 - index, window // 2) for index in range(count))
+    return [
+        (sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1) if reach else values[index]
+        for index, reach in enumerate(reaches)
+    ]
 
 
-def _add_record(stage: Stage, record: dict[str, Any]) -> None:
+def _add_record(stage: Stage, steps: Steps | None, record: dict[str, Any]) -> None:
     kind = record["kind"]
     if kind == "train":
         if _is_finite(record):
-            stage.train.append(record)
+            stage.train.append(record) if steps is None else steps.add(record)
         else:
             stage.not_finite.append(record["iteration"])
     elif kind == "validation":
@@ -191,35 +206,39 @@ def _add_record(stage: Stage, record: dict[str, Any]) -> None:
     elif kind == "end":
         stage.end_reason = record.get("reason")
     elif kind == "rollback":  # a loss spike was undone: the steps since the checkpoint are trained again
-        _cut(stage, record, "roll-back")
+        _cut(stage, steps, record, "roll-back")
     elif kind == "start":
         if record.get("resumed"):
-            _resume(stage, record)
+            _resume(stage, steps, record)
         elif stage.starts:  # started over from nothing: what was before does not count
+            if steps is not None:
+                steps.cut(-1)
             stage.train, stage.validation, stage.interruptions, stage.not_finite = [], [], [], []
             stage.spikes, stage.saves = [], []
         stage.starts.append(record)
         stage.end_reason = None
 
 
-def _resume(stage: Stage, start: dict[str, Any]) -> None:
-    _cut(stage, start, None if stage.end_reason == "finished" else stage.end_reason or "killed")
+def _resume(stage: Stage, steps: Steps | None, start: dict[str, Any]) -> None:
+    _cut(stage, steps, start, None if stage.end_reason == "finished" else stage.end_reason or "killed")
 
 
-def _cut(stage: Stage, record: dict[str, Any], reason: str | None) -> None:
+def _cut(stage: Stage, steps: Steps | None, record: dict[str, Any], reason: str | None) -> None:
     """Go on at the record's iteration: what came after it does not count. With a reason it is an interruption."""
     iteration, tokens = record["iteration"], record.get("consumed_tokens", 0)
     if reason is not None:
         before = stage.starts[-1].get("layout", "") if stage.starts else ""
         stage.interruptions.append(
             Interruption(
-                stopped_tokens=max(stage.tokens, tokens),
+                stopped_tokens=max(stage.tokens if steps is None else steps.tokens, tokens),
                 resumed_tokens=tokens,
                 reason=reason,
                 layout_before=before,
                 layout_after=record.get("layout", before),
             )
         )
+    if steps is not None:
+        steps.cut(iteration)
     while stage.train and stage.train[-1]["iteration"] > iteration:
         stage.train.pop()
     stage.validation = [record for record in stage.validation if record["iteration"] <= iteration]
@@ -264,5 +283,4 @@ def _parent(from_path: Any) -> tuple[str | None, int | None]:
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return config if isinstance(config, dict) else {}
+    return read_yaml(path)

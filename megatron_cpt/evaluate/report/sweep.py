@@ -18,7 +18,8 @@ from megatron_cpt.errors import DataError
 from megatron_cpt.evaluate.models.forgetting import markdown_table
 from megatron_cpt.evaluate.report.drawing import PALETTE, STYLE, plt, save_chart
 from megatron_cpt.evaluate.report.stages import read_stage
-from megatron_cpt.files import read_json, write_json, write_text
+from megatron_cpt.evaluate.report.steps import STEP_FIELDS
+from megatron_cpt.files import read_json_object, write_json, write_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,7 @@ def read_sweep(folder: Path) -> list[SweepPoint]:
 
     Raises: DataError when the folder has no `sweep.json` or it is none.
     """
-    content = read_json(folder / "sweep.json", DataError)
+    content = read_json_object(folder / "sweep.json", DataError)
     try:
         points = [
             _read_point(folder / point["run"], point, content["old"], content["new"]) for point in content["points"]
@@ -155,7 +156,7 @@ def _read_point(run: Path, point: dict, old: Sequence[str], new: Sequence[str]) 
     losses: list[float] = []
     iteration, changes = 0, {}
     if (run / "metrics.jsonl").is_file():
-        stage = read_stage(run)
+        stage = read_stage(run, STEP_FIELDS)
         losses = [record["loss"] for record in stage.train]
         iteration = stage.train[-1]["iteration"] if stage.train else 0
         for corpus in (*old, *new):

@@ -8,12 +8,16 @@ import functools
 import logging
 import socket
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_cpt.errors import LaunchError
 
 logger = logging.getLogger(__name__)
+
+RESOLVE_SECONDS = 60.0
+"""How long the host that ranks meet at may have no address."""
 
 
 def job_hosts(environment: Mapping[str, str]) -> list[str]:
@@ -52,6 +56,25 @@ def training_hosts(hosts: Sequence[str], excluded: Sequence[str], nodes: int) ->
             ", ".join(host for host in hosts if host in chosen and host in bad),
         )
     return [host for host in hosts if host in chosen]
+
+
+def wait_for_name(host: str, seconds: float = RESOLVE_SECONDS) -> None:
+    """Return as soon as `host` has an address: a node that has just booted may be unknown for a moment.
+
+    Raises: LaunchError naming it and this host when it has none after `seconds`.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            socket.getaddrinfo(host, None)
+            return
+        except OSError as problem:
+            if time.monotonic() >= deadline:
+                raise LaunchError(
+                    f"MASTER_ADDR: {host!r} has no address on {socket.gethostname()}, tried for {seconds:.0f} s "
+                    f"({problem.strerror}). The ranks meet there. Look at the node's name service, or name the host otherwise."
+                ) from None
+            time.sleep(min(2.0, max(deadline - time.monotonic(), 0.05)))
 
 
 def excluded_hosts(hosts: Sequence[str], excluded: Sequence[str]) -> list[str]:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 
 from megatron_cpt.errors import LaunchError
+from megatron_cpt.launch.node.hosts import wait_for_name
 
 _SOURCES = ("SLURM_NODEID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PALS_RANKID")
 
@@ -26,7 +27,13 @@ def node_rank(environment: Mapping[str, str]) -> int:
 
 
 def main(argv: list[str]) -> None:
-    """Become torchrun."""
+    """Become torchrun, once the host that it will meet the others at is known: torchrun itself tries for ever, silently."""
+    if os.environ.get("MASTER_ADDR"):
+        try:
+            wait_for_name(os.environ["MASTER_ADDR"])
+        except LaunchError as problem:
+            sys.stderr.write(f"megatron-cpt: {problem}\n")
+            sys.exit(2)
     program = [sys.executable, "-m", "torch.distributed.run", f"--node-rank={node_rank(os.environ)}", *argv]
     os.execv(sys.executable, program)
 

@@ -10,6 +10,8 @@ DEPENDENCY_TYPES = {
     "pbs": ("after", "afterok", "afternotok", "afterany"),
     "slurm": ("after", "afterok", "afternotok", "afterany", "aftercorr"),
 }
+VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
+"""An environment variable's name, which a job script exports without quotes."""
 _JOB_ID = {
     "pbs": re.compile(r"\d+(?:\[\d*\])?(?:\.[A-Za-z0-9_.-]+)?"),
     "slurm": re.compile(r"\d+(?:_\d+)?"),

@@ -137,14 +137,6 @@ class NotKnown(LaunchError):
     """The scheduler did not answer, so the states of jobs are unknown."""
 
 
-def scheduler_of(name: str) -> Scheduler:
-    """Return the batch scheduler `pbs` or `slurm`."""
-    from megatron_cpt.launch.scheduler.pbs import Pbs  # they build upon this module
-    from megatron_cpt.launch.scheduler.slurm import Slurm
-
-    return {"pbs": Pbs, "slurm": Slurm}[name]()
-
-
 def ask(command: list[str]) -> subprocess.CompletedProcess[str]:
     """Run a scheduler's command; after a timeout, return exit code NO_ANSWER and the output so far.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_cpt.config.loading.sources import CHECKOUT
 from megatron_cpt.errors import LaunchError
-from megatron_cpt.launch.scheduler.job import Job, format_walltime
+from megatron_cpt.launch.scheduler.job import VARIABLE_NAME, Job, format_walltime
 
 _HOLE = re.compile(r"@([A-Z_]+)@")
 _PLAIN = re.compile(r"[^\s\"'\\$`@\x00-\x1f]+")
@@ -65,6 +65,11 @@ def _directive_values(job: Job, scheduler: str) -> dict[str, list[str]]:
 
 
 def _shell_values(job: Job) -> dict[str, list[str]]:
+    for name in job.environment:
+        if not VARIABLE_NAME.fullmatch(name):
+            raise LaunchError(
+                f"{job.stage}: environment: {name!r} is not the name of a variable. Mend it in the site file."
+            )
     setup = [*job.setup, *(f"module load {shlex.quote(module)}" for module in job.modules)]
     if job.modules:  # modules read unset variables, which `set -u` would take for a mistake
         setup = ["set +u", *setup, "set -u"]

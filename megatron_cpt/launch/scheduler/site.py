@@ -16,6 +16,7 @@ from megatron_cpt.config.loading.sources import find_site, read_yaml, shown
 from megatron_cpt.config.settings.fields import nearest
 from megatron_cpt.config.settings.values import parse_walltime
 from megatron_cpt.errors import ConfigError
+from megatron_cpt.launch.scheduler.job import VARIABLE_NAME
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +141,11 @@ def _parse(key: str, kind: Any, value: Any) -> Any:
     if "dict[str, str]" in kind_text:
         if not isinstance(value, dict):
             raise ValueError(f"{value!r} is not a mapping of names to values")
+        for name in value:
+            if not VARIABLE_NAME.fullmatch(str(name)):
+                raise ValueError(
+                    f"{name!r} is not the name of a variable; letters, digits and _ are allowed, no digit first"
+                )
         return {str(name): str(item) for name, item in value.items()}
     if kind is bool:
         if not isinstance(value, bool):

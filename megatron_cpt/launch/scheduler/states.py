@@ -22,7 +22,8 @@ from typing import Any
 
 from megatron_cpt.errors import LaunchError
 from megatron_cpt.launch.scheduler import local
-from megatron_cpt.launch.scheduler.queue import ALIVE, JobState, scheduler_of
+from megatron_cpt.launch.scheduler.choice import scheduler_of
+from megatron_cpt.launch.scheduler.queue import ALIVE, JobState
 from megatron_cpt.run.directory import RunDir
 from megatron_cpt.run.ledger import ACTIVE_STATES, append_record, read_jobs
 

@@ -20,8 +20,9 @@ from megatron_cpt.config.settings.derived import world_size
 from megatron_cpt.errors import CptError, LaunchError
 from megatron_cpt.files import write_text
 from megatron_cpt.launch.scheduler import local
+from megatron_cpt.launch.scheduler.choice import scheduler_of
 from megatron_cpt.launch.scheduler.job import Dependency, Job, parse_dependency
-from megatron_cpt.launch.scheduler.queue import ALIVE, JobState, NotKnown, scheduler_of
+from megatron_cpt.launch.scheduler.queue import ALIVE, JobState, NotKnown
 from megatron_cpt.launch.scheduler.render import render_job
 from megatron_cpt.launch.submission.submit import Submission, job_of
 from megatron_cpt.launch.submission.validate import check_site

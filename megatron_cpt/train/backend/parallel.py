@@ -16,13 +16,15 @@ from megatron.core.num_microbatches_calculator import (
 from megatron_cpt.config.settings.derived import megatron_virtual_size, model_parallel_size
 from megatron_cpt.config.settings.schema import RunConfig
 from megatron_cpt.errors import ConfigError, CptError, storage_error
+from megatron_cpt.launch.node.hosts import wait_for_name
 from megatron_cpt.train.backend import cpu
 
 
-def initialize_parallel(config: RunConfig, timeout_seconds: int = 1800) -> None:
+def initialize_parallel(config: RunConfig, timeout_seconds: int = 1800, met: Callable[[], None] = lambda: None) -> None:
     """Join the job that torchrun's environment describes; build megatron's process groups and seed this rank.
 
-    Without torchrun's variables the process is a job of one rank. NCCL on GPUs, gloo on CPU.
+    Without torchrun's variables the process is a job of one rank. NCCL on GPUs, gloo on CPU. `met` is called when all ranks
+    can speak to each other, before groups are made as the settings say.
 
     Raises: ConfigError when the number of ranks does not fit the layout.
     """
@@ -31,6 +33,7 @@ def initialize_parallel(config: RunConfig, timeout_seconds: int = 1800) -> None:
     parallel, training = config.parallel, config.training
     if not torch.distributed.is_initialized():
         _initialize_distributed(timeout_seconds)
+    met()
     world_size = torch.distributed.get_world_size()
     model_size = model_parallel_size(parallel)
     if world_size % model_size:
@@ -137,6 +140,8 @@ def _initialize_distributed(timeout_seconds: int) -> None:
     cpu.set_threads()
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, value)
+    if os.environ["WORLD_SIZE"] != "1":
+        wait_for_name(os.environ["MASTER_ADDR"])
     timeout = datetime.timedelta(seconds=timeout_seconds)
     if cpu.is_cpu():
         store = None

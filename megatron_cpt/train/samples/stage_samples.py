@@ -9,6 +9,7 @@
 
 import dataclasses
 import errno
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -39,11 +40,14 @@ from megatron_cpt.data.shards.skip_list import SkipList, kept_documents, stage_s
 from megatron_cpt.errors import CptError, DataError
 from megatron_cpt.files import text_hash, whole_dir, write_json
 from megatron_cpt.log import Progress
+from megatron_cpt.train.samples.open_shards import OpenShards, ShardOnDemand
 from megatron_cpt.train.samples.shard_samples import ShardSamples
 
 logger = logging.getLogger(__name__)
 
 _COMPLETE = "complete.json"
+_OPEN = OpenShards()
+"""One budget for training and validation: the limits are the process's."""
 _MOST_FILES = 1 << 20
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES)
 
@@ -51,7 +55,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES)
 class BlendedSamples(torch.utils.data.Dataset):
     """The samples of a stage in training order; `dataset_id` is the index of the entry each came from."""
 
-    def __init__(self, shards: Sequence[ShardSamples | None], dataset_index: np.ndarray, sample_index: np.ndarray):
+    def __init__(self, shards: Sequence[ShardOnDemand | None], dataset_index: np.ndarray, sample_index: np.ndarray):
         self.shards = shards
         self.fim: FillInMiddle | None = None
         """How documents of shards without a mask are rearranged."""
@@ -173,19 +177,20 @@ def build_ordered_samples(
         torch.distributed.barrier()
     _allow_open_files()
     progress = Progress("indexes", len(order.entries), "shards")
-    shards: list[ShardSamples | None] = []
+    shards: list[ShardOnDemand | None] = []
     for number, (entry, count, part) in enumerate(
         zip(order.entries, order.samples_per_round, order.drawn, strict=True)
     ):
         try:
             if order.is_listed(number):
-                shards.append(_shard_samples(entry, count, part, dataset_config, cache, skip or {}) if part else None)
+                opened = functools.partial(_shard_samples, entry, count, part, dataset_config, cache, skip or {})
+                shards.append(ShardOnDemand(opened, _OPEN) if part else None)
         except OSError as problem:
             if problem.errno != errno.EMFILE:
                 raise
             raise DataError(
-                f"open files: {resource.getrlimit(resource.RLIMIT_NOFILE)[1]:,} are allowed; the blend's {len(order.entries):,} "
-                "shards need about five each. Merge shards with `megatron-cpt data merge`, or raise `ulimit -Hn`."
+                f"open files: {resource.getrlimit(resource.RLIMIT_NOFILE)[1]:,} are allowed, too few to have even some of the blend's "
+                "shards open. Raise `ulimit -Hn`."
             ) from None
         progress.add(1)
     indices = _cached_indices(order, cache)
@@ -304,7 +309,7 @@ def _plain_array(path: str | Path, *, mmap_mode: Any = None, **_: Any) -> np.nda
     """
     try:
         array: np.ndarray = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as problem:
+    except (ValueError, EOFError) as problem:
         raise DataError(
             f"{path}: cannot be read ({problem}). It is part of an index cache. Remove its folder; it is built anew."
         ) from None

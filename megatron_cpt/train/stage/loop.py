@@ -22,6 +22,7 @@ from megatron_cpt.errors import DataError
 from megatron_cpt.evaluate.page.build import LivePage
 from megatron_cpt.run.directory import RunDir, run_dir
 from megatron_cpt.run.progress import read_progress
+from megatron_cpt.train.backend.agreement import check_ranks_agree
 from megatron_cpt.train.backend.parallel import finish_parallel, initialize_parallel, on_rank_0
 from megatron_cpt.train.samples.batches import microbatches
 from megatron_cpt.train.samples.prefetch import Prefetch
@@ -37,7 +38,7 @@ from megatron_cpt.train.watch.metrics import MetricsWriter, train_line
 from megatron_cpt.train.watch.sole_owner import sole_owner
 from megatron_cpt.train.watch.spikes import SpikeDetector
 from megatron_cpt.train.watch.wandb_run import check_wandb
-from megatron_cpt.train.watch.watchdog import Watchdog
+from megatron_cpt.train.watch.watchdog import Watchdog, longest_stage_seconds
 
 logger = logging.getLogger(__name__)
 
@@ -51,28 +52,40 @@ def train(loaded: LoadedConfig) -> str:
     The reason is `finished`, `signal`, `walltime` or `stop_now`: all of them saved a checkpoint, and the same command
     continues the run. Raises: CptError for errors that a user can fix.
     """
-    initialize_parallel(loaded.config, _collective_timeout(loaded.config.launch.hang_timeout))
+    config = loaded.config
+    with Watchdog(config.launch.hang_timeout, stage="joining") as watchdog:
+
+        def met() -> None:
+            watchdog.listen()
+            check_ranks_agree(config)
+
+        initialize_parallel(config, _collective_timeout(config.launch.hang_timeout), met)
+        watchdog.enter("preparation")
+        return _train_and_leave(loaded, watchdog)
+
+
+def _train_and_leave(loaded: LoadedConfig, watchdog: Watchdog) -> str:
     try:
         with sole_owner(run_dir(loaded.config)):
-            return _train(loaded)
+            return _train(loaded, watchdog)
     except BrokenPipeError as problem:  # of the command line's output it would be a reason to end without a word
         raise RuntimeError("a process that helps this rank (a checkpoint's writer) has ended unexpectedly") from problem
     finally:
         finish_parallel()
 
 
-def _train(loaded: LoadedConfig) -> str:
-    with contextlib.ExitStack() as ends:  # the watch and the reading ahead end with the run, however it ends
-        return _train_stage(loaded, ends)
+def _train(loaded: LoadedConfig, watchdog: Watchdog) -> str:
+    with contextlib.ExitStack() as ends:  # the reading ahead ends with the run, however it ends
+        return _train_stage(loaded, ends, watchdog)
 
 
-def _train_stage(loaded: LoadedConfig, ends: contextlib.ExitStack) -> str:
+def _train_stage(loaded: LoadedConfig, ends: contextlib.ExitStack, watchdog: Watchdog) -> str:
     config, run, rank = loaded.config, run_dir(loaded.config), torch.distributed.get_rank()
     if config.training.deterministic:
         torch.use_deterministic_algorithms(True)
     interrupts = Interrupts(config.launch, run.path)
     on_rank_0(lambda: check_wandb(config.logging))
-    stage = prepare(loaded)
+    stage = prepare(loaded, watchdog=watchdog)
     if stage is None:
         if rank == 0:
             _finish_after_a_kill(config, run)
@@ -93,11 +106,11 @@ def _train_stage(loaded: LoadedConfig, ends: contextlib.ExitStack) -> str:
     _write_start(stage, writer)
 
     reason, num_skipped = "finished", 0
-    watchdog = ends.enter_context(Watchdog(config.launch.hang_timeout))
     if config.evaluation.eval_interval and iteration == 0:
-        with log.evaluation():
+        with log.evaluation(), watchdog.during("evaluation"):
             _evaluate(stage, writer, iteration)
             page.rewrite()
+    watchdog.enter("step")
     batches_ahead = ends.enter_context(_batches_ahead(stage))
     while iteration < stage.iterations:
         watchdog.beat()
@@ -133,18 +146,19 @@ def _train_stage(loaded: LoadedConfig, ends: contextlib.ExitStack) -> str:
                 logger.info("%s", train_line(record, stage.iterations))
         is_last = iteration == stage.iterations
         if config.evaluation.eval_interval and (iteration % config.evaluation.eval_interval == 0 or is_last):
-            with log.evaluation():
+            with log.evaluation(), watchdog.during("evaluation"):
                 _evaluate(stage, writer, iteration)
                 page.rewrite()
         request = interrupts.agreed()
         if iteration % config.checkpoint.save_interval == 0 or is_last or request is not None:
-            with log.save(is_new=True):
+            with log.save(is_new=True), watchdog.during("saving"):
                 saver.save(iteration, spikes.losses)
-        with log.save(is_new=False):
+        with log.save(is_new=False), watchdog.during("saving"):
             saver.finish(iteration, spikes.losses, is_blocking=False)
         if request is not None and request != "save_now" and not is_last:
             reason = request
             break
+    watchdog.enter("saving")
     saver.finish(iteration, spikes.losses, is_blocking=True)
     ends.close()
     if reason == "finished" and rank == 0:
@@ -169,7 +183,7 @@ def _finish_after_a_kill(config: RunConfig, run: RunDir) -> None:
 
 def _collective_timeout(hang_timeout: int) -> int:
     """Return seconds after which a collective call fails: later than the watchdog ends a rank, so that it says why."""
-    return max(1800, 2 * hang_timeout + 120)
+    return max(1800, int(longest_stage_seconds(hang_timeout)) + 120)
 
 
 def _batches_ahead(stage: Stage) -> Prefetch:

@@ -36,13 +36,14 @@ from megatron_cpt.files import write_json
 from megatron_cpt.run.data_history import keep_superseded
 from megatron_cpt.run.directory import RunDir, run_dir
 from megatron_cpt.run.revision import code_revision
+from megatron_cpt.train.backend.agreement import check_data_agree
 from megatron_cpt.train.backend.parallel import on_rank_0
 from megatron_cpt.train.model.build import build_training_model
 from megatron_cpt.train.samples.batches import DatasetTokenizer, build_train_dataset
 from megatron_cpt.train.samples.skipped_iterations import passed_ranges, skipped_ranges, tokens_per_corpus
 from megatron_cpt.train.samples.stage_samples import BlendedSamples
 from megatron_cpt.train.stage.step import layout_text
-from megatron_cpt.train.stage.validation import ValidationSet, build_validation_sets
+from megatron_cpt.train.stage.validation import ValidationSet, build_validation_sets, check_validation_shards
 from megatron_cpt.train.state.checkpointing import load_checkpoint
 from megatron_cpt.train.state.resume_check import (
     check_model_fits,
@@ -52,6 +53,7 @@ from megatron_cpt.train.state.resume_check import (
 )
 from megatron_cpt.train.state.start_weights import initial_checkpoint
 from megatron_cpt.train.watch.environment import environment
+from megatron_cpt.train.watch.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +123,7 @@ class Stage:
         }
 
 
-def prepare(loaded: LoadedConfig, *, from_start: bool = False) -> Stage | None:
+def prepare(loaded: LoadedConfig, *, from_start: bool = False, watchdog: Watchdog | None = None) -> Stage | None:
     """Return the stage with everything loaded, None when the run is finished.
 
     With `from_start`, the run's own checkpoints are ignored, and no file that describes the run is written. A
@@ -130,9 +132,10 @@ def prepare(loaded: LoadedConfig, *, from_start: bool = False) -> Stage | None:
     Raises: CptError for errors that a user can fix, on every rank.
     """
     unreadable: set[Path] = set()
+    watchdog = watchdog or Watchdog(0)
     while True:
         try:
-            return _prepare(loaded, unreadable, from_start=from_start)
+            return _prepare(loaded, unreadable, watchdog, from_start=from_start)
         except _Unloadable as failed:
             logger.warning("WALKING BACK: %s", failed)
             unreadable.add(failed.directory)
@@ -147,7 +150,9 @@ class _Unloadable(Exception):
         self.directory = directory
 
 
-def _prepare(loaded: LoadedConfig, unreadable: Collection[Path], *, from_start: bool) -> Stage | None:
+def _prepare(
+    loaded: LoadedConfig, unreadable: Collection[Path], watchdog: Watchdog, *, from_start: bool
+) -> Stage | None:
     config, run = loaded.config, run_dir(loaded.config)
     iterations = train_iters(config.training)
     own = on_rank_0(lambda: newest_good_checkpoint(run.checkpoints, config.checkpoint.verify_on_load, unreadable))
@@ -173,6 +178,8 @@ def _prepare(loaded: LoadedConfig, unreadable: Collection[Path], *, from_start: 
         return plan.order
 
     order: StageOrder = on_rank_0(planned)
+    check_data_agree(order.entries)
+    on_rank_0(lambda: check_validation_shards(config))
     data_dir = Path(config.paths.data_dir)
     tokenizer = load_tokenizer(data_dir / config.data.tokenizer) if config.data.tokenizer else None
     if tokenizer is None:
@@ -182,7 +189,8 @@ def _prepare(loaded: LoadedConfig, unreadable: Collection[Path], *, from_start: 
     validation_sets = build_validation_sets(config, dataset_tokenizer, run.cache)
 
     model, optimizer = build_training_model(config)
-    origin = _load_start(config, run, resume, model, optimizer)
+    with watchdog.during("loading" if resume else "preparation"):  # a model may be converted first
+        origin = _load_start(config, run, resume, model, optimizer)
     origin_manifest = on_rank_0(lambda: read_manifest(origin)) if origin else {}
     if origin is not None:
         on_rank_0(lambda: share_companions(origin, run.checkpoints))

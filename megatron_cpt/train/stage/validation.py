@@ -12,7 +12,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_cpt.config.settings.schema import RunConfig
 from megatron_cpt.data.blend.sources import validation_prefixes
 from megatron_cpt.data.shards.form import read_shard_form
-from megatron_cpt.data.shards.indexed import read_shard_manifest
+from megatron_cpt.data.shards.indexed import read_index, read_shard_manifest
 from megatron_cpt.errors import DataError
 from megatron_cpt.train.samples.batches import DatasetTokenizer, build_validation_dataset, microbatches
 from megatron_cpt.train.stage.step import forward_step
@@ -55,6 +55,18 @@ def build_validation_sets(config: RunConfig, tokenizer: DatasetTokenizer, cache:
         num_tokens = sum(manifest["tokens"] for manifest in manifests)
         sets.append(ValidationSet(name, dataset, num_bytes / num_tokens))
     return sets
+
+
+def check_validation_shards(config: RunConfig) -> None:
+    """Look at every held-out shard before hours go into indexes.
+
+    Raises: DataError naming one that is missing, damaged, or lacks what its measure needs.
+    """
+    for name in config.data.corpora if config.evaluation.eval_interval else ():
+        for prefix in _held_out(config, name):
+            read_index(Path(prefix))
+            if not read_shard_form(Path(prefix)).is_masked:
+                read_shard_manifest(Path(prefix))
 
 
 def _held_out(config: RunConfig, corpus: str) -> list[str]:

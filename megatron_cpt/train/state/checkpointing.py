@@ -28,6 +28,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint import CheckpointException
 
+from megatron_cpt.checkpoint.torch_dist.content import content_hash, has_content
 from megatron_cpt.checkpoint.torch_dist.mcore import (
     MANIFEST,
     check_free_space,
@@ -49,7 +50,8 @@ from megatron_cpt.checkpoint.torch_dist.pickles import first_line
 from megatron_cpt.checkpoint.torch_dist.weights import is_extra_state
 from megatron_cpt.config.settings.schema import ModelConfig
 from megatron_cpt.errors import CheckpointError, storage_error
-from megatron_cpt.files import file_hash, read_json, write_json
+from megatron_cpt.files import read_json_object, write_json
+from megatron_cpt.run.lock import fence
 from megatron_cpt.train.backend.parallel import on_every_rank, on_rank_0
 from megatron_cpt.train.model.build import unwrap
 from megatron_cpt.train.state.approved import load_approved
@@ -115,8 +117,9 @@ def save_checkpoint(
 
     def finish(hashes: dict[str, str]) -> None:
         write_common(directory, read_common(directory))  # Megatron-Core up to 0.16 looks for it in a file of its own
-        write_manifest(directory, manifest, hashes=hashes)
-        write_tracker(root, iteration)
+        with fence():  # a job that was stopped for long may have lost the run to another
+            write_manifest(directory, manifest, hashes=hashes)
+            write_tracker(root, iteration)
         if after is not None:
             after(directory)
 
@@ -205,13 +208,13 @@ def _write_and_hash(
 
 
 def _hash_files(directory: Path, rank: int) -> None:
-    hashes = {path.name: file_hash(path) for path in directory.glob(f"__{rank}_*.distcp")}
+    hashes = {path.name: content_hash(path) for path in directory.glob(f"__{rank}_*.distcp")}
     write_json(_hashes_path(directory, rank), hashes)
 
 
 def _gathered_hashes(directory: Path, rank: int) -> dict[str, str]:
     path = _hashes_path(directory, rank)
-    hashes = on_every_rank(lambda: read_json(path, CheckpointError))
+    hashes = on_every_rank(lambda: read_json_object(path, CheckpointError))
     path.unlink(missing_ok=True)
     gathered: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(gathered, hashes)
@@ -235,7 +238,7 @@ def _read_back(directory: Path, hashes: dict[str, str]) -> None:
 
 def _has_hash(path: Path, digest: str) -> bool:
     for _ in range(READ_BACK_ATTEMPTS):
-        if path.is_file() and file_hash(path) == digest:
+        if path.is_file() and has_content(path, digest):
             return True
         time.sleep(READ_BACK_WAIT_SECONDS)
     return False
@@ -297,6 +300,8 @@ def _expected_bytes(model: list[Any]) -> int:
 
 def _prepare_folder(directory: Path, needed_bytes: int) -> None:
     """Make an empty folder for a save. An unfinished save in its place is cleared, a finished one moved aside."""
+    with fence():  # checked, not held: to remove a large folder takes longer than the lock lives
+        pass
     check_free_space(directory.parent, needed_bytes)
     if directory.exists():
         if (directory / MANIFEST).exists():

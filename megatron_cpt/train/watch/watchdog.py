@@ -1,12 +1,28 @@
-"""Ends a rank that makes no step for too long, so that a hang does not burn node hours until the walltime."""
+"""Ends a rank that makes no progress for too long, or whose neighbour is gone, so that a hang does not burn node hours.
 
+Two things are watched from the moment a rank starts. A stage of the program (joining, preparation, a step, an evaluation, a
+save) has a time of its own in multiples of `launch.hang_timeout`: whoever exceeds it ends. And each rank tells every few
+seconds that it lives, through the store that the ranks met at: who was stopped, or is on a node that is gone, does not, and
+the rank before it says so, whatever stage it is.
+"""
+
+import contextlib
 import faulthandler
 import os
+import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from typing import Any
 
 from megatron_cpt.launch.node.processes import HANG_EXIT_CODE
+
+TIMES = {"step": 1, "joining": 2, "evaluation": 6, "saving": 6, "loading": 6, "preparation": 12}
+"""How many hang time-outs a stage may take: indexes of a large blend, or a model that is converted first, take hours."""
+TELL_SECONDS = 10.0
+SILENT_SECONDS = 180.0
+"""Silence after which a rank is taken for stopped: longer than any call of ours holds the interpreter."""
 
 
 class Watchdog:
@@ -18,17 +34,49 @@ class Watchdog:
     their stacks too. A context: leaving it ends the watch.
     """
 
-    def __init__(self, timeout_seconds: float, grace_seconds: float | None = None):
+    def __init__(self, timeout_seconds: float, grace_seconds: float | None = None, stage: str = "step"):
         self._timeout_seconds = timeout_seconds
         self._grace_seconds = min(timeout_seconds / 2, 60) if grace_seconds is None else grace_seconds
-        self._last = time.monotonic()
+        self._stage, self._last = stage, time.monotonic()
         self._stopped = threading.Event()
+        self._heard: float | None = None
+        self._silent_seconds, self._neighbour = SILENT_SECONDS, "the store where the ranks met"
         if timeout_seconds:
             threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
 
     def beat(self) -> None:
         """Say that there was progress."""
         self._last = time.monotonic()
+
+    def enter(self, stage: str) -> None:
+        """Say that a stage begins; the one before it is over."""
+        self._stage, self._last = stage, time.monotonic()
+
+    @contextlib.contextmanager
+    def during(self, stage: str) -> Iterator[None]:
+        """Give the block the time of `stage`, then what is left of the program the time of the stage before it."""
+        before = self._stage
+        self.enter(stage)
+        try:
+            yield
+        finally:
+            self.enter(before)
+
+    def listen(self, silent_seconds: float = SILENT_SECONDS, tell_seconds: float = TELL_SECONDS) -> None:
+        """Tell the other ranks from now on that this one lives, and watch that the next one does. After they have met."""
+        import torch  # the watch of a process that trains nothing needs none
+
+        ranks = torch.distributed.get_world_size()
+        if not self._timeout_seconds or ranks == 1:
+            return
+        store = (
+            torch.distributed.distributed_c10d._get_default_store().clone()
+        )  # its own connection: others wait in theirs
+        self._silent_seconds, self._heard = silent_seconds, time.monotonic()
+        rank = torch.distributed.get_rank()
+        threading.Thread(
+            target=self._listen, args=(store, rank, (rank + 1) % ranks, tell_seconds), daemon=True, name="heartbeat"
+        ).start()
 
     def stop(self) -> None:
         """End the watch."""
@@ -40,15 +88,46 @@ class Watchdog:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
+    def _listen(self, store: Any, rank: int, neighbour: int, tell_seconds: float) -> None:
+        own, others, seen = f"alive/{rank}", f"alive/{neighbour}", b""
+        number = 0
+        try:
+            while not self._stopped.wait(tell_seconds if number else 0):
+                number += 1
+                store.set(own, f"{number} {socket.gethostname()}")
+                if store.check([others]) and (told := store.get(others)) != seen:
+                    seen, self._heard = told, time.monotonic()
+                self._neighbour = f"rank {neighbour}" + (f" on {seen.decode().partition(' ')[2]}" if seen else "")
+        except (
+            RuntimeError
+        ):  # the store is gone with the rank, or the launcher, that kept it; the watch counts the silence
+            return
+
     def _watch(self) -> None:
-        while not self._stopped.wait(min(self._timeout_seconds / 4, 10)):
-            silent = time.monotonic() - self._last
-            if silent > self._timeout_seconds:
-                sys.stderr.write(
-                    f"\nwatchdog: rank {os.environ.get('RANK', '0')} has made no step for {silent:.0f} s "
-                    f"(launch.hang_timeout is {self._timeout_seconds:g}); stacks of its threads:\n"
+        while not self._stopped.wait(min(self._timeout_seconds / 4, self._silent_seconds / 4, 10)):
+            now, rank = time.monotonic(), os.environ.get("RANK", "0")
+            limit, silent = self._timeout_seconds * TIMES[self._stage], now - self._last
+            if silent > limit:
+                what = "has made no step" if self._stage == "step" else f"is in its {self._stage}"
+                self._end(f"rank {rank} {what} for {silent:.0f} s ({_limit_text(self._timeout_seconds, self._stage)})")
+            elif self._heard is not None and now - self._heard > self._silent_seconds:
+                self._end(
+                    f"rank {rank} has heard nothing of {self._neighbour} for {now - self._heard:.0f} s: it was stopped, or its node or "
+                    "the network between is gone"
                 )
-                faulthandler.dump_traceback(sys.stderr, all_threads=True)
-                sys.stderr.flush()
-                time.sleep(self._grace_seconds)
-                os._exit(HANG_EXIT_CODE)
+
+    def _end(self, said: str) -> None:
+        sys.stderr.write(f"\nwatchdog: {said}; stacks of its threads:\n")
+        faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        sys.stderr.flush()
+        time.sleep(self._grace_seconds)
+        os._exit(HANG_EXIT_CODE)
+
+
+def longest_stage_seconds(timeout_seconds: float) -> float:
+    """Return the longest time that any stage may take."""
+    return timeout_seconds * max(TIMES.values())
+
+
+def _limit_text(timeout_seconds: float, stage: str) -> str:
+    return f"launch.hang_timeout is {timeout_seconds:g}" + (f", times {TIMES[stage]}" if TIMES[stage] > 1 else "")

@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
     from megatron_cpt.run.directory import run_dir
     from megatron_cpt.train.samples.batches import DatasetTokenizer, build_train_dataset, stage_dataset_config
     from megatron_cpt.train.samples.stage_samples import build_train_indexes
-    from megatron_cpt.train.stage.validation import build_validation_sets
+    from megatron_cpt.train.stage.validation import build_validation_sets, check_validation_shards
 
     config = load_run(arguments).config
     if config.data.tokenizer is None:
@@ -43,6 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
     order = plan_blend(config, run.data_list_path, continued_order(config)).order
     found = load_tokenizer(data_dir / config.data.tokenizer)
     tokenizer = DatasetTokenizer(found.eod_id, found.vocab_size, found.identity)
+    check_validation_shards(config)
     started = time.monotonic()
     if arguments.workers > 1:
         settings = stage_dataset_config(config, order, tokenizer)

@@ -2,7 +2,7 @@
 
 Every key of config.json is used, known to be harmless, or refused by name. Batch, learning rate and layout are `init`'s, or yours.
 
-Example: megatron-cpt params from-hf models/Llama-3.2-1B --output params/mine.yaml
+Example: megatron-cpt params from-hf models/Llama-3.2-1B --output params/NAME.yaml
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Params files: the architecture of a model in Megatron's words.
 
-Example: megatron-cpt params from-hf models/Llama-3.2-1B --output params/mine.yaml
+Example: megatron-cpt params from-hf models/Llama-3.2-1B --output params/NAME.yaml
 """
 
 import argparse
