@@ -1,7 +1,7 @@
 """Settings for a model, a number of tokens and a machine: sequence, batch, learning rate, nodes and layout.
 
 They are the starting point of a search, not its result: batch and rate follow the size of the model as the params files
-of `params/` do (peaks for continual pre-training of a finished model, about a tenth of what it was trained with), the
+of `params/` do (peaks for continual pre-training of a finished model, about a tenth of the peak of its training), the
 layout comes from the planner's search.
 """
 

@@ -34,6 +34,6 @@ def keys_of(arguments: argparse.Namespace) -> tuple[str, ...]:
 
 
 def add_workers_argument(parser: argparse.ArgumentParser) -> None:
-    """Add --workers, as many as the process may use cores unless it is given."""
+    """Add --workers; the default is the number of cores available to the process."""
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--workers", type=int, default=cores, metavar="N", help="processes (all cores)")

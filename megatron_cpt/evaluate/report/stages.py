@@ -104,8 +104,8 @@ def read_stages(
 def read_stage(path: Path, fields: Collection[str] | None = None, *, may_be_empty: bool = False) -> Stage:
     """Return the stage in a run directory, named by its last folder, the variant.
 
-    Of training records only `fields` are kept (None: all); where `STEP_FIELDS` say all that is asked for, a long stage is
-    thinned (`report/steps.py`). `may_be_empty`: a run that has not trained has no records.
+    Of training records only `fields` are kept (None: all); if `STEP_FIELDS` contain all requested fields, a long stage
+    is thinned (`report/steps.py`). `may_be_empty`: a run that has not trained has no records.
 
     Raises: DataError when there are no metrics or a line of them is not a record.
     """
