@@ -189,7 +189,7 @@ def _number(value: Any) -> float:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Return what the lock says, nothing where it says nothing that can be understood: then only its age counts."""
+    """Return the lock's content, or nothing if it is unreadable: then only its age is used."""
     try:
         value = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError, RecursionError):

@@ -112,7 +112,7 @@ def _best(config: RunConfig, memory: int) -> Layout | None:
 
 
 def _local_gpus() -> list[float]:
-    """Return the memory of each of this machine's GPUs in GiB, as nvidia-smi tells it."""
+    """Return the memory of each of this machine's GPUs in GiB, from nvidia-smi."""
     if shutil.which("nvidia-smi") is None:
         return []
     query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]

@@ -190,7 +190,7 @@ def _sweep(arguments: argparse.Namespace) -> None:
 
 
 def _measure(arguments: argparse.Namespace, output: Path | None) -> tuple[list, dict]:
-    """Return every model's result on every text set, and what they were made of; those in `output` that hold are kept."""
+    """Return every model's result on every text set, and their inputs; valid results in `output` are kept."""
     from megatron_cpt.evaluate.models.kept import kept_results, measured_inputs
     from megatron_cpt.evaluate.models.language_model import loaded_model
     from megatron_cpt.evaluate.models.perplexity import measure_perplexity

@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _megatron_args(loaded: LoadedConfig) -> str:
-    """Return one flag with its value a line; warn of what Megatron-LM has no flag for."""
+    """Return one flag with its value per line; warn about settings without a Megatron-LM flag."""
     for key in settings_without_flag(loaded.config):
         logger.warning("%s has no Megatron-LM flag: it is not in the list", key)
     lines: list[list[str]] = []

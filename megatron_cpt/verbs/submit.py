@@ -159,7 +159,7 @@ def _sweep(submission: "Submission", arguments: argparse.Namespace) -> "Submitte
 
 
 def _lr_find(submission: "Submission", arguments: argparse.Namespace) -> "Submitted":
-    """Start the range test: what it needs is checked as for training."""
+    """Start the range test, with the same checks as for training."""
     from megatron_cpt.config.checks.lr_find import check_range_test
     from megatron_cpt.launch.submission.tool_job import submit_tool_job
     from megatron_cpt.launch.submission.validate import training_problems

@@ -224,7 +224,7 @@ def _resume(stage: Stage, steps: Steps | None, start: dict[str, Any]) -> None:
 
 
 def _cut(stage: Stage, steps: Steps | None, record: dict[str, Any], reason: str | None) -> None:
-    """Go on at the record's iteration: what came after it does not count. With a reason it is an interruption."""
+    """Continue at the record's iteration and drop later records. With a reason it is an interruption."""
     iteration, tokens = record["iteration"], record.get("consumed_tokens", 0)
     if reason is not None:
         before = stage.starts[-1].get("layout", "") if stage.starts else ""

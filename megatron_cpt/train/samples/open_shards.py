@@ -77,7 +77,7 @@ class ShardOnDemand:
 
 
 def _allowed_maps() -> int:
-    """Return how many maps shards may take, each with its file."""
+    """Return the number of maps available to shards, each with its file."""
     try:
         maps = int(Path("/proc/sys/vm/max_map_count").read_text(encoding="ascii"))
     except (OSError, ValueError):

@@ -186,7 +186,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _variable(text: str) -> tuple[str, object]:
-    """Return name and value of NAME=VALUE; true, false and whole numbers are what they look like."""
+    """Return name and value of NAME=VALUE; true, false and integers are parsed."""
     from megatron_cpt.errors import ConfigError
 
     name, equals, value = text.partition("=")
