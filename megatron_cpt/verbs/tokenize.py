@@ -1,11 +1,11 @@
-"""Turn documents into Megatron's .bin/.idx token files, with a JSON manifest beside each.
+"""Turn documents into Megatron's .bin/.idx token files, each with a JSON manifest.
 
 Inputs are files, folders or globs of .jsonl/.json (an object per line), .txt, each plain or .gz/.zst/.xz/.bz2, .parquet
 and .arrow. With --output-prefix everything becomes one shard per json key, `<prefix>_<key>_document`; with --output-dir
 the input tree is mirrored, a shard per file, or with --shard-tokens a shard per group of files. The same command again
 keeps the shards that are whole. The output depends neither on --workers nor on --engine.
 
-A job array gives each member a part: `--shard $SLURM_ARRAY_TASK_ID/16` (or `$PBS_ARRAY_INDEX/16`), numbers from 0; with
+A job array assigns a part to each member: `--shard $SLURM_ARRAY_TASK_ID/16` (or `$PBS_ARRAY_INDEX/16`), numbers from 0; with
 --output-prefix `megatron-cpt data merge` joins the parts.
 
 Example: megatron-cpt tokenize --input corpora/D1 --tokenizer models/base --output-dir tokens/D1 --workers 16

@@ -259,7 +259,7 @@ def _check_shapes(source: HFFolder, steps: Sequence[Unit]) -> None:
 def _with_mtp(source: HFFolder, model: ModelConfig, options: ImportOptions, *, drop: bool) -> ImportOptions:
     """Return the options with the layers behind the last one left out, where that was asked for.
 
-    Raises: CheckpointError when the folder has such layers and nothing was said about them.
+    Raises: CheckpointError if the folder has such layers and no option drops them.
     """
     behind = f"model.layers.{model.num_layers}."
     count = source.config.get("num_nextn_predict_layers")

@@ -56,7 +56,7 @@ def blend_order(
 
 
 def _spread(counts: np.ndarray, phases: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield indices, each `counts[i]` times, spread evenly: item j of i stands at (j + phase) / count.
+    """Yield indices, each `counts[i]` times, spread evenly: item j of i is at (j + phase) / count.
 
     They come in windows of about `_WINDOW` places, so that memory stays bounded; the order is that of one sort of all.
     """

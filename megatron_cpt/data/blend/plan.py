@@ -227,7 +227,7 @@ def _row_problems(model: ModelConfig, identity: dict[str, Any] | None, shards: S
 
 
 def _held_out_shards(config: RunConfig, problems: list[str]) -> list[Shard]:
-    """Return the validation sets that a run will measure with; what is missing is told where they are read."""
+    """Return the validation sets of a run; missing ones are reported when they are read."""
     if not config.evaluation.eval_interval:
         return []
     prefixes = [prefix for corpus in config.data.corpora for prefix in validation_prefixes(config, corpus, [])]
@@ -266,7 +266,7 @@ def _note(prefixes: list[str], corpus: str, what: str) -> list[str]:
 
 
 def _rounded_away(corpora: Sequence[CorpusPlan]) -> list[str]:
-    """Return a line per corpus that is asked for and gives nothing."""
+    """Return a line per requested corpus without samples."""
     return [
         f"corpus {row.corpus} gives nothing: {float(row.requested):.4g} tokens are asked of it, not one sample. Raise its "
         "share, or leave it out."

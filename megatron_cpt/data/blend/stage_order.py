@@ -115,7 +115,7 @@ class StageOrder:
         return blend_order(self.samples_per_round, self.corpora, shuffle_seed=self.shuffle_seed)
 
     def _drawn_by(self, samples: int) -> np.ndarray:
-        """Return how many of the order's first `samples` samples each entry gives."""
+        """Return the number of each entry's samples among the order's first `samples` samples."""
         rounds, rest = divmod(samples, self.num_samples)
         drawn: np.ndarray = rounds * np.array(self.samples_per_round, dtype=np.int64)
         if rest:  # whole rounds need no order

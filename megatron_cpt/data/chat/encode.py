@@ -303,7 +303,7 @@ class ChatEncoder:
             return False
 
     def _variables(self, conversation: Conversation) -> tuple[dict[str, Any], Counter[str]]:
-        """Return what a record gives its template besides the turns, and counts of what is given and what nobody reads."""
+        """Return the record's fields for its template other than the turns, and counts of passed and unread fields."""
         counts: Counter[str] = Counter()
         found = dict(conversation.variables)
         counts.update(
@@ -419,7 +419,7 @@ class _Document:
 
 
 def _plans(turns: Sequence[Turn], marks: Sequence[Mark], job: ChatJob) -> list[_Plan]:
-    """Return the turns of each document of a conversation, and what of it is learned; none where nothing is."""
+    """Return the turns of each document of a conversation, and its learned parts; none if nothing is learned."""
     answers = [number for number, turn in enumerate(turns) if turn["role"] == ASSISTANT]
     refused = {number for number, mark in enumerate(marks) if mark.is_learned is False}
     asked = {number for number, mark in enumerate(marks) if mark.is_learned and turns[number]["role"] != ASSISTANT}
@@ -447,7 +447,7 @@ def _plans(turns: Sequence[Turn], marks: Sequence[Mark], job: ChatJob) -> list[_
 
 
 def _unread(turn: Turn, read: set[str], number: int) -> list[str]:
-    """Return the keys of a turn that a template did not read. Raises: _Unfit where one of them holds what is said."""
+    """Return the keys of a turn that a template did not read. Raises: _Unfit if one of them has content."""
     unread = [key for key in turn if key != "role" and key not in read]
     if not read.isdisjoint(REASONING):
         unread = [key for key in unread if key not in REASONING]

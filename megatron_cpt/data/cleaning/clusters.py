@@ -102,7 +102,7 @@ def estimated_similarities(
 def _spill_plan(total: int, options: MinHashOptions, folder: Path, memory_bytes: int) -> dict[str, int]:
     """Return how the entries are cut: `bits` of a bucket hash that choose its partition, `documents` of a unit.
 
-    Kept in the work folder, since the number of workers may change when a run goes on.
+    Kept in the work folder, since the number of workers can change when a run resumes.
     """
     path = folder / "spill.json"
     if path.exists():
@@ -263,7 +263,7 @@ def _exact_pairs(members: np.ndarray, files: Sequence[np.ndarray], starts: np.nd
 def _near_pairs(members: np.ndarray, files: Sequence[np.ndarray], starts: np.ndarray, threshold: float) -> np.ndarray:
     """Join members to leaders: the first, then the first of those that are unlike it, and so on.
 
-    A bucket of more than 64 groups holds boilerplate; what is left then can still meet in another band.
+    A bucket of more than 64 groups holds boilerplate; the rest can still be compared in another band.
     """
     pairs = [np.empty((0, 3), dtype=np.int64)]
     leaders: list[tuple[int, np.ndarray]] = []

@@ -165,7 +165,7 @@ def _planned_tree(
 
 
 def _reading_options(tokenizer: Tokenizer, special_tokens: str | None, bos: str, *, is_older: bool) -> dict[str, Any]:
-    """Return what the manifest says of control tokens and BOS.
+    """Return the manifest's fields about control tokens and BOS.
 
     Raises: DataError when the tokenizer's folder is read otherwise by transformers, or has no BOS where one is asked for.
     """

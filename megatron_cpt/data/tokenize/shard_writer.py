@@ -292,7 +292,7 @@ def rejects_path(base: Path) -> Path:
 
 
 class _SourceCounts:
-    """What one source has given so far; lists have one entry per key."""
+    """Results of one source so far; lists have one entry per key."""
 
     def __init__(self, num_keys: int):
         self.lines = 0

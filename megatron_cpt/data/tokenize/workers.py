@@ -169,7 +169,8 @@ class WorkerPool:
 
 
 def _prepare(job: Job, tokenizer: Tokenizer) -> tuple[Engine, bool]:
-    """Return a checked engine, and whether workers may be forked from this process with it: it has one thread."""
+    """Return a checked engine, and whether workers can be forked from this process with it (only if it has one
+    thread)."""
     was_alone = _num_threads() == 1
     with one_thread():
         try:

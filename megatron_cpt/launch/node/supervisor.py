@@ -161,7 +161,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _record_environment(arguments: argparse.Namespace) -> None:
-    """Write the environment of this job's first node beside its log; a disk that takes no more is met again later."""
+    """Write the environment of this job's first node next to its log; errors of a full disk are left to later
+    writes."""
     index = f"_{array_index(os.environ):05d}" if arguments.is_array else ""
     with contextlib.suppress(OSError):
         write_environment(
@@ -228,7 +229,7 @@ def _verdict(arguments: argparse.Namespace, run: RunDir, job: str) -> int | None
 def _take_lock(stack: contextlib.ExitStack, run: RunDir, job: str, signals: Signals) -> bool:
     """Hold the run until the stack closes, waiting for a job that works on it; return False when a signal ends the wait.
 
-    A link never fails because another one works: what waits for it would be cancelled. A dead holder's lock expires.
+    A link never fails because another one works: its dependent jobs would be cancelled. A dead holder's lock expires.
     """
     while not signals.received:
         try:
@@ -282,7 +283,7 @@ def _good_hosts(
     all_hosts: list[str],
     nodefile: str | None,
 ) -> tuple[list[str], int, str]:
-    """Measure the hosts; bad ones give their place to spare ones. Return the hosts, an exit code and what is wrong.
+    """Measure the hosts; bad ones give their place to spare ones. Return the hosts, an exit code and the problem.
 
     Every round must find a host that was not known to be bad, so there are at most as many rounds as hosts.
     """
@@ -329,7 +330,7 @@ def _start(arguments: argparse.Namespace, run: RunDir, job: str, host: str, sign
 
 
 def _preflight(arguments: argparse.Namespace, run: RunDir, job: str, host: str, signals: Signals) -> tuple[int, str]:
-    """Measure the nodes with the job's own launcher; return 0, or an exit code and what is wrong.
+    """Measure the nodes with the job's own launcher; return 0, or an exit code and the problem.
 
     Bad nodes are kept from the chain's next links, where the scheduler can (Slurm).
     """

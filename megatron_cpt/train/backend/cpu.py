@@ -43,7 +43,7 @@ def substitute() -> None:
 
 
 def _disable_compilation() -> None:
-    """Run megatron's `jit_fuser` functions (SwiGLU, dropout-add) as they are: compiling them costs a start minutes."""
+    """Run megatron's `jit_fuser` functions (SwiGLU, dropout-add) uncompiled: compiling them costs a start minutes."""
     import torch._dynamo
 
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # for functions that are decorated from here on

@@ -208,7 +208,7 @@ def _build_indexes_of(
 def _shard_samples(
     entry: DataEntry, num_samples: int, drawn: range, config: GPTDatasetConfig, cache: Path, skip: SkipList
 ) -> ShardSamples:
-    """Return the samples `drawn` of an entry that gives `num_samples` in a round of its order."""
+    """Return the samples `drawn` of an entry with `num_samples` in a round of its order."""
     form = read_shard_form(Path(entry.prefix))
     if problem := packing_problem(form.packed_seq_length, config.sequence_length):
         raise DataError(f"{entry.prefix}: {problem}")
@@ -337,14 +337,14 @@ def _build_once(folder: Path, build: Any, description: dict[str, Any]) -> None:
 
 
 def _allow_open_files() -> None:
-    """Raise this process's limit of open files as far as it may: every memory map of a shard holds one."""
+    """Raise this process's limit of open files to the maximum: every memory map of a shard uses one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = _MOST_FILES if hard == resource.RLIM_INFINITY else hard
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
 
 
 def _content(prefix: Path) -> dict[str, Any]:
-    """Return what tells that a shard is unchanged, without reading its tokens."""
+    """Return a shard's identity, to detect changes without reading its tokens."""
     manifest = manifest_path(prefix)
     return {
         "prefix": os.fspath(prefix),

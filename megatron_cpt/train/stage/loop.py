@@ -182,7 +182,8 @@ def _finish_after_a_kill(config: RunConfig, run: RunDir) -> None:
 
 
 def _collective_timeout(hang_timeout: int) -> int:
-    """Return seconds after which a collective call fails: later than the watchdog ends a rank, so that it says why."""
+    """Return seconds after which a collective call fails: later than the watchdog ends a rank, so that the watchdog
+    reports the reason."""
     return max(1800, int(longest_stage_seconds(hang_timeout)) + 120)
 
 
