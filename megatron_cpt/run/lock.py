@@ -72,6 +72,7 @@ def run_lock(
         released.set()
         renewer.join()
         with _guard(path):
+            # Another job can have taken an expired lock over. Its lock is not ours to remove.
             if _read(path).get("token") == claim["token"]:
                 path.unlink(missing_ok=True)
 
@@ -119,6 +120,7 @@ def _take(path: Path, claim: dict[str, Any]) -> None:
 
 def _renew(path: Path, claim: dict[str, Any], released: threading.Event) -> None:
     expiry, renewed = claim["expiry_seconds"], time.monotonic()
+    # A third of the expiry: when one renewal fails, the next one still comes in time.
     while not released.wait(expiry / 3):
         try:
             with _guard(path):
@@ -152,6 +154,8 @@ def _age_seconds(path: Path) -> float | None:
         return None
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".now", dir=path.parent)
     try:
+        # Written and flushed like the lock itself, so that both time stamps come from the file system and not from
+        # this machine's clock.
         os.write(descriptor, b"now")
         os.fsync(descriptor)
         os.close(descriptor)
@@ -178,6 +182,8 @@ def _identity(pid: int) -> str:
     except OSError:
         return ""
     try:
+        # Field 22 is the start time. Field 2, the program's name, can contain spaces and parentheses, so fields are
+        # counted from the last parenthesis (proc(5)).
         start = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         start = ""

@@ -246,6 +246,7 @@ class ChatEncoder:
                 found.problems.append(
                     Problem(conversation.line, problem.kind, problem.detail, raw_line(conversation.record))
                 )
+                # Encodings are matched to texts by order alone: a record that is left out must add no text below.
                 conversation.turns, conversation.text = [], ""
         texts = [
             text
@@ -273,6 +274,8 @@ class ChatEncoder:
         if not plans:
             raise _Unfit(NOTHING_LEARNED, "no turn that counts is marked as learned")
         pages = [self._page(plan, variables) for plan in plans]
+        # Every document of an unrolled conversation is a beginning of the last one, so keys, marks and notes are
+        # counted there, once per conversation.
         last = pages[-1]
         for number, turn in enumerate(last.turns):
             read = last.rendered.reads.keys[number] | self.template.reasoning
@@ -282,6 +285,7 @@ class ChatEncoder:
             counts["mark not learned"] += mark.is_learned is False
             notes[EMPTY_ANSWER] += turn["role"] == ASSISTANT and is_empty(turn)
         notes[LOST_REASONING] += lost_reasoning(last.turns[-1], last.rendered.text)
+        # `last` and --unroll learn an answer only where it ends the text, as the model writes it.
         if self.job.train_on == "assistant" and not self.job.unroll:
             notes[REWRITTEN] += self._is_rewritten(last, variables)
         pages[0].counts.update(counts)
@@ -365,6 +369,8 @@ class ChatEncoder:
         whole = len(tokens.ids)
         if self.job.on_long == "truncate" and not self.job.unroll:
             answers = [said.turn for said in page.rendered.answers]
+            # `turn_ends` are places in the whole text. A shorter conversation is rendered again and measured,
+            # because a template can write its last answer longer (reasoning that it drops from earlier ones).
             for answer, turn_end in reversed([*zip(answers, tokens.turn_ends, strict=True)][:-1]):
                 if turn_end > limit:
                     continue

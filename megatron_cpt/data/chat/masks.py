@@ -81,6 +81,7 @@ def render_with_spans(
 
     Raises: UnclearTemplate; TemplateRefusal from the template.
     """
+    # The noncharacters mark places in the rendered text. One in a message would be taken for a mark.
     said = itertools.chain.from_iterable(map(strings_of, [*turns, dict(variables or {})]))
     if any(mark in text for text in said for mark in (OPEN, CLOSE, STAND_IN)):
         raise UnclearTemplate("a message holds a noncharacter of Unicode (U+FDD0 to U+FDD2)")
@@ -109,6 +110,7 @@ def is_history_rewritten(
         before = (
             template.render(rendered.turns[: said.turn + 1], variables=variables).replace(OPEN, "").replace(CLOSE, "")
         )
+        # Compared up to the last word: what follows an answer differs whenever a turn follows.
         end = max((end for _, end in said.spans), default=0)
         if before[:end] != rendered.text[:end]:
             return True
@@ -152,6 +154,7 @@ def _marked(raw: str, turns: Sequence[Turn], reads: Reads, page: _Page) -> list[
         raise UnclearTemplate("generation blocks are written more than once")
     answers = [number for number, turn in enumerate(turns) if turn["role"] == ASSISTANT]
     owners = [_owner(turns, reads, first, last) for first, last in reads.blocks]
+    # One block per answer leaves no doubt, whatever else the block reads.
     if len(found) == len(answers) and None in owners:
         owners = list(answers)
     if None in owners:
@@ -162,6 +165,8 @@ def _marked(raw: str, turns: Sequence[Turn], reads: Reads, page: _Page) -> list[
         raise UnclearTemplate("generation blocks are in another order than the turns")
     said = []
     for number in answers:
+        # An answer can have several blocks: Phi 3's form marks the stop token of the conversation in one of its own
+        # (tests/data/chat_families.py).
         spans = [span for span, owner in zip(found, owners, strict=True) if owner == number and span[1] > span[0]]
         if spans:
             said.append(_without_ends(Said(number, spans), page))
@@ -214,6 +219,7 @@ def _is_plain(turn: Turn) -> bool:
 
 def _plain_answers(page: _Page, answers: Sequence[int]) -> list[Said]:
     prompt = page.plain(page.turns[:-1], add_generation_prompt=True)
+    # One rendering for all answers where that is unambiguous, else one rendering for each.
     spans = _spans_of_all(page, answers) or [_span_of_one(page, number, prompt) for number in answers]
     tail = page.text[spans[-1][1] :]
     spans = _from_prompt(page, spans, prompt)
@@ -277,6 +283,7 @@ def _spans_of_all(page: _Page, answers: Sequence[int]) -> list[Span] | None:
     if len(parts) != len(answers) + 1:
         return None
     contents = [text_of(page.turns[number]) for number in answers]
+    # Templates write a content as it is or trimmed (Llama 3's trims).
     for trim in (str, str.strip, str.rstrip, str.lstrip):
         found, position, whole = [], 0, []
         for part, content in zip(parts, map(trim, contents), strict=False):
@@ -293,6 +300,7 @@ def _span_of_one(page: _Page, number: int, prompt: str) -> Span:
     """Return the words of one turn, from the first to the last: the differences after placeholders replace them."""
     turn, text = page.turns[number], page.text
     parts = page.plain([*page.turns[:number], _stood_in(turn), *page.turns[number + 1 :]]).split(STAND_IN)
+    # A turn with calls has a stand-in for each of its texts. The content of a plain turn must occur exactly once.
     if len(parts) < 2 or (_is_plain(turn) and len(parts) != 2):
         raise UnclearTemplate(f"writes turn {number + 1} {len(parts) - 1} times")
     before, after = parts[0], parts[-1]

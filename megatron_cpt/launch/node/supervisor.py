@@ -205,6 +205,8 @@ def _verdict(arguments: argparse.Namespace, run: RunDir, job: str) -> int | None
     """Return the exit code of a link that has nothing to train, None for one that trains."""
     if arguments.train_iters is None:
         return None
+    # Only links that came to train have `iteration_start`. One that waited or was refused says nothing about
+    # progress.
     links = [
         link
         for link in read_jobs(run.jobs).values()
@@ -231,6 +233,7 @@ def _take_lock(stack: contextlib.ExitStack, run: RunDir, job: str, signals: Sign
 
     A link never fails because another one works: its dependent jobs would be cancelled. A dead holder's lock expires.
     """
+    # The wait is inside the allocation: only Slurm requeues, and on PBS an owner may not qrerun.
     while not signals.received:
         try:
             stack.enter_context(run_lock(run.jobs / "lock.json", f"job {job}"))
@@ -270,6 +273,7 @@ def _train(arguments: argparse.Namespace, run: RunDir, job: str, signals: Signal
     elif arguments.must_finish and arguments.train_iters is not None and iteration < arguments.train_iters:
         code = NOT_FINISHED_EXIT_CODE
         logger.warning("iteration %d of %d: the chain needs more links.", iteration, arguments.train_iters)
+    # This record counts more than the scheduler's: PBS reports -29 for a run that saved at its walltime.
     append_record(run.jobs, job, state=state, exit_code=code, iteration_end=iteration)
     return code
 
@@ -323,6 +327,7 @@ def _start(arguments: argparse.Namespace, run: RunDir, job: str, host: str, sign
         port = rendezvous_port(own, attempt, task)
         command = process_command(arguments, host, port, os.environ)
         outcome = run_watched(command, arguments.log_dir, os.environ, signals, ask_to_end)
+        # Whether a port is free shows only when the ranks start: another job on the host can take it in between.
         if not outcome.port_taken:
             return outcome
         logger.warning("port %d on %s is in use; trying another one.", port, host)

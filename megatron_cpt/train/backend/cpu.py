@@ -36,6 +36,7 @@ def substitute() -> None:
     if is_cpu():
         _disable_compilation()
         _substitute_torch_cuda()
+        # Never left: megatron-core names CUDA devices wherever it computes, for the life of the process.
         _CpuMode().__enter__()
         _substitute_moe()
         _substitute_uneven_collectives()
