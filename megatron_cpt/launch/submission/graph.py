@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_cpt.config.settings.derived import stage_corpora, train_iters
 from megatron_cpt.config.settings.held_out import DOCUMENTS, VALIDATION, split_dir, training_documents
-from megatron_cpt.config.settings.schema import CorpusConfig, RunConfig
+from megatron_cpt.config.settings.schema import CheckpointConfig, CorpusConfig, RunConfig
 from megatron_cpt.data.shards.corpus_documents import document_inputs
 from megatron_cpt.errors import ConfigError, LaunchError
 from megatron_cpt.launch.submission.submit import Submission
@@ -80,7 +80,7 @@ def pipeline_stages(submission: Submission, *, num_array_tasks: int = 1, soup_la
     after_training = [("cpt", last_export)]
     if soup_last:
         soup = run.path / "soup" / f"last_{soup_last}"
-        stages.append(_soup_stage(config, run, soup, soup_last, iterations))
+        stages.append(_soup_stage(config.checkpoint, run, soup, soup_last, iterations))
         after_training.append(("soup", soup))
     evaluation = _evaluation_stage(config, run, after_training, "soup" if soup_last else "convert-out")
     compared: tuple[str, ...] = ()
@@ -184,7 +184,7 @@ def _tokenize_stages(config: RunConfig, num_array_tasks: int) -> list[Work]:
 def _split_stage(config: RunConfig, name: str, corpus: CorpusConfig) -> Work:
     """Return the job that takes a corpus's held-out documents apart."""
     output = Path(config.paths.data_dir) / split_dir(name)
-    documents = document_inputs(config, corpus.documents)
+    documents = document_inputs(config.paths, corpus.documents)
     inputs = [f"{DOCUMENTS}={path}" for path in documents]
     words = ("data", "split", *inputs, "--name", VALIDATION, "--fraction", repr(corpus.held_out), "--compress")
     return Work(
@@ -208,7 +208,7 @@ def _tokenize_corpus(
 ) -> list[Work]:
     """Return the job that makes a corpus's token files; an array that makes parts of one shard needs one that joins them."""
     data_dir = Path(config.paths.data_dir)
-    inputs = document_inputs(config, documents)
+    inputs = document_inputs(config.paths, documents)
     tokenizer = str(data_dir / (config.data.tokenizer or ""))
     words = ["tokenize", "--input", *inputs, "--tokenizer", tokenizer]
     target = data_dir / tokens
@@ -238,14 +238,14 @@ def _tokenize_corpus(
     return [stage, Work(name=join, stage="tokenize", words=merge, needs=(label,), writes=(str(target),))]
 
 
-def _soup_stage(config: RunConfig, run: RunDir, output: Path, soup_last: int, iterations: int) -> Work:
-    interval = config.checkpoint.save_interval
+def _soup_stage(checkpoint: CheckpointConfig, run: RunDir, output: Path, soup_last: int, iterations: int) -> Work:
+    interval = checkpoint.save_interval
     saved = [*range(interval, iterations, interval), iterations]
     if len(saved) < soup_last:
         raise LaunchError(f"--soup-last {soup_last}: the run saves {len(saved)} checkpoints. Give a smaller number.")
-    if config.checkpoint.keep_last is not None and config.checkpoint.keep_last < soup_last:
+    if checkpoint.keep_last is not None and checkpoint.keep_last < soup_last:
         raise LaunchError(
-            f"--soup-last {soup_last}: checkpoint.keep_last keeps {config.checkpoint.keep_last}. Raise it to {soup_last}."
+            f"--soup-last {soup_last}: checkpoint.keep_last keeps {checkpoint.keep_last}. Raise it to {soup_last}."
         )
     models = [str(run.checkpoints_hf / f"iter_{iteration:07d}") for iteration in saved[-soup_last:]]
     return Work(
@@ -261,7 +261,7 @@ def _soup_stage(config: RunConfig, run: RunDir, output: Path, soup_last: int, it
 def held_out_texts(config: RunConfig) -> dict[str, list[str]]:
     """Return corpus -> paths of its held-out documents, for those that have some."""
     return {
-        name: document_inputs(config, corpus.validation_documents)
+        name: document_inputs(config.paths, corpus.validation_documents)
         for name, corpus in config.data.corpora.items()
         if corpus.validation_documents
     }

@@ -121,7 +121,7 @@ def _problems(submission: Submission, missing: Sequence[Work]) -> list[str]:
 
 def _changed_documents(config: RunConfig, iteration: int, run: str) -> list[str]:
     """Return the changes under a started run, which continues with its original tokens."""
-    if not iteration or may_change_data_list(config):
+    if not iteration or may_change_data_list(config.checkpoint):
         return []
     try:
         changed = untokenized(config)

@@ -165,7 +165,7 @@ def _prepare(
 
     if resume and manifest:
         check_position(manifest, config.training, resume)
-    may_change_list = own is None or may_change_data_list(config)
+    may_change_list = own is None or may_change_data_list(config.checkpoint)
     is_changed = manifest is not None and reads_other_data(manifest["config"], config)
 
     def planned() -> StageOrder:
