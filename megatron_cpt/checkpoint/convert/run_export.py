@@ -3,6 +3,7 @@
 import logging
 from pathlib import Path
 
+from megatron_cpt.checkpoint.convert.choices import ExportChoices
 from megatron_cpt.checkpoint.convert.hf_mcore import mcore_to_hf
 from megatron_cpt.checkpoint.torch_dist import mcore
 from megatron_cpt.config.settings.schema import RunConfig
@@ -61,8 +62,7 @@ def export_checkpoint(
     return mcore_to_hf(
         checkpoint,
         run_dir(config).checkpoints_hf / checkpoint.name,
-        tokenizer=tokenizer_path(config),
-        dtype=dtype,
+        options=ExportChoices(tokenizer=tokenizer_path(config), dtype=dtype),
         verify=verify,
         num_workers=num_workers,
     )

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_cpt.checkpoint.convert.choices import ExportChoices
 from megatron_cpt.checkpoint.convert.hf_mcore import mcore_to_hf
 from megatron_cpt.checkpoint.torch_dist.mcore import MANIFEST, TRACKER, iteration_of, newest_good_checkpoint
 from megatron_cpt.errors import CheckpointError
@@ -24,7 +25,7 @@ def hf_folder(path: Path, tokenizer: Path | None = None) -> Iterator[Path]:
             path = newest_good_checkpoint(path, "size") or path
         with tempfile.TemporaryDirectory(prefix="megatron-cpt-") as folder:
             logger.info("%s: a Megatron checkpoint, converted for the evaluation", path)
-            yield mcore_to_hf(path, Path(folder) / "hf", tokenizer=tokenizer)
+            yield mcore_to_hf(path, Path(folder) / "hf", options=ExportChoices(tokenizer=tokenizer))
     elif (path / "config.json").is_file():
         yield path
     else:
