@@ -24,8 +24,9 @@ def with_length(loaded: LoadedConfig) -> tuple[LoadedConfig, str]:
     if not corpora:
         return with_iterations(loaded), ""
     estimated = with_iterations(loaded, {corpus: _estimate(loaded.config, corpus) for corpus in corpora})
+    origin = estimated.origins["training.train_iters"].replace(" by an estimate", "")
     return estimated, (
-        f"an estimate: {estimated.origins['training.train_iters']}; the token files of {', '.join(corpora)} are not made yet "
+        f"an estimate: {origin}; the token files of {', '.join(corpora)} are not made yet "
         "and are counted when training starts"
     )
 

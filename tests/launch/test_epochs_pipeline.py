@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_cpt.config.loading.resolve import load_config, read_resolved
+from megatron_cpt.config.loading.resolve import load_config, read_resolved, write_resolved
+from megatron_cpt.config.loading.sources import CHECKOUT
 from megatron_cpt.errors import LaunchError
+from megatron_cpt.launch.node.chain import chain_verdict
+from megatron_cpt.launch.node.supervisor import parse_arguments, stage_length
 from megatron_cpt.launch.scheduler.site import Site
 from megatron_cpt.launch.submission.graph import pipeline_stages
 from megatron_cpt.launch.submission.submit import Submission, job_of
@@ -71,6 +74,31 @@ def test_jobs_of_a_scheduler_need_no_iterations(tmp_path, names, monkeypatch):
     assert f"cpt={export}" in stages["evaluate"].words and export in stages["evaluate"].reads
     with pytest.raises(LaunchError, match="--soup-last 2: .*once its token files are counted"):
         pipeline_stages(work, soup_last=2)
+
+
+def test_a_job_reads_the_length_that_training_has_counted(tmp_path):
+    words = ["--run", str(tmp_path), "--stage", "train", "--log-dir", "logs", "--train-iters"]
+    recorded = parse_arguments([*words, "recorded", "--", "true"])
+    run = RunDir(tmp_path)
+    assert stage_length(recorded, run) is None
+    verdict = chain_verdict([], iteration=0, train_iters=None, run_path=tmp_path, max_failures=2)
+    assert verdict == ("run", "continuing at iteration 0 of a length in epochs")
+    length = ["training.train_tokens=null", "training.train_iters=37"]
+    loaded = load_config(CHECKOUT / "tasks/demo", "demo-5m", "300K", "base", overrides=length)
+    write_resolved(loaded, run.config_path)
+    assert stage_length(recorded, run) == 37
+    assert stage_length(parse_arguments([*words, "12", "--", "true"]), run) == 12
+
+
+@pytest.mark.slow
+@pytest.mark.full
+def test_a_task_that_init_writes_takes_epochs(tmp_path):
+    assert call(tmp_path, "init", "t", "--model", "tiny").returncode == 0
+    length = ["training.train_tokens=null", "training.train_epochs=8", "data.max_epochs=9"]
+    planned = call(tmp_path, "plan", "--task", "t", *length)
+    assert planned.returncode == 0 and "an estimate: 8 epochs of python" in planned.stdout, planned.stderr
+    shown = call(tmp_path, "submit", "pipeline", "--task", "t", "--dry-run", *length)
+    assert shown.returncode == 0 and "training.train_epochs=8" in shown.stdout, shown.stderr
 
 
 def test_what_cannot_be_estimated_is_said(tmp_path, names):
