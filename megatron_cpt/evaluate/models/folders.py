@@ -38,3 +38,11 @@ def hf_folder(path: Path, tokenizer: Path | None = None) -> Iterator[Path]:
 def is_mcore_checkpoint(path: Path) -> bool:
     """Return whether `path` is a Megatron checkpoint or a folder of them with its tracker file."""
     return any((path / name).exists() for name in (TRACKER, MANIFEST, ".metadata"))
+
+
+def newest_export(path: Path) -> Path:
+    """Return the newest `iter_*` in a folder of Hugging Face exports (`<run>/checkpoints_hf`); any other path as it is."""
+    if is_mcore_checkpoint(path) or (path / "config.json").is_file():
+        return path
+    exports = [file.parent for file in path.glob("iter_*/config.json") if iteration_of(file.parent) is not None]
+    return max(exports, key=lambda folder: int(folder.name.removeprefix("iter_")), default=path)

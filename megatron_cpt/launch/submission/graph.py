@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_cpt.config.loading.resolve import read_resolved
 from megatron_cpt.config.settings.derived import stage_corpora, train_iters
 from megatron_cpt.config.settings.held_out import DOCUMENTS, VALIDATION, split_dir, training_documents
 from megatron_cpt.config.settings.schema import CheckpointConfig, CorpusConfig, RunConfig
@@ -66,7 +67,8 @@ def pipeline_stages(submission: Submission, *, num_array_tasks: int = 1, soup_la
             link=Link(number=1),
         )
     )
-    last_export = run.checkpoints_hf / f"iter_{iterations:07d}"
+    # of a folder of exports the newest is measured: a length in epochs is known when training starts
+    last_export = run.checkpoints_hf if submission.in_epochs else run.checkpoints_hf / f"iter_{iterations:07d}"
     stages.append(
         Work(
             name="convert-out",
@@ -79,6 +81,11 @@ def pipeline_stages(submission: Submission, *, num_array_tasks: int = 1, soup_la
     )
     after_training = [("cpt", last_export)]
     if soup_last:
+        if submission.estimate:
+            raise LaunchError(
+                f"--soup-last {soup_last}: the last checkpoints of a stage in epochs are known once its token files are counted. "
+                "Make them first (`submit pipeline --only tokenize`), or state train_tokens."
+            )
         soup = run.path / "soup" / f"last_{soup_last}"
         stages.append(_soup_stage(config.checkpoint, run, soup, soup_last, iterations))
         after_training.append(("soup", soup))
@@ -115,9 +122,9 @@ def chosen_stages(stages: Sequence[Work], only: Sequence[str]) -> list[Work]:
 
 def current_stages(submission: Submission, stages: Sequence[Work]) -> set[str]:
     """Return the names of the stages that are made of their inputs as these are now, and so are those they need."""
-    run, jobs = submission.run, read_jobs(submission.run.jobs)
+    jobs = read_jobs(submission.run.jobs)
     by_name = {stage.name: stage for stage in stages}
-    is_trained = last_checkpoint(run) >= train_iters(submission.loaded.config.training)
+    is_trained = _is_trained(submission)
     settled = {"train", "build-index", "convert-in"} if is_trained else set()  # a trained run is not trained again
     alone = settled | {
         stage.name
@@ -131,6 +138,16 @@ def current_stages(submission: Submission, stages: Sequence[Work]) -> set[str]:
         if stage.name in alone and joined and all(name in current for name in needed if name in by_name):
             current.add(stage.name)
     return current
+
+
+def _is_trained(submission: Submission) -> bool:
+    """Return whether the stage's last checkpoint is there; a length that is only estimated is read from the run itself."""
+    config, path = submission.loaded.config, submission.run.config_path
+    if submission.estimate:
+        if not path.is_file():
+            return False
+        config = read_resolved(path)
+    return last_checkpoint(submission.run) >= train_iters(config.training)
 
 
 def _is_current(stage: Work, jobs: Mapping[str, Mapping[str, Any]], *, has_outputs: bool) -> bool:
