@@ -59,5 +59,5 @@ def _estimate(config: RunConfig, name: str) -> int:
         )
     tokenizer = load_tokenizer(data_dir / config.data.tokenizer)
     return round(
-        look_at(name, document_inputs(config, corpus.documents), tokenizer).tokens * (1 - (corpus.held_out or 0))
+        look_at(name, document_inputs(config.paths, corpus.documents), tokenizer).tokens * (1 - (corpus.held_out or 0))
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from tokenizers import Tokenizer, models
 
 from megatron_cpt.config.loading.resolve import load_config
 from megatron_cpt.config.settings.derived import train_iters
@@ -142,9 +143,12 @@ def place_inputs(config, folder: Path) -> list[str]:
         for name in (*corpus.documents, *corpus.validation_documents):
             (data / name).mkdir(parents=True, exist_ok=True)
             (data / name / "part.jsonl").write_text('{"text": "x"}\n')
-    for path in (data / config.data.tokenizer / "tokenizer.json", base / "config.json"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("{}")
+    folder = data / config.data.tokenizer
+    folder.mkdir(parents=True, exist_ok=True)
+    Tokenizer(models.WordLevel({"x": 0, "<end>": 1}, unk_token="x")).save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
+    base.mkdir(parents=True, exist_ok=True)
+    (base / "config.json").write_text("{}")
     return [f"paths.data_dir={data}", f"init.from_path={base}", "checkpoint.keep_last=1"]
 
 
