@@ -60,8 +60,8 @@ def whole_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
 def whole_dir(path: Path) -> Iterator[Path]:
     """Yield a temporary folder next to `path`; on success rename it to `path`, which must not exist.
 
-    An exception inside the block removes the temporary folder. One that a killed process left behind is
-    named `.<name>.*.partial` and never mistaken for a result; after a day it is removed.
+    An exception inside the block removes the temporary folder. A killed process leaves a folder `.<name>.*.partial`,
+    which is never read as a result and is removed after a day.
     """
     if path.exists():
         raise CptError(f"{path}: exists already. A result is never overwritten. Remove it or choose another name.")

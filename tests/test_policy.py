@@ -398,6 +398,57 @@ def documented_commands(text: str) -> list[list[str]]:
     return commands
 
 
+DIALECT = {
+    r"\b(?:go|goes|going|went) on\b": "continue, resume",
+    r"\bmend(?:s|ed|ing)?\b": "fix, repair",
+    r"\bstands? in\b|\bstand-ins?\b|\bas it stands\b": "is in, replaces, unchanged",
+    r"\bbeside\b": "next to, in addition to",
+    r"\btaken for\b": "read as",
+    r"\bsays?\b|\bsaid\b": "prints, returns, contains, states",
+    r"\bmay\b": "can, is allowed to; must not for may not",
+    r"(?:^|[.:;] |^[-|] ?|\*\* ?)(?:What|Who|Whoever|Whatever|Where)\b[^.?|\n]*\.": "a noun as the subject of the sentence",
+}
+"""Phrases that the documents avoid -> plain words for them."""
+
+
+def dialect(text: str) -> list[str]:
+    """Return the phrases of a document's prose (not of its code) that `DIALECT` refuses, with line and replacement."""
+    prose = re.sub(r"^```.*?^```", lambda block: "\n" * block[0].count("\n"), text, flags=re.MULTILINE | re.DOTALL)
+    prose = re.sub(r"`[^`\n]*`", "`code`", prose)
+    return [
+        f"{prose.count(chr(10), 0, match.start()) + 1}: {match[0].strip()!r} (use: {plain})"
+        for pattern, plain in DIALECT.items()
+        for match in re.finditer(pattern, prose, re.MULTILINE)
+    ]
+
+
+@pytest.mark.parametrize(
+    "document",
+    [path for path in DOCUMENTS if "reference" not in path.parts],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_every_document_is_written_in_plain_english(document):
+    found = dialect(document.read_text(encoding="utf-8"))
+    assert not found, f"{document.relative_to(ROOT)}:\n" + "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("The run goes on where it stopped.", 1),
+        ("What is killed is repaired.", 1),
+        ("Kept beside the file, and mended.", 2),
+        ("A stage may read it; status says so.", 2),
+        ("## What there is to see", 0),
+        ("What does it learn?", 0),
+        ("```bash\necho beside\n```\n`goes on` is code", 0),
+        ("The run continues where it stopped.", 0),
+    ],
+)
+def test_the_dialect_is_found_in_prose_and_not_in_code(text, count):
+    assert len(dialect(text)) == count
+
+
 CLOSENESS = {
     "allclose",
     "assert_allclose",

@@ -16,6 +16,7 @@ from megatron_cpt.data.reading.documents import list_sources
 from megatron_cpt.data.reading.record_files import Reading
 from megatron_cpt.data.shards import indexed
 from megatron_cpt.data.tokenize import driver
+from megatron_cpt.data.tokenize.options import TokenizeOptions
 from megatron_cpt.data.tokenizer.interface import Tokenizer, load_tokenizer
 from megatron_cpt.errors import ConfigError
 from megatron_cpt.interface.html import html_table
@@ -148,8 +149,7 @@ def tokenize(
         Path(tokenizer),
         output_prefix=None if output_prefix is None else Path(output_prefix),
         output_dir=None if output_dir is None else Path(output_dir),
-        keys=list(keys),
-        on_bad_line=on_bad_line,
+        options=TokenizeOptions(keys=list(keys), on_bad_line=on_bad_line),
         workers=workers or _cores(),
     )
     if output_prefix is not None:

@@ -53,7 +53,7 @@ def is_run(path: Path) -> bool:
 
 
 def _runs_below(folder: Path) -> list[Path]:
-    """Return the runs below a folder, by name; what a run holds is not searched."""
+    """Return the runs below a folder, by name, without searching inside runs."""
     runs: list[Path] = []
     for parent, names, _ in os.walk(folder):
         here = Path(parent)

@@ -1,12 +1,13 @@
 """A lock on a run directory with an owner, an expiry and a fence, so that no run is ever trained twice at once.
 
-The lock is a small JSON file that its owner writes anew every third of its expiry. How old it is, is measured by the file
-system's own clock: the time stamp of the lock against that of a file written now beside it, so that clocks of two machines
-which disagree do no harm. A lock that is older than its expiry, or whose owner was a process of this machine that is gone,
-is taken over. A `flock` on a file beside it serialises takers on one file system.
+The lock is a small JSON file that its owner rewrites every third of its expiry. Its age is measured by the file
+system's own clock, as the difference between the time stamps of the lock and of a new file in the same folder, so that
+different clocks of two machines do no harm. A lock that is older than its expiry, or whose owner was a process of this
+machine that is gone, is taken over. A `flock` on a neighbouring file serialises processes on one file system.
 
-An owner that was stopped for longer than the expiry may find its lock taken when it wakes. Each lock has a token. Whoever
-renews looks first whether the token is still its own, and ends the run when it is not; saves look (`fence`) before they count.
+An owner that was stopped for longer than the expiry can find its lock taken when it wakes. Each lock has a token.
+Whoever renews looks first whether the token is still its own, and ends the run when it is not; saves look (`fence`)
+before they count.
 """
 
 import contextlib
@@ -30,7 +31,7 @@ from megatron_cpt.files import write_json
 logger = logging.getLogger(__name__)
 
 HELD = "MEGATRON_CPT_RUN_LOCK"
-"""Environment variable that tells what a job starts which lock the job holds for it: `TOKEN@PATH`."""
+"""Environment variable with the lock that a job holds for its child processes: `TOKEN@PATH`."""
 EXPIRY_SECONDS = 90.0
 
 
@@ -40,10 +41,11 @@ def run_lock(
 ) -> Iterator[None]:
     """Hold the lock `path` in the name of `owner` while the block runs, renewing it every third of its expiry.
 
-    `wait_seconds`: how long to wait for a holder, who may have died on another machine, to let go or expire. When the lock
-    is lost the process gets SIGTERM, which a job passes on to its ranks; their save is refused by the fence.
+    `wait_seconds`: how long to wait until the holder, which can have died on another machine, releases the lock or the
+    lock expires. When the lock is lost the process gets SIGTERM, which a job passes on to its ranks; their save is
+    refused by the fence.
 
-    Raises: LaunchError naming the holder and what to do, when somebody else holds it.
+    Raises: LaunchError with the holder and the solution, if another process holds it.
     """
     claim = {
         "owner": owner, "host": socket.gethostname(), "pid": os.getpid(), "process": _identity(os.getpid()),
@@ -70,6 +72,7 @@ def run_lock(
         released.set()
         renewer.join()
         with _guard(path):
+            # Another job can have taken an expired lock over. Its lock is not ours to remove.
             if _read(path).get("token") == claim["token"]:
                 path.unlink(missing_ok=True)
 
@@ -117,6 +120,7 @@ def _take(path: Path, claim: dict[str, Any]) -> None:
 
 def _renew(path: Path, claim: dict[str, Any], released: threading.Event) -> None:
     expiry, renewed = claim["expiry_seconds"], time.monotonic()
+    # A third of the expiry: when one renewal fails, the next one still comes in time.
     while not released.wait(expiry / 3):
         try:
             with _guard(path):
@@ -150,6 +154,8 @@ def _age_seconds(path: Path) -> float | None:
         return None
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".now", dir=path.parent)
     try:
+        # Written and flushed like the lock itself, so that both time stamps come from the file system and not from
+        # this machine's clock.
         os.write(descriptor, b"now")
         os.fsync(descriptor)
         os.close(descriptor)
@@ -176,6 +182,8 @@ def _identity(pid: int) -> str:
     except OSError:
         return ""
     try:
+        # Field 22 is the start time. Field 2, the program's name, can contain spaces and parentheses, so fields are
+        # counted from the last parenthesis (proc(5)).
         start = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         start = ""
@@ -187,7 +195,7 @@ def _number(value: Any) -> float:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Return what the lock says, nothing where it says nothing that can be understood: then only its age counts."""
+    """Return the lock's content, or nothing if it is unreadable: then only its age is used."""
     try:
         value = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Fingerprints of what a stage reads and writes, recorded in the ledger, so that "done" means built from these inputs.
+"""Fingerprints of a stage's inputs and outputs, recorded in the ledger, so that "done" means built from these inputs.
 
 A fingerprint covers the command and, of every file below the paths, name, size and time of modification. It is taken from
 the inputs before a stage starts and from the outputs after it: a stage is current while both still give the same.

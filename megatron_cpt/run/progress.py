@@ -39,7 +39,7 @@ def last_checkpoint(run: RunDir) -> int:
 
 
 def read_progress(run: RunDir) -> Progress:
-    """Return where the run stands by its metrics, in a time and memory that hardly grow with its steps.
+    """Return the run's position according to its metrics, in time and memory almost independent of its number of steps.
 
     The last records are parsed; of the ones before, only how many starts there are, and where the last start, end and step lie.
     """

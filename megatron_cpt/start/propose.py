@@ -1,7 +1,7 @@
 """Settings for a model, a number of tokens and a machine: sequence, batch, learning rate, nodes and layout.
 
 They are the starting point of a search, not its result: batch and rate follow the size of the model as the params files
-of `params/` do (peaks for continual pre-training of a finished model, about a tenth of what it was trained with), the
+of `params/` do (peaks for continual pre-training of a finished model, about a tenth of the peak of its training), the
 layout comes from the planner's search.
 """
 
@@ -112,7 +112,7 @@ def _best(config: RunConfig, memory: int) -> Layout | None:
 
 
 def _local_gpus() -> list[float]:
-    """Return the memory of each of this machine's GPUs in GiB, as nvidia-smi tells it."""
+    """Return the memory of each of this machine's GPUs in GiB, from nvidia-smi."""
     if shutil.which("nvidia-smi") is None:
         return []
     query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]

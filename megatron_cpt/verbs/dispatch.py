@@ -79,7 +79,8 @@ def _describe_sub_commands(parser: argparse.ArgumentParser, program: str, text: 
 
 
 def parse_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
-    """Return the arguments of a verb; settings (`key=value`) may stand on both sides of an option, which argparse alone refuses."""
+    """Return the arguments of a verb; settings (`key=value`) can be on both sides of an option, which argparse alone
+    refuses."""
     arguments, rest = parser.parse_known_args(words)
     if rest:
         if not hasattr(arguments, "overrides") or any(word.startswith("-") for word in rest):

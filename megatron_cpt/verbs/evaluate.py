@@ -6,11 +6,11 @@ times is one set of several paths. A result that is on disk already, of the same
 
   perplexity   bits per byte with 95 % intervals, per model and text set
   forgetting   the same, compared with the first model: learned, forgotten; a table, a chart, JSON. With --series the
-               models are stages in order, and each is compared with the one before it too
+               models are stages in order, and each is also compared with the previous one
   generate     continuations of prompts, side by side; with --chat answers to them
-  harness      tasks of lm-evaluation-harness, where it is installed; options after -- are its own
+  harness      tasks of lm-evaluation-harness, if it is installed; options after -- are its own
   divergence   how far each layer's weights moved from the first model's; a table and a chart
-  sweep        compare the points of `submit sweep` by what they learned and forgot; a table, a chart, JSON
+  sweep        compare the points of `submit sweep` by learning and forgetting; a table, a chart, JSON
 
 Examples:
   megatron-cpt evaluate forgetting --model base=hf/base --model cpt=runs/ja/8b/80B/main/checkpoints \\
@@ -190,7 +190,7 @@ def _sweep(arguments: argparse.Namespace) -> None:
 
 
 def _measure(arguments: argparse.Namespace, output: Path | None) -> tuple[list, dict]:
-    """Return every model's result on every text set, and what they were made of; those in `output` that hold are kept."""
+    """Return every model's result on every text set, and their inputs; valid results in `output` are kept."""
     from megatron_cpt.evaluate.models.kept import kept_results, measured_inputs
     from megatron_cpt.evaluate.models.language_model import loaded_model
     from megatron_cpt.evaluate.models.perplexity import measure_perplexity

@@ -4,8 +4,8 @@ The checkpoint is verified and protected from retention, the branch's configurat
 it is printed; --submit runs it. Nothing is written into tasks/. NAME is a variant of the task, or any label: then the branch
 is the source's variant, with its command-line settings, in a run directory of its own (VARIANT+NAME).
 
-A decay branch of the same data reads on where the run stood, sample by sample; another stage begins at sample 0 of an order of
-its own. --data says which, whatever the branch.
+A decay branch of the same data reads on where the run stood, sample by sample; another stage begins at sample 0 of an
+order of its own. --data selects one for any branch.
 
 Examples:
   megatron-cpt fork --run runs/ja/8b/50B/main --iteration 10000 --to-variant decay-10k --decay "5B tokens"

@@ -1,7 +1,7 @@
 """Push models to the Hugging Face Hub and fetch models and data sets from it.
 
-  push       send a folder as one commit; weight files larger than --max-shard-size are cut anew for it
-  download   fetch a repository, or the part that --include names; an interrupted download goes on
+  push       send a folder as one commit; weight files larger than --max-shard-size are re-sharded for it
+  download   fetch a repository, or the part that --include names; an interrupted download resumes
 
 HF_ENDPOINT names another server, HF_TOKEN (or `hf auth login`) who you are. --dry-run needs no network.
 

@@ -1,9 +1,9 @@
 """Write a task from a model, some text and a number of tokens, and print the command that trains it
 
-Reads the model's config.json and tokenizer and looks at the text: estimated tokens of each corpus, its share, how often it is read.
-Sequence length, batch and learning rate follow from the model's size, nodes and layout from the planner's search for the site's
-GPUs. Writes TASK_DIR/task.yaml and TASK_DIR/params/MODEL.yaml, with comments on what to decide; documents are read where they
-are, and what is made lies in data/TASK and runs/TASK. Never overwrites.
+Reads the model's config.json and tokenizer and looks at the text: estimated tokens of each corpus, its share, how often
+it is read. Sequence length, batch and learning rate follow from the model's size, nodes and layout from the planner's
+search for the site's GPUs. Writes TASK_DIR/task.yaml and TASK_DIR/params/MODEL.yaml, with comments on open decisions;
+documents are read in place, and outputs are in data/TASK and runs/TASK. Never overwrites.
 
 `--model tiny` makes a model of two layers, and text of this Python where no documents are named: to see every step in a minute.
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the run's arguments and what is known of the machine."""
+    """Add the run's arguments and the properties of the machine."""
     from megatron_cpt.config.loading.resolve import add_run_arguments  # yaml is not needed to list the verbs
 
     parser.add_argument("--search", action="store_true", help="propose layouts for the run's nodes instead")

@@ -1,8 +1,8 @@
 """measure every rank of a job in seconds before it trains, and name the nodes that are not fit
 
-Each rank multiplies matrices, writes a file, reads its clock, memory and versions; all of them reduce a tensor. A node far
-from the others is named, noted in <run>/jobs/excluded_nodes.txt, and the exit code is 5. Jobs run this first where the site
-file says `preflight: true`; by hand, on one machine:
+Each rank multiplies matrices, writes a file, reads its clock, memory and versions; all of them reduce a tensor. A node
+far from the others is named, noted in <run>/jobs/excluded_nodes.txt, and the exit code is 5. Jobs run this first if the
+site file contains `preflight: true`; to run it on one machine:
 
 Example: torchrun --nproc-per-node 2 -m megatron_cpt preflight --run-dir runs/demo/demo-5m/300K/base
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add where to write and what to expect."""
+    """Add the output folder and the expected values."""
     parser.add_argument("--run-dir", type=Path, required=True, metavar="DIR", help="run directory")
     parser.add_argument("--gpus-per-node", type=int, default=1, metavar="N", help="GPUs that a node should have (1)")
     parser.add_argument("--device", choices=("cuda", "xpu", "cpu"), help="what every rank must find (launch.device)")

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the run's arguments and what to print of it."""
+    """Add the run's arguments and the parts to print."""
     add_run_arguments(parser)
     add_variable_arguments(parser)
     parser.add_argument(
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _megatron_args(loaded: LoadedConfig) -> str:
-    """Return one flag with its value a line; warn of what Megatron-LM has no flag for."""
+    """Return one flag with its value per line; warn about settings without a Megatron-LM flag."""
     for key in settings_without_flag(loaded.config):
         logger.warning("%s has no Megatron-LM flag: it is not in the list", key)
     lines: list[list[str]] = []

@@ -4,8 +4,8 @@ The scheduler is `launch.scheduler`: local (torchrun on this machine, the defaul
 Queue and account come from --queue and --account, MEGATRON_CPT_QUEUE and MEGATRON_CPT_ACCOUNT, or the site file.
 
   train      one stage; the same command again continues it. --chain N lines up N jobs of one walltime each
-  pipeline   tokenize, build-index, convert in, train, convert out, evaluate, report: what is missing of it
-  sweep      a small grid of settings, each point a run of its own, and one comparison: what is missing of it
+  pipeline   tokenize, build-index, convert in, train, convert out, evaluate, report: the missing stages
+  sweep      a small grid of settings, each point a run of its own, and one comparison: the missing points
   evaluate   a job per kept checkpoint: bits per byte on the held-out texts, or lm-evaluation-harness
   lr-find    the learning-rate range test, on every rank that training would have
   job        any other verb as a job on one node, with a stage's resources: CPU preprocessing, publishing; with --ranks on
@@ -159,7 +159,7 @@ def _sweep(submission: "Submission", arguments: argparse.Namespace) -> "Submitte
 
 
 def _lr_find(submission: "Submission", arguments: argparse.Namespace) -> "Submitted":
-    """Start the range test: what it needs is checked as for training."""
+    """Start the range test, with the same checks as for training."""
     from megatron_cpt.config.checks.lr_find import check_range_test
     from megatron_cpt.launch.submission.tool_job import submit_tool_job
     from megatron_cpt.launch.submission.validate import training_problems

@@ -1,11 +1,11 @@
-"""Turn documents into Megatron's .bin/.idx token files, with a JSON manifest beside each.
+"""Turn documents into Megatron's .bin/.idx token files, each with a JSON manifest.
 
 Inputs are files, folders or globs of .jsonl/.json (an object per line), .txt, each plain or .gz/.zst/.xz/.bz2, .parquet
 and .arrow. With --output-prefix everything becomes one shard per json key, `<prefix>_<key>_document`; with --output-dir
 the input tree is mirrored, a shard per file, or with --shard-tokens a shard per group of files. The same command again
 keeps the shards that are whole. The output depends neither on --workers nor on --engine.
 
-A job array gives each member a part: `--shard $SLURM_ARRAY_TASK_ID/16` (or `$PBS_ARRAY_INDEX/16`), numbers from 0; with
+A job array assigns a part to each member: `--shard $SLURM_ARRAY_TASK_ID/16` (or `$PBS_ARRAY_INDEX/16`), numbers from 0; with
 --output-prefix `megatron-cpt data merge` joins the parts.
 
 Example: megatron-cpt tokenize --input corpora/D1 --tokenizer models/base --output-dir tokens/D1 --workers 16
@@ -104,30 +104,33 @@ def run(arguments: argparse.Namespace) -> int | None:
     # numpy and the tokenizer libraries are slow to import; --help must not wait for them
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from megatron_cpt.data.tokenize.driver import tokenize
+    from megatron_cpt.data.tokenize.options import TokenizeOptions
 
     report = tokenize(
         arguments.input,
         arguments.tokenizer,
         output_prefix=arguments.output_prefix,
         output_dir=arguments.output_dir,
-        keys=keys_of(arguments),
-        append_eod=arguments.append_eod,
-        eod_token=arguments.eod_token,
+        options=TokenizeOptions(
+            keys=keys_of(arguments),
+            append_eod=arguments.append_eod,
+            eod_token=arguments.eod_token,
+            shard_tokens=arguments.shard_tokens,
+            num_shards=arguments.num_shards,
+            is_across_folders=arguments.across_folders,
+            on_bad_line=arguments.on_bad_line,
+            include=arguments.include,
+            exclude=arguments.exclude,
+            format=arguments.format,
+            txt_documents=arguments.txt_documents,
+            max_document_bytes=arguments.max_document_bytes,
+            provenance=arguments.provenance,
+            engine=arguments.engine,
+            special_tokens=arguments.special_tokens,
+            bos=arguments.bos,
+        ),
         workers=arguments.workers,
-        shard_tokens=arguments.shard_tokens,
-        num_shards=arguments.num_shards,
-        is_across_folders=arguments.across_folders,
         part=arguments.shard,
-        on_bad_line=arguments.on_bad_line,
-        include=arguments.include,
-        exclude=arguments.exclude,
-        format=arguments.format,
-        txt_documents=arguments.txt_documents,
-        max_document_bytes=arguments.max_document_bytes,
-        provenance=arguments.provenance,
-        engine=arguments.engine,
-        special_tokens=arguments.special_tokens,
-        bos=arguments.bos,
     )
     sys.stdout.write(str(report))
     return 0

@@ -23,7 +23,7 @@ def skips_bad_lines(arguments: argparse.Namespace) -> bool:
 
 
 def add_keys_argument(parser: argparse.ArgumentParser, meaning: str) -> None:
-    """Add --key, which may come again; `--json-keys` is its earlier name. Read them with `keys_of`."""
+    """Add --key, which can be repeated; `--json-keys` is its earlier name. Read them with `keys_of`."""
     parser.add_argument("--key", action="append", dest="keys", metavar="KEY", help=f"{meaning}; repeat for more (text)")
     parser.add_argument("--json-keys", nargs="+", dest="keys", help=argparse.SUPPRESS)
 
@@ -34,6 +34,6 @@ def keys_of(arguments: argparse.Namespace) -> tuple[str, ...]:
 
 
 def add_workers_argument(parser: argparse.ArgumentParser) -> None:
-    """Add --workers, as many as the process may use cores unless it is given."""
+    """Add --workers; the default is the number of cores available to the process."""
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--workers", type=int, default=cores, metavar="N", help="processes (all cores)")

@@ -19,6 +19,7 @@ from megatron_cpt.data.shards.adopt import adopt
 from megatron_cpt.data.shards.discovery import find_shards
 from megatron_cpt.data.shards.indexed import bin_path, idx_path, manifest_path, read_index, write_index
 from megatron_cpt.data.tokenize.driver import tokenize
+from megatron_cpt.data.tokenize.options import TokenizeOptions
 from megatron_cpt.data.tokenizer.interface import load_tokenizer
 from megatron_cpt.errors import DataError
 from tests.data.conftest import SENTENCES
@@ -44,7 +45,7 @@ def corpus(tmp_path):
 
 @pytest.fixture
 def shard(corpus, bpe_dir, tmp_path):
-    tokenize([corpus], bpe_dir, output_prefix=tmp_path / "s/x", on_bad_line="skip")
+    tokenize([corpus], bpe_dir, output_prefix=tmp_path / "s/x", options=TokenizeOptions(on_bad_line="skip"))
     return tmp_path / "s/x_text_document"
 
 
@@ -105,7 +106,12 @@ def test_another_tokenizer_cannot_audit(shard, sentencepiece_model):
 
 @pytest.mark.parametrize("provenance", [True, False])
 def test_a_document_is_traced_to_file_and_line(corpus, bpe_dir, tmp_path, provenance):
-    tokenize([corpus], bpe_dir, output_prefix=tmp_path / "x", on_bad_line="skip", provenance=provenance)
+    tokenize(
+        [corpus],
+        bpe_dir,
+        output_prefix=tmp_path / "x",
+        options=TokenizeOptions(on_bad_line="skip", provenance=provenance),
+    )
     prefix = tmp_path / "x_text_document"
     for document, expected in ((0, ("a.jsonl", 1)), (4, ("a.jsonl", 7)), (9, ("a.jsonl", 12)), (12, ("b.jsonl", 3))):
         origin = trace_document(prefix, document)
@@ -124,10 +130,10 @@ def test_a_trace_without_sidecar_needs_the_source(shard, corpus):
 
 
 def test_merged_parts_equal_the_undivided_run(corpus, bpe_dir, tmp_path):
-    options = {"on_bad_line": "skip", "provenance": True}
-    tokenize([corpus], bpe_dir, output_prefix=tmp_path / "whole/x", **options)
+    options = TokenizeOptions(on_bad_line="skip", provenance=True)
+    tokenize([corpus], bpe_dir, output_prefix=tmp_path / "whole/x", options=options)
     for i in range(3):
-        tokenize([corpus], bpe_dir, output_prefix=tmp_path / "parts/x", part=(i, 3), **options)
+        tokenize([corpus], bpe_dir, output_prefix=tmp_path / "parts/x", part=(i, 3), options=options)
     output = tmp_path / "parts/x_text_document"
     merge_shards(find_parts(output), output)
     for path in (tmp_path / "whole").iterdir():
@@ -140,9 +146,15 @@ def test_any_number_of_parts_gives_the_bytes_of_one_run_also_where_members_have_
     corpus, bpe_dir, tmp_path, count
 ):
     write_jsonl(corpus / "empty.jsonl", [])
-    tokenize([corpus], bpe_dir, output_prefix=tmp_path / "whole/x", on_bad_line="skip")
+    tokenize([corpus], bpe_dir, output_prefix=tmp_path / "whole/x", options=TokenizeOptions(on_bad_line="skip"))
     for i in reversed(range(count)):
-        tokenize([corpus], bpe_dir, output_prefix=tmp_path / "parts/x", part=(i, count), on_bad_line="skip")
+        tokenize(
+            [corpus],
+            bpe_dir,
+            output_prefix=tmp_path / "parts/x",
+            part=(i, count),
+            options=TokenizeOptions(on_bad_line="skip"),
+        )
     output = tmp_path / "parts/x_text_document"
     parts = find_parts(output)
     merge_shards(parts, output)
@@ -156,7 +168,9 @@ def test_any_number_of_parts_gives_the_bytes_of_one_run_also_where_members_have_
 
 def test_a_merge_that_was_killed_goes_on_and_one_that_is_done_is_left(corpus, bpe_dir, tmp_path, monkeypatch):
     for i in range(2):
-        tokenize([corpus], bpe_dir, output_prefix=tmp_path / "x", part=(i, 2), on_bad_line="skip")
+        tokenize(
+            [corpus], bpe_dir, output_prefix=tmp_path / "x", part=(i, 2), options=TokenizeOptions(on_bad_line="skip")
+        )
     output = tmp_path / "x_text_document"
     parts = find_parts(output)
     appended = []
@@ -189,19 +203,25 @@ def test_a_merge_that_was_killed_goes_on_and_one_that_is_done_is_left(corpus, bp
 
 def test_parts_that_are_joined_already_are_not_made_again(corpus, bpe_dir, tmp_path):
     for i in range(2):
-        tokenize([corpus], bpe_dir, output_prefix=tmp_path / "x", part=(i, 2), on_bad_line="skip")
+        tokenize(
+            [corpus], bpe_dir, output_prefix=tmp_path / "x", part=(i, 2), options=TokenizeOptions(on_bad_line="skip")
+        )
     output = tmp_path / "x_text_document"
     parts = find_parts(output)
     merge_shards(parts, output)
     remove_shards(parts)
-    report = tokenize([corpus], bpe_dir, output_prefix=tmp_path / "x", part=(1, 2), on_bad_line="skip")
+    report = tokenize(
+        [corpus], bpe_dir, output_prefix=tmp_path / "x", part=(1, 2), options=TokenizeOptions(on_bad_line="skip")
+    )
     assert report.num_reused == 1 and list(report.manifests) == [output]
     assert not list(tmp_path.glob("x-*"))
 
 
 def test_a_full_disk_keeps_what_is_joined_and_says_so(corpus, bpe_dir, tmp_path):
     for i in range(2):
-        tokenize([corpus], bpe_dir, output_prefix=tmp_path / "x", part=(i, 2), on_bad_line="skip")
+        tokenize(
+            [corpus], bpe_dir, output_prefix=tmp_path / "x", part=(i, 2), options=TokenizeOptions(on_bad_line="skip")
+        )
     output = tmp_path / "x_text_document"
     parts = find_parts(output)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -217,10 +237,10 @@ def test_a_full_disk_keeps_what_is_joined_and_says_so(corpus, bpe_dir, tmp_path)
 
 
 def test_nothing_that_is_there_is_replaced_and_no_source_is_joined_twice(shard, corpus, bpe_dir, tmp_path):
-    tokenize([corpus / "a.jsonl"], bpe_dir, output_prefix=tmp_path / "a", on_bad_line="skip")
+    tokenize([corpus / "a.jsonl"], bpe_dir, output_prefix=tmp_path / "a", options=TokenizeOptions(on_bad_line="skip"))
     with pytest.raises(DataError, match=r"holds .*a.jsonl, which .* holds as well"):
         merge_shards([shard, tmp_path / "a_text_document"], tmp_path / "z")
-    tokenize([corpus / "b.jsonl"], bpe_dir, output_prefix=tmp_path / "b", on_bad_line="skip")
+    tokenize([corpus / "b.jsonl"], bpe_dir, output_prefix=tmp_path / "b", options=TokenizeOptions(on_bad_line="skip"))
     foreign = tmp_path / "z"
     shutil.copy(bin_path(shard), bin_path(foreign))
     with pytest.raises(DataError, match="exists already, without a manifest"):
@@ -232,7 +252,12 @@ def test_adopted_shards_are_merged(corpus, bpe_dir, tmp_path):
     tokenizer = load_tokenizer(bpe_dir)
     prefixes = []
     for name in ("a", "b"):
-        tokenize([corpus / f"{name}.jsonl"], bpe_dir, output_prefix=tmp_path / name, on_bad_line="skip")
+        tokenize(
+            [corpus / f"{name}.jsonl"],
+            bpe_dir,
+            output_prefix=tmp_path / name,
+            options=TokenizeOptions(on_bad_line="skip"),
+        )
         prefixes.append(tmp_path / f"{name}_text_document")
         manifest_path(prefixes[-1]).unlink()
         adopt(prefixes[-1], tokenizer, count_bytes=name == "a")
@@ -241,7 +266,7 @@ def test_adopted_shards_are_merged(corpus, bpe_dir, tmp_path):
 
 
 def test_shards_of_other_token_types_are_not_merged(corpus, bpe_dir, tmp_path):
-    tokenize([corpus], bpe_dir, output_prefix=tmp_path / "a", on_bad_line="skip")
+    tokenize([corpus], bpe_dir, output_prefix=tmp_path / "a", options=TokenizeOptions(on_bad_line="skip"))
     narrow, wide = tmp_path / "a_text_document", tmp_path / "wide"
     index = read_index(narrow)
     np.fromfile(bin_path(narrow), dtype=np.uint16).astype(np.int32).tofile(bin_path(wide))
@@ -255,17 +280,19 @@ def test_shards_of_other_token_types_are_not_merged(corpus, bpe_dir, tmp_path):
 
 
 def test_missing_parts_are_named(corpus, bpe_dir, tmp_path):
-    tokenize([corpus], bpe_dir, output_prefix=tmp_path / "x", part=(1, 3), on_bad_line="skip")
+    tokenize([corpus], bpe_dir, output_prefix=tmp_path / "x", part=(1, 3), options=TokenizeOptions(on_bad_line="skip"))
     with pytest.raises(DataError, match="parts 0/3, 2/3 are missing"):
         find_parts(tmp_path / "x_text_document")
 
 
 def test_shards_that_differ_are_not_merged(shard, corpus, bpe_dir, sentencepiece_model, tmp_path):
-    common = {"on_bad_line": "skip", "output_prefix": tmp_path / "y"}
-    tokenize([corpus], sentencepiece_model, **common)
+    skip = TokenizeOptions(on_bad_line="skip")
+    tokenize([corpus], sentencepiece_model, output_prefix=tmp_path / "y", options=skip)
     with pytest.raises(DataError, match="another tokenizer"):
         merge_shards([shard, tmp_path / "y_text_document"], tmp_path / "z")
-    tokenize([corpus], bpe_dir, append_eod=False, on_bad_line="skip", output_prefix=tmp_path / "w")
+    tokenize(
+        [corpus], bpe_dir, options=TokenizeOptions(append_eod=False, on_bad_line="skip"), output_prefix=tmp_path / "w"
+    )
     with pytest.raises(DataError, match="other options"):
         merge_shards([shard, tmp_path / "w_text_document"], tmp_path / "z")
     assert not (tmp_path / "z.bin").exists()

@@ -11,6 +11,7 @@ from megatron_cpt.data.audit.shards import audit_all, audit_shard
 from megatron_cpt.data.shards.adopt import adopt
 from megatron_cpt.data.shards.indexed import bin_path, idx_path, manifest_path, read_index, write_index
 from megatron_cpt.data.tokenize.driver import tokenize
+from megatron_cpt.data.tokenize.options import TokenizeOptions
 from megatron_cpt.data.tokenize.shard_writer import provenance_path
 from megatron_cpt.data.tokenizer.interface import load_tokenizer
 from tests.data.conftest import SENTENCES
@@ -24,7 +25,12 @@ def made(bpe_dir, tmp_path_factory):
     lines = (folder / "corpus/a.jsonl").read_text().splitlines(keepends=True)
     (folder / "corpus/a.jsonl").write_text("".join([*lines[:4], "\n", "{broken\n", *lines[4:]]))
     write_jsonl(folder / "corpus/b.jsonl", [f"0: {SENTENCES[0]}", "x", "y", "x", "z"])
-    tokenize([folder / "corpus"], bpe_dir, output_prefix=folder / "s/x", on_bad_line="skip", provenance=True)
+    tokenize(
+        [folder / "corpus"],
+        bpe_dir,
+        output_prefix=folder / "s/x",
+        options=TokenizeOptions(on_bad_line="skip", provenance=True),
+    )
     return folder / "s"
 
 

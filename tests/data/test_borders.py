@@ -198,7 +198,7 @@ def test_a_file_that_cannot_be_read_stops_the_work_at_its_start_or_is_counted(wo
     assert run(*words) == 2
     assert "in/b.jsonl: no such file: a link to " in capsys.readouterr().err
     assert not Path("out").exists()
-    assert run(*words, skip) == 0
+    assert run(*words, *skip.split()) == 0
     entries = [json.loads(line) for path in Path("out").rglob("*.rejects") for line in path.read_text().splitlines()]
     assert {(Path(entry["path"]).name, entry["reason"]) for entry in entries} == {
         (name, "file that cannot be read") for name in ("b.jsonl", "d.jsonl", "e.parquet")
@@ -207,10 +207,11 @@ def test_a_file_that_cannot_be_read_stops_the_work_at_its_start_or_is_counted(wo
 
 def test_tokenizing_counts_files_that_cannot_be_read_in_the_manifest(with_bad_files, bpe_dir):
     from megatron_cpt.data.tokenize.driver import tokenize
+    from megatron_cpt.data.tokenize.options import TokenizeOptions
 
     with pytest.raises(DataError, match="a link to"):
         tokenize(["in"], bpe_dir, output_prefix=Path("t"), workers=1)
-    tokenize(["in"], bpe_dir, output_prefix=Path("t"), workers=1, on_bad_line="skip")
+    tokenize(["in"], bpe_dir, output_prefix=Path("t"), workers=1, options=TokenizeOptions(on_bad_line="skip"))
     manifest = json.loads(Path("t_text_document.json").read_text())
     assert manifest["documents"] == 2
     assert manifest["rejects"] == {"file that cannot be read": 3}
@@ -225,27 +226,39 @@ def test_validate_and_repair_tell_files_that_cannot_be_read(with_bad_files, caps
 
 def test_the_folders_of_a_tree_become_n_shards_in_order(tmp_path, bpe_dir):
     from megatron_cpt.data.tokenize.driver import tokenize
+    from megatron_cpt.data.tokenize.options import TokenizeOptions
     from megatron_cpt.errors import ConfigError
 
     names = [f"in/d{folder:02d}/f.jsonl" for folder in range(12)]
     touch(tmp_path, *names)
     tokenize([tmp_path / "in"], bpe_dir, output_prefix=tmp_path / "one", workers=1)
-    report = tokenize([tmp_path / "in"], bpe_dir, output_dir=tmp_path / "five", workers=1, num_shards=5)
+    report = tokenize(
+        [tmp_path / "in"], bpe_dir, output_dir=tmp_path / "five", workers=1, options=TokenizeOptions(num_shards=5)
+    )
     shards = sorted(report.manifests)
     assert [shard.name for shard in shards] == [f"shard-{number:05d}_text_document" for number in range(5)]
     joined = b"".join(shard.with_name(f"{shard.name}.bin").read_bytes() for shard in shards)
     assert joined == (tmp_path / "one_text_document.bin").read_bytes()
     parts = [
-        tokenize([tmp_path / "in"], bpe_dir, output_dir=tmp_path / "parts", workers=1, num_shards=5, part=(number, 2))
+        tokenize(
+            [tmp_path / "in"],
+            bpe_dir,
+            output_dir=tmp_path / "parts",
+            workers=1,
+            options=TokenizeOptions(num_shards=5),
+            part=(number, 2),
+        )
         for number in range(2)
     ]
     assert sorted(len(part.manifests) for part in parts) == [2, 3]
     tokens = sum(manifest["tokens"] for manifest in report.manifests.values())
-    across = {"shard_tokens": tokens // 3, "is_across_folders": True}
-    grouped = tokenize([tmp_path / "in"], bpe_dir, output_dir=tmp_path / "across", workers=1, **across)
+    across = TokenizeOptions(shard_tokens=tokens // 3, is_across_folders=True)
+    grouped = tokenize([tmp_path / "in"], bpe_dir, output_dir=tmp_path / "across", workers=1, options=across)
     assert 2 <= len(grouped.manifests) <= 4
     for wrong in ({"num_shards": 0}, {"num_shards": 2, "shard_tokens": 5}, {"is_across_folders": True}):
         with pytest.raises(ConfigError, match="tokenize: "):
-            tokenize([tmp_path / "in"], bpe_dir, output_dir=tmp_path / "x", workers=1, **wrong)
+            tokenize([tmp_path / "in"], bpe_dir, output_dir=tmp_path / "x", options=TokenizeOptions(**wrong))
     with pytest.raises(ConfigError, match="an output prefix is one shard"):
-        tokenize([tmp_path / "in"], bpe_dir, output_prefix=tmp_path / "x", workers=1, num_shards=2)
+        tokenize(
+            [tmp_path / "in"], bpe_dir, output_prefix=tmp_path / "x", workers=1, options=TokenizeOptions(num_shards=2)
+        )

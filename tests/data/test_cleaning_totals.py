@@ -25,6 +25,7 @@ from megatron_cpt.data.reading.documents import list_sources
 from megatron_cpt.data.reading.record_files import Reading, Tally, read_records
 from megatron_cpt.data.reading.streams import Layout, parse_piece, pieces_of
 from megatron_cpt.data.tokenize.driver import tokenize
+from megatron_cpt.data.tokenize.options import TokenizeOptions
 from megatron_cpt.errors import DataError
 
 ZSTD = zstandard.ZstdCompressor().compress
@@ -101,7 +102,9 @@ def corpus(tmp_path_factory):
 
 def test_tokenize_accounts_for_every_line(corpus, bpe_dir, tmp_path):
     folder, expected = corpus
-    report = tokenize([folder], bpe_dir, output_dir=tmp_path / "t", on_bad_line="skip", workers=2)
+    report = tokenize(
+        [folder], bpe_dir, output_dir=tmp_path / "t", options=TokenizeOptions(on_bad_line="skip"), workers=2
+    )
     found = {}
     for manifest in report.manifests.values():
         (source,) = manifest["sources"]

@@ -23,6 +23,7 @@ from megatron_cpt.data.shards.indexed import (
     write_index,
 )
 from megatron_cpt.data.tokenize.driver import tokenize
+from megatron_cpt.data.tokenize.options import TokenizeOptions
 from megatron_cpt.data.tokenizer.control_tokens import ControlTokens
 from megatron_cpt.data.tokenizer.interface import load_tokenizer
 from megatron_cpt.errors import DataError
@@ -76,9 +77,9 @@ def documents_of(prefix):
     return [tokens[start:end].tolist() for start, end in itertools.pairwise(bounds)]
 
 
-def make(corpus, folder, output, **options):
-    options = {"bos": "off", **options}
-    tokenize([corpus], folder, output_prefix=output, **options)
+def make(corpus, folder, output, *, workers=1, part=None, **options):
+    chosen = TokenizeOptions(**{"bos": "off", **options})
+    tokenize([corpus], folder, output_prefix=output, options=chosen, workers=workers, part=part)
     return output.with_name(output.name + "_text_document")
 
 
@@ -98,7 +99,7 @@ def test_a_control_token_in_a_text_is_text_or_the_token(how, engine, corpus, fol
 
 
 def test_text_is_the_default_and_the_user_is_warned(corpus, folder, tmp_path, caplog):
-    report = tokenize([corpus], folder, output_prefix=tmp_path / "s", bos="off")
+    report = tokenize([corpus], folder, output_prefix=tmp_path / "s", options=TokenizeOptions(bos="off"))
     assert documents_of(tmp_path / "s_text_document") == [[*i, 0] for i in ids_of(folder, TEXTS, is_text=True)]
     assert "3 documents spell control tokens" in caplog.text
     assert "control tokens in the texts: <|end_of_text|> 3" in str(report)
@@ -209,7 +210,7 @@ def test_shards_of_release_0_1_stay_valid_and_go_on_as_they_began(corpus, folder
     assert report.num_reused == 1 and "earlier release" in caplog.text
     assert read_shard_manifest(prefix) == manifest
     with pytest.raises(DataError, match="special_tokens='token', not 'text'"):
-        tokenize([corpus], folder, output_prefix=tmp_path / "s", special_tokens="text")
+        tokenize([corpus], folder, output_prefix=tmp_path / "s", options=TokenizeOptions(special_tokens="text"))
 
 
 @pytest.fixture
@@ -234,7 +235,13 @@ def test_a_text_without_tokens_is_no_document_under_any_key(provenance, workers,
     ]
     path = tmp_path / "x.jsonl"
     path.write_text("".join(json.dumps({"en": en, "de": de}) + "\n" for en, de in rows))
-    tokenize([path], stripping, output_prefix=tmp_path / "s", keys=["en", "de"], provenance=provenance, workers=workers)
+    tokenize(
+        [path],
+        stripping,
+        output_prefix=tmp_path / "s",
+        options=TokenizeOptions(keys=["en", "de"], provenance=provenance),
+        workers=workers,
+    )
     tokenizer = load_tokenizer(stripping)
     for place, key in enumerate(("en", "de")):
         prefix = tmp_path / f"s_{key}_document"
@@ -253,7 +260,7 @@ def test_the_strict_policy_stops_at_a_text_without_tokens(stripping, tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"text": "one"}\n{"text": "  "}\n')
     with pytest.raises(DataError, match=r"x\.jsonl:2: empty text"):
-        tokenize([path], stripping, output_prefix=tmp_path / "s", on_bad_line="strict")
+        tokenize([path], stripping, output_prefix=tmp_path / "s", options=TokenizeOptions(on_bad_line="strict"))
 
 
 def test_joined_parts_have_the_sums_of_the_whole(folder, tmp_path):

@@ -15,6 +15,7 @@ import zstandard
 
 from megatron_cpt.data.shards.indexed import document_bounds, read_index, read_shard_manifest, read_tokens
 from megatron_cpt.data.tokenize.driver import tokenize
+from megatron_cpt.data.tokenize.options import TokenizeOptions
 from megatron_cpt.data.tokenizer.interface import load_tokenizer
 from megatron_cpt.errors import DataError
 from tests.data.conftest import SENTENCES, build_bpe, save_tokenizer
@@ -95,8 +96,14 @@ def test_the_pair_equals_a_loop_over_megatron_cores_builder(corpus, bpe_dir, tmp
 @pytest.mark.parametrize("engine", ["gigatoken", "reference"])
 def test_the_output_depends_neither_on_workers_nor_on_the_engine(corpus, bpe_dir, tmp_path, engine):
     folder, _ = corpus
-    tokenize([folder], bpe_dir, output_prefix=tmp_path / "one/x", workers=1, provenance=True)
-    tokenize([folder], bpe_dir, output_prefix=tmp_path / "many/x", workers=3, engine=engine, provenance=True)
+    tokenize([folder], bpe_dir, output_prefix=tmp_path / "one/x", workers=1, options=TokenizeOptions(provenance=True))
+    tokenize(
+        [folder],
+        bpe_dir,
+        output_prefix=tmp_path / "many/x",
+        workers=3,
+        options=TokenizeOptions(engine=engine, provenance=True),
+    )
     assert content(tmp_path / "one") == content(tmp_path / "many")
 
 
@@ -112,13 +119,13 @@ def test_sentencepiece_and_unigram_models_work(corpus, sentencepiece_model, unig
 
 def test_without_end_of_document_the_ids_are_bare(corpus, bpe_dir, tmp_path):
     folder, texts = corpus
-    tokenize([folder / "a.jsonl"], bpe_dir, output_prefix=tmp_path / "x", append_eod=False)
+    tokenize([folder / "a.jsonl"], bpe_dir, output_prefix=tmp_path / "x", options=TokenizeOptions(append_eod=False))
     assert read_documents(tmp_path / "x_text_document") == load_tokenizer(bpe_dir).encode_batch(texts[:300])
 
 
 def test_each_key_becomes_a_shard_of_its_own(bpe_dir, tmp_path):
     (tmp_path / "x.jsonl").write_text('{"q": "why", "a": "so"}\n{"q": "who", "a": "me"}\n')
-    tokenize([tmp_path / "x.jsonl"], bpe_dir, output_prefix=tmp_path / "o", keys=["q", "a"])
+    tokenize([tmp_path / "x.jsonl"], bpe_dir, output_prefix=tmp_path / "o", options=TokenizeOptions(keys=["q", "a"]))
     tokenizer = load_tokenizer(bpe_dir)
     for key, texts in (("q", ["why", "who"]), ("a", ["so", "me"])):
         expected = [[*ids, tokenizer.eod_id] for ids in tokenizer.encode_batch(texts)]
@@ -150,7 +157,13 @@ def test_small_files_are_grouped_into_shards_of_about_the_target(bpe_dir, tmp_pa
         path.write_bytes(as_jsonl(texts[i * 10 : i * 10 + 10]))
     whole = tokenize([tmp_path / "in"], bpe_dir, output_prefix=tmp_path / "whole")
     total = sum(manifest["tokens"] for manifest in whole.manifests.values())
-    report = tokenize([tmp_path / "in"], bpe_dir, output_dir=tmp_path / "out", shard_tokens=total // 8, workers=2)
+    report = tokenize(
+        [tmp_path / "in"],
+        bpe_dir,
+        output_dir=tmp_path / "out",
+        options=TokenizeOptions(shard_tokens=total // 8),
+        workers=2,
+    )
     shards = {p.relative_to(tmp_path / "out").as_posix(): m["tokens"] for p, m in report.manifests.items()}
     assert next(iter(shards)) == "en/en-00000_text_document" and "ja/ja-00000_text_document" in shards
     assert sum(shards.values()) == total and 7 <= len(shards) <= 10
@@ -194,7 +207,9 @@ def test_the_first_bad_line_stops_with_file_and_line_and_leaves_nothing(bpe_dir,
 
 def test_skipped_lines_are_counted_and_kept(bpe_dir, tmp_path):
     (tmp_path / "in.jsonl").write_bytes(BAD)
-    report = tokenize([tmp_path / "in.jsonl"], bpe_dir, output_prefix=tmp_path / "x", on_bad_line="skip")
+    report = tokenize(
+        [tmp_path / "in.jsonl"], bpe_dir, output_prefix=tmp_path / "x", options=TokenizeOptions(on_bad_line="skip")
+    )
     manifest = report.manifests[tmp_path / "x_text_document"]
     assert manifest["rejects"] == {"text is not a string": 1, "invalid JSON": 1}
     assert manifest["notes"] == {"blank line": 1}
@@ -208,7 +223,12 @@ def test_strict_stops_at_what_loses_nothing_too(bpe_dir, tmp_path):
     (tmp_path / "in.jsonl").write_bytes(as_jsonl(["a"]) + b"\n" + as_jsonl(["b"]))
     assert tokenize([tmp_path / "in.jsonl"], bpe_dir, output_prefix=tmp_path / "x").manifests
     with pytest.raises(DataError, match=r"in\.jsonl:2: blank line"):
-        tokenize([tmp_path / "in.jsonl"], bpe_dir, output_prefix=tmp_path / "y", on_bad_line="strict")
+        tokenize(
+            [tmp_path / "in.jsonl"],
+            bpe_dir,
+            output_prefix=tmp_path / "y",
+            options=TokenizeOptions(on_bad_line="strict"),
+        )
 
 
 def test_a_truncated_file_stops_or_is_counted(bpe_dir, tmp_path):
@@ -216,7 +236,9 @@ def test_a_truncated_file_stops_or_is_counted(bpe_dir, tmp_path):
     (tmp_path / "in.jsonl.gz").write_bytes(data[: len(data) // 2])
     with pytest.raises(DataError, match="damaged or truncated"):
         tokenize([tmp_path / "in.jsonl.gz"], bpe_dir, output_prefix=tmp_path / "x")
-    report = tokenize([tmp_path / "in.jsonl.gz"], bpe_dir, output_prefix=tmp_path / "x", on_bad_line="skip")
+    report = tokenize(
+        [tmp_path / "in.jsonl.gz"], bpe_dir, output_prefix=tmp_path / "x", options=TokenizeOptions(on_bad_line="skip")
+    )
     manifest = report.manifests[tmp_path / "x_text_document"]
     assert manifest["rejects"] == {"damaged or truncated file": 1} and 0 < manifest["documents"] < 500
 
@@ -242,7 +264,7 @@ def test_another_tokenizer_or_option_refuses_to_mix(bpe_dir, sentencepiece_model
     with pytest.raises(DataError, match="must not mix tokenizers"):
         tokenize([tmp_path / "in.jsonl"], sentencepiece_model, **arguments)
     with pytest.raises(DataError, match="append_eod=True, not False"):
-        tokenize([tmp_path / "in.jsonl"], bpe_dir, append_eod=False, **arguments)
+        tokenize([tmp_path / "in.jsonl"], bpe_dir, options=TokenizeOptions(append_eod=False), **arguments)
 
 
 LYING_ENGINE = """
@@ -251,6 +273,7 @@ import numpy as np
 from pathlib import Path
 from megatron_cpt.data.tokenizer import engines
 from megatron_cpt.data.tokenize.driver import tokenize
+from megatron_cpt.data.tokenize.options import TokenizeOptions
 
 def lying(tokenizer):
     reference = engines._reference_encoder(tokenizer)

@@ -90,7 +90,7 @@ def test_continuations_are_printed_side_by_side(tiny_model, capsys):
         (["evaluate", "perplexity", "--model", "x=nowhere", "--text", "y=nowhere"], "nowhere: no such file"),
         (["evaluate", "divergence", "--model", "x=nowhere", "--output", "out"], "one model only"),
         (["analyze", "stats", "nowhere"], "neither config.json nor"),
-        (["report", "nowhere", "--output", "out"], "no such file"),
+        (["report", "nowhere", "--output", "out"], "nowhere: no such task folder"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, tmp_path, monkeypatch, capsys):

@@ -11,6 +11,7 @@ from megatron_cpt.checkpoint.torch_dist.mcore import read_manifest
 from megatron_cpt.cli import main
 from megatron_cpt.data.shards.indexed import document_bounds, read_index, read_tokens
 from megatron_cpt.data.tokenize.driver import tokenize
+from megatron_cpt.data.tokenize.options import TokenizeOptions
 from megatron_cpt.errors import DataError
 from tests.train.test_loop import run_path, run_stage
 
@@ -49,7 +50,12 @@ def traced(ranks, experiment_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("traced")
     data = folder / "data"
     shutil.copytree(experiment_data, data, ignore=shutil.ignore_patterns("D1_text_document.*"))
-    tokenize([data / "D1.jsonl"], data / "tokenizer", output_prefix=data / "tokens/D1", provenance=True)
+    tokenize(
+        [data / "D1.jsonl"],
+        data / "tokenizer",
+        output_prefix=data / "tokens/D1",
+        options=TokenizeOptions(provenance=True),
+    )
     task = conftest.write_experiment(folder, data)
     run = run_path(task, "base")
     run.mkdir(parents=True)

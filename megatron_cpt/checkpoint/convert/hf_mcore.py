@@ -119,6 +119,7 @@ def hf_to_mcore(
         kept.mkdir()
         new_tokenizer = extension.tokenizer if extension is not None else None
         add_companions(kept, tokenizer=new_tokenizer, kept=hf_dir, uses_kept_tokenizer=True)
+        # Inside the partial folder: a conversion that fails the comparison never gets its final name.
         if verify:
             weights = TorchDistWeights(directory)
             tensors = verify_against_hf(source, weights, steps, model, cast, num_workers)
@@ -128,6 +129,7 @@ def hf_to_mcore(
             release_manifest(dataclasses.asdict(model), identity, hf=source.config, **options.record()),
             hashes,
         )
+    # After the renaming: the tracker never names a folder that is incomplete.
     mcore.write_tracker(output, "release")
     logger.info("%s: %s in %d steps", target, format_bytes(source.num_bytes()), len(steps))
     return target
@@ -168,6 +170,7 @@ def mcore_to_hf(
     uses_kept_tokenizer = tokenizer is None and is_trained_with(kept, manifest)
     imported = ImportOptions.of(manifest)
     options = {"dtype": dtype, "max_shard_bytes": max_shard_bytes, "tokenizer": tokenizer_hash(tokenizer or kept)}
+    # The manifest's hashes stand for the weights: a repeated command reads none of them.
     identity = {"kind": "megatron", "files": text_hash(json.dumps(manifest.get("files"), sort_keys=True)), **options}
     if _is_exported(output, identity):
         logger.info("%s: converted already from the same weights", output)
@@ -187,6 +190,7 @@ def mcore_to_hf(
         )
     cast = DTYPES[dtype] if dtype else None
     groups = [_group(step, weights, model, cast, allow_nonfinite=allow_nonfinite) for step in steps]
+    # transformers 5 reads `dtype`, earlier versions `torch_dtype`.
     config["dtype"] = config["torch_dtype"] = NAMES_IN_CONFIG[groups[0].tensors[0][2]]
     total = sum(group.num_bytes for group in groups)
     mcore.check_free_space(output, int(total * 1.01) + (1 << 20))
@@ -219,6 +223,7 @@ def mcore_to_hf(
                 "bit_exact": True,
                 "tensors": verify_against_hf(folder, weights, steps, model, None, num_workers, stored_cast=cast),
             }
+        # Weights were hashed while they were written; only copied files are read here.
         record["files"] = {
             file.relative_to(directory).as_posix(): {
                 "bytes": file.stat().st_size,
@@ -259,7 +264,7 @@ def _check_shapes(source: HFFolder, steps: Sequence[Unit]) -> None:
 def _with_mtp(source: HFFolder, model: ModelConfig, options: ImportOptions, *, drop: bool) -> ImportOptions:
     """Return the options with the layers behind the last one left out, where that was asked for.
 
-    Raises: CheckpointError when the folder has such layers and nothing was said about them.
+    Raises: CheckpointError if the folder has such layers and no option drops them.
     """
     behind = f"model.layers.{model.num_layers}."
     count = source.config.get("num_nextn_predict_layers")
@@ -295,6 +300,7 @@ def _slice(
             check_finite(values, ", ".join(step.hf), str(source.path))
         return values
 
+    # megatron-core stores all experts of a layer as one tensor with an axis in front; a step writes one row of it.
     experts = () if step.expert is None else (1,)
     return Slice(step.key, (*experts, *step.shape), dtype, step.offsets, step.global_shape, build)
 
@@ -321,6 +327,7 @@ def _group(
 
 def check_finite(values: torch.Tensor, name: str, where: str) -> None:
     """Raise CheckpointError naming a tensor that holds NaN or infinity."""
+    # aminmax passes NaN on, so one pass without a mask of the tensor's size is enough.
     if values.numel() == 0 or all(torch.isfinite(bound) for bound in torch.aminmax(values)):
         return
     nans, others = int(values.isnan().sum()), int((~values.isfinite()).sum())
@@ -331,6 +338,7 @@ def check_finite(values: torch.Tensor, name: str, where: str) -> None:
 
 
 def _cast_type(step: Unit, stored: torch.dtype, cast: torch.dtype | None) -> torch.dtype:
+    # megatron-core keeps expert_bias in fp32 at every precision, to avoid routing errors (router.py, 0.19).
     return stored if cast is None or step.key.endswith("expert_bias") else cast
 
 

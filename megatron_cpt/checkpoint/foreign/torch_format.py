@@ -102,7 +102,7 @@ class TorchFormatWeights:
 
 @dataclass
 class _Rank:
-    """What one rank's pickle holds, its layers renumbered over the whole model."""
+    """Content of one rank's pickle, with layers renumbered over the whole model."""
 
     path: Path
     state: dict[str, Any]

@@ -111,7 +111,7 @@ def differing_fields(left: ModelConfig, right: ModelConfig, but: set[str] = froz
 
 
 def _effective(model: ModelConfig) -> dict[str, Any]:
-    """Return the fields with what `None` stands for, and without those that play no part."""
+    """Return the fields with `None` replaced by its meaning, and without those that have no effect."""
     fields = dataclasses.asdict(model) | {
         "num_query_groups": num_query_groups(model),
         "kv_channels": kv_channels(model),

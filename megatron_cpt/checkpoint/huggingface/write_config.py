@@ -77,7 +77,7 @@ def portable_config(base: Mapping[str, Any], dtype: str | None = None) -> dict[s
 
 
 def _derived_config(model: ModelConfig, preferred: Family | None) -> tuple[dict[str, Any], Family]:
-    """Return the configuration by the first architecture that computes what `model` says, the preferred one before others."""
+    """Return the configuration by the first architecture that computes `model`, the preferred one before others."""
     nearest: tuple[list[str], Family] | None = None
     for family in dict.fromkeys((*([preferred.architecture] if preferred else []), *FAMILIES)):
         written = FAMILIES[family]

@@ -81,10 +81,13 @@ class DcpReader:
                 tuple(slice(low - off, high - off) for (low, high), off in zip(overlap, chunk.offsets, strict=True))
             ]
             if here.numel() == wanted:
+                # A part of a slice is copied: a view would keep the whole slice in memory.
                 return here.reshape(shape) if here.shape == stored.shape else here.clone()
             if result is None:
                 result = self._empty(key, shape)
             result[tuple(slice(low - off, high - off) for (low, high), off in zip(overlap, start, strict=True))] = here
+            # Slices of one tensor do not overlap (torch and megatron-core store each replica once), so the sum
+            # reaches `wanted` only when every element is there.
             covered += here.numel()
         if result is None or covered != wanted:
             raise CheckpointError(
@@ -122,6 +125,7 @@ class DcpReader:
             ) from None
 
     def _load(self, index: MetadataIndex, *, only_tensors: bool = True) -> Any:
+        # MetadataIndex compares name and offset; its `index` is only a hint (torch 2.13).
         info = self.metadata.storage_data.get(index)
         if info is None:
             raise CheckpointError(
@@ -172,6 +176,8 @@ def _check_crc(view: IO[bytes], where: str) -> None:
     except zipfile.BadZipFile:
         return  # truncated: torch says so
     with archive:
+        # torch.serialization.set_crc32_options(False) leaves 0 in the CRC field of every record and no flag (torch
+        # 2.13). So if even the smallest record does not fit, none was computed.
         for number, info in enumerate(sorted(archive.infolist(), key=lambda info: info.file_size)):
             try:
                 with archive.open(info) as record:

@@ -69,11 +69,13 @@ def write_dcp(
     hashes: dict[str, str] = {}
 
     def write_part(number: int) -> tuple[str, str, dict[MetadataIndex, _StorageInfo]]:
+        # The names that torch's own writer gives files of rank 0.
         name = f"__0_{number}.distcp"
         placed = {}
         with naming(directory / name), (directory / name).open("wb") as raw:
             file = cast("IO[bytes]", hashing := HashingWriter(raw))
             for part in parts[number]:
+                # torch.save only appends to this file, so hash, offset and length follow from what passes through.
                 offset = file.tell()
                 torch.save(_checked(part), file)
                 index = MetadataIndex(part.key, part.offsets)
@@ -92,6 +94,7 @@ def write_dcp(
         for name, digest, placed in pool.map(write_part, range(len(parts))):
             hashes[name] = digest
             storage.update(placed)
+    # After all parts: the index names offsets, which are known only when everything is written.
     index = Metadata(_state_dict_metadata(slices, objects or {}), storage_data=storage)
     index.storage_meta, index.version = StorageMeta(), CURRENT_DCP_VERSION
     with naming(directory / METADATA), (directory / METADATA).open("wb") as raw:
@@ -138,6 +141,7 @@ def _checked(part: Slice) -> torch.Tensor:
         raise CheckpointError(
             f"{part.key}: {list(values.shape)} {values.dtype} instead of {list(part.shape)} {part.dtype} was about to be written."
         )
+    # torch.save writes the whole storage of a view (torch's own writer clones for the same reason).
     values = values.contiguous()
     return values if values.untyped_storage().nbytes() == values.nbytes else values.clone()
 

@@ -94,6 +94,7 @@ def _place(value: Record) -> MetadataIndex:
 def _storage(value: Record) -> _StorageInfo:
     _is_a(value, "_StorageInfo")
     name = _text(value.field("relative_path"))
+    # A path with a separator would read files outside of the checkpoint's folder.
     if PurePosixPath(name).name != name or name in ("", "..") or "\0" in name:
         raise ValueError(f"a slice lies in {name[:80]!r}, which is not a file of the folder")
     if value.field("length") < 0 or value.state.get("transform_descriptors"):
@@ -116,6 +117,7 @@ def _text(value: Any) -> str:
 
 def _numbers(values: Any) -> torch.Size:
     values = list(values)
+    # torch.Size takes True for 1, and its numbers end below 2^63.
     if values and not (set(map(type, values)) == {int} and min(values) >= 0 and max(values) < 1 << 63):
         raise ValueError("a size or place is no number between 0 and 2^63")
     return torch.Size(values)
@@ -172,6 +174,7 @@ class _Machine(_PythonUnpickler):
         raise EOFError("it ends too early")
 
     def load_frame(self) -> None:
+        # A frame's length only tells the C version how much to buffer. It is not needed here, and not trusted.
         self.read(8)
 
     def find_class(self, module: str, name: str) -> Any:
@@ -267,6 +270,8 @@ class _Machine(_PythonUnpickler):
         (pickle.DICT, load_dict), (pickle.ADDITEMS, load_additems), (pickle.EMPTY_SET, load_empty_set),
         (pickle.FROZENSET, load_frozenset), (pickle.APPEND, load_append), (pickle.APPENDS, load_appends),
     )  # fmt: skip
+    # Python's unpickler calls plain functions from this table, so overriding a method of the same name would change
+    # nothing.
     dispatch |= {code[0]: step for code, step in replaced}
 
 

@@ -1,8 +1,8 @@
 """Megatron's checkpoint folder on disk: names, tracker file, manifest, verification, walking back. No megatron import.
 
-    <root>/latest_checkpointed_iteration.txt     `100` or `release`, written last of all <root>/iter_0000100/
-    torch_dist files: `__R_I.distcp`, `.metadata`, `metadata.json`, `common.pt` <root>/iter_0000100/manifest.json
-    ours: the list of files, with size and hash of each; written last in the folder
+    <root>/latest_checkpointed_iteration.txt     `100` or `release`, written last of all
+    <root>/iter_0000100/                         torch_dist files: `__R_I.distcp`, `.metadata`, `metadata.json`, `common.pt`
+    <root>/iter_0000100/manifest.json            ours: the list of files, with size and hash of each; written last in the folder
 
 A checkpoint without a complete manifest does not exist for us: a killed save leaves none. The manifest carries a
 checksum of itself, so that a flipped bit in it is found too.

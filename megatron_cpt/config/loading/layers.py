@@ -79,7 +79,7 @@ class MergedLayers:
         self.origins.pop(key, None)
 
     def _over_earlier(self, layer: Layer, key: str, value: Any) -> Any:
-        """Return a mapping over what earlier layers gave: corpora by name, single shares; others as they are."""
+        """Return a mapping merged over earlier layers: corpora by name, single shares; other values unchanged."""
         earlier = self.values.get(key)
         if not isinstance(earlier, dict) or not isinstance(value, dict):
             return value

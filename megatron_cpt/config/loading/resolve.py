@@ -114,7 +114,8 @@ def load_from_arguments(arguments: argparse.Namespace) -> LoadedConfig:
 
 
 def _load_run(path: Path, overrides: Sequence[str]) -> LoadedConfig:
-    """Return the configuration of a run directory as it last trained, with settings on top; the directory may have moved."""
+    """Return the configuration of a run directory as it last trained, with settings on top; the directory can have
+    moved."""
     values, where, folder = read_yaml(path), shown(path), path.parent
     identity = _identity(path, values)
     if folder.absolute().parts[-len(identity) :] != tuple(identity.values()):
@@ -256,7 +257,7 @@ def _override_layers(overrides: Sequence[str], mistakes: list[str]) -> list[Laye
 
 
 def _is_text(parts: list[str]) -> bool:
-    """Return whether a key's value is a text, taken from the command line as it stands."""
+    """Return whether a key's value is a text, taken from the command line unchanged."""
     kind = sections().get(parts[0])
     hint = section_fields(kind).get(parts[1], (None, None))[0] if kind else None
     return len(parts) == 2 and hint in (str, str | None)

@@ -129,6 +129,7 @@ def shared_sizes(ramp: BatchRamp | None) -> list[tuple[str, int]]:
 def _end(length: int | Duration, training: TrainingConfig) -> tuple[Fraction, str]:
     if isinstance(length, int):
         return Fraction(length), "samples"
+    # From the text: 0.1 is one tenth here, not the nearest double.
     amount = Fraction(str(length.amount))
     if length.unit == "tokens":
         return Fraction(ceil(amount / training.seq_length)), "samples"
@@ -144,6 +145,7 @@ def _sizes(levels: Sequence[Level], whole: int, stage_samples: int) -> BatchSize
             steps = ceil(level.until) - iteration
         else:
             end = ceil(level.until * stage_samples) if level.unit == "fraction" else ceil(level.until)
+            # Rounded up: a step has the size of its first sample, so the last step can pass the level's end.
             steps = -(-(end - samples) // level.size)
         if steps > 0:
             pieces.append(Piece(iteration, samples, level.size))
@@ -155,6 +157,7 @@ def _sizes_of_iterations(levels: Sequence[Level], whole: int, iterations: int) -
     """Return the sizes for the smallest stage that so many iterations fill: a longer stage has a longer ramp, and so fewer
     samples in its iterations.
     """
+    # `high` assumes the largest size at every step, so no stage of so many iterations has more samples.
     low, high = 0, iterations * max(whole, *(level.size for level in levels))
     while low < high:
         middle = (low + high) // 2

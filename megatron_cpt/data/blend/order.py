@@ -46,8 +46,12 @@ def blend_order(
             np.random.RandomState(shuffle_seed + number).shuffle(part)
     entry_index = np.empty(total, dtype=np.int32)
     sample_index = np.empty(total, dtype=np.int64)
+    # Both count across windows: the k-th draw of a corpus takes the k-th of its own order, and the k-th draw of an
+    # entry is that entry's sample k.
     given, drawn = starts.copy(), np.zeros(len(counts), dtype=np.int64)
     done = 0
+    # Phase 0.5 puts every draw in the middle of its step: two corpora never deviate by a whole sample
+    # (tests/data/test_blend_order.py).
     for order in _spread(of_corpus, np.full(len(groups), 0.5)):
         window = slice(done, done := done + len(order))
         entry_index[window] = inside[_occurrences(order, given)]
@@ -56,7 +60,7 @@ def blend_order(
 
 
 def _spread(counts: np.ndarray, phases: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield indices, each `counts[i]` times, spread evenly: item j of i stands at (j + phase) / count.
+    """Yield indices, each `counts[i]` times, spread evenly: item j of i is at (j + phase) / count.
 
     They come in windows of about `_WINDOW` places, so that memory stays bounded; the order is that of one sort of all.
     """
@@ -67,11 +71,15 @@ def _spread(counts: np.ndarray, phases: np.ndarray) -> Iterator[np.ndarray]:
         last = counts
         if window < num_windows:
             bound = window / num_windows
+            # ceil(bound x count - phase) items are below the bound. This estimate is never higher and at most 3
+            # lower, the rounding of the product included; so three corrections are enough.
             last = np.clip((bound * counts - phases).astype(np.int64) - 1, first, counts)
             for _ in range(3):  # the very comparison that a sort would make, not the rounded bound, says what is below
                 last = last + ((last < counts) & ((last + phases) / divisors < bound))
         ids = np.repeat(np.arange(len(counts)), last - first)
         places = (first[ids] + _ramps(last - first) + phases[ids]) / counts[ids]
+        # Stable: items at equal places keep the order of their indices, as one sort of all items would. The order
+        # of a run that has begun must never change.
         yield ids[np.argsort(places, kind="stable")]
         first = last
 

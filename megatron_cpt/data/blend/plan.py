@@ -54,6 +54,8 @@ def plan_blend(config: RunConfig, begun: Path | None = None, order: StageOrder |
         if order is not None:
             positions = {entry.prefix: entry.first_sample for entry in order.entries}
         elif begun is not None and begun.exists():
+            # finish_stage moves the positions of a replay buffer. A run that resumes needs those that it began
+            # with.
             positions = {entry.prefix: entry.first_sample for entry in read_data_list(begun)}
         source = parts_from_rules if config.data.rules else parts_from_mix
         parts, shares = source(config, positions, problems)
@@ -73,7 +75,10 @@ def plan_blend(config: RunConfig, begun: Path | None = None, order: StageOrder |
         problems += _prompt_problems([shard.prefix for shard in shards])
     _refuse(config, problems)
 
+    # Everything below needs complete, compatible shards, so problems are reported in two groups.
     total, num_samples = derived.train_tokens(config.training), derived.train_samples(config.training)
+    # Two levels, first corpora, then the shards of each: rounding among shards never moves a token from one corpus
+    # to another.
     taken = dict(zip(parts, apportion(total, [shares[corpus] for corpus in parts]), strict=True))
     entries: list[DataEntry] = []
     small = [
@@ -90,6 +95,8 @@ def plan_blend(config: RunConfig, begun: Path | None = None, order: StageOrder |
         problems += _missing_problems(entries, shards)
         taken = {corpus: sum(e.tokens or 0 for e in entries if (e.corpus or e.prefix) == corpus) for corpus in parts}
         read = dict.fromkeys(parts, 0)
+        # part.stop counts from the order's beginning: data.max_epochs limits what all stages of an order read
+        # together.
         for corpus, part in zip(order.corpora, order.drawn, strict=True):
             if corpus in read:
                 read[corpus] += part.stop * config.training.seq_length
@@ -109,6 +116,7 @@ def plan_blend(config: RunConfig, begun: Path | None = None, order: StageOrder |
         notes += _note(nothing, "the list" if is_unnamed(corpus, group) else corpus, "a whole token")
     _refuse(config, problems)
 
+    # Over all entries at once: each shard and each corpus is then within one sample of its share (spread_samples).
     samples = spread_samples([entry.tokens or 0 for entry in entries], num_samples)
     if unread := unread_prefixes(config, [shard.prefix for shard in shards]):
         notes.append(f"the skip list names {len(unread)} shards that this stage does not read: {', '.join(unread[:3])}")
@@ -228,7 +236,7 @@ def _row_problems(model: ModelConfig, identity: dict[str, Any] | None, shards: S
 
 
 def _held_out_shards(config: RunConfig, problems: list[str]) -> list[Shard]:
-    """Return the validation sets that a run will measure with; what is missing is told where they are read."""
+    """Return the validation sets of a run; missing ones are reported when they are read."""
     if not config.evaluation.eval_interval:
         return []
     prefixes = [prefix for corpus in config.data.corpora for prefix in validation_prefixes(config, corpus, [])]
@@ -267,7 +275,7 @@ def _note(prefixes: list[str], corpus: str, what: str) -> list[str]:
 
 
 def _rounded_away(corpora: Sequence[CorpusPlan]) -> list[str]:
-    """Return a line per corpus that is asked for and gives nothing."""
+    """Return a line per requested corpus without samples."""
     return [
         f"corpus {row.corpus} gives nothing: {float(row.requested):.4g} tokens are asked of it, not one sample. Raise its "
         "share, or leave it out."

@@ -250,7 +250,7 @@ def _without_skipped(config: RunConfig, shards: Sequence[Shard], problems: list[
 
 
 def _resolve(prefix: str, data_dir: Path) -> str:
-    """Return a list's prefix below data_dir, or as it stands where only that exists."""
+    """Return a list's prefix below data_dir, or unchanged if only that path exists."""
     below = data_dir / prefix
     is_below = bin_path(below).exists() or idx_path(below).exists()
     return str(below) if is_below or not idx_path(Path(prefix)).exists() else prefix

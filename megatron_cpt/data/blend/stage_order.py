@@ -84,6 +84,8 @@ class StageOrder:
             dataclasses.replace(
                 entry,
                 tokens=len(part) * self.seq_length,
+                # A replay buffer counts the samples of a shard over all stages; part.start counts those of this
+                # order.
                 first_sample=None if entry.first_sample is None else entry.first_sample + part.start,
             )
             for entry, part in zip(self.entries, self.drawn, strict=True)
@@ -105,7 +107,11 @@ class StageOrder:
         entry_index, sample_index = (part[places] for part in self._round)
         per_round = np.array(self.samples_per_round, dtype=np.int64)
         start = np.array([part.start for part in self.drawn], dtype=np.int64)
+        # `dataset_id` numbers the stage's own list, so `is_listed` must leave out the same entries as
+        # `stage_entries`.
         number = np.cumsum([self.is_listed(entry) for entry in range(len(self.entries))], dtype=np.int32) - 1
+        # A round repeats the order of entries, not their samples: round r starts r x per_round samples further in
+        # each shard, so no document repeats before its epoch is exhausted.
         sample_index = sample_index + rounds * per_round[entry_index] - start[entry_index]
         return number[entry_index].astype(np.int32), sample_index
 
@@ -115,7 +121,7 @@ class StageOrder:
         return blend_order(self.samples_per_round, self.corpora, shuffle_seed=self.shuffle_seed)
 
     def _drawn_by(self, samples: int) -> np.ndarray:
-        """Return how many of the order's first `samples` samples each entry gives."""
+        """Return the number of each entry's samples among the order's first `samples` samples."""
         rounds, rest = divmod(samples, self.num_samples)
         drawn: np.ndarray = rounds * np.array(self.samples_per_round, dtype=np.int64)
         if rest:  # whole rounds need no order

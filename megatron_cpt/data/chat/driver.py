@@ -125,13 +125,14 @@ def prepare_chat(
 
 
 def _write_bounds(output_prefix: Path, manifest: dict[str, Any]) -> None:
-    """Write the bounds of the validation sets beside a shard that is whole: a run that failed settles nothing."""
+    """Write the bounds of the validation sets next to a complete shard: a failed run writes none."""
     if manifest["held_out"]["bounds"] and not _bounds_path(output_prefix).exists():
         write_json(_bounds_path(output_prefix), manifest["held_out"])
 
 
 def _unpacked(work: Path, identity: dict[str, Any]) -> dict[Path, dict[str, Any]] | None:
-    """Return what an interrupted run of the same command has left to pack; what another one left is made anew."""
+    """Return the unpacked shard that an interrupted run of the same command left; the shard of another command is
+    rewritten."""
     try:
         return _finished(shard_prefix(work), identity)
     except DataError:
@@ -313,7 +314,7 @@ def report_text(manifests: dict[Path, dict[str, Any]]) -> str:
 
 
 def _unread_lines(statistics: Sequence[dict[str, Any]]) -> list[str]:
-    """Return lines about what of the records the template was given, and what nobody reads."""
+    """Return lines about the fields passed to the template, and the unread ones."""
     given: Counter[str] = Counter()
     unread: dict[str, Counter[str]] = {"record": Counter(), "turn": Counter()}
     marks: Counter[str] = Counter()

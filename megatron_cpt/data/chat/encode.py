@@ -246,6 +246,7 @@ class ChatEncoder:
                 found.problems.append(
                     Problem(conversation.line, problem.kind, problem.detail, raw_line(conversation.record))
                 )
+                # Encodings are matched to texts by order alone: a record that is left out must add no text below.
                 conversation.turns, conversation.text = [], ""
         texts = [
             text
@@ -273,6 +274,8 @@ class ChatEncoder:
         if not plans:
             raise _Unfit(NOTHING_LEARNED, "no turn that counts is marked as learned")
         pages = [self._page(plan, variables) for plan in plans]
+        # Every document of an unrolled conversation is a beginning of the last one, so keys, marks and notes are
+        # counted there, once per conversation.
         last = pages[-1]
         for number, turn in enumerate(last.turns):
             read = last.rendered.reads.keys[number] | self.template.reasoning
@@ -282,6 +285,7 @@ class ChatEncoder:
             counts["mark not learned"] += mark.is_learned is False
             notes[EMPTY_ANSWER] += turn["role"] == ASSISTANT and is_empty(turn)
         notes[LOST_REASONING] += lost_reasoning(last.turns[-1], last.rendered.text)
+        # `last` and --unroll learn an answer only where it ends the text, as the model writes it.
         if self.job.train_on == "assistant" and not self.job.unroll:
             notes[REWRITTEN] += self._is_rewritten(last, variables)
         pages[0].counts.update(counts)
@@ -303,7 +307,7 @@ class ChatEncoder:
             return False
 
     def _variables(self, conversation: Conversation) -> tuple[dict[str, Any], Counter[str]]:
-        """Return what a record gives its template besides the turns, and counts of what is given and what nobody reads."""
+        """Return the record's fields for its template other than the turns, and counts of passed and unread fields."""
         counts: Counter[str] = Counter()
         found = dict(conversation.variables)
         counts.update(
@@ -365,6 +369,8 @@ class ChatEncoder:
         whole = len(tokens.ids)
         if self.job.on_long == "truncate" and not self.job.unroll:
             answers = [said.turn for said in page.rendered.answers]
+            # `turn_ends` are places in the whole text. A shorter conversation is rendered again and measured,
+            # because a template can write its last answer longer (reasoning that it drops from earlier ones).
             for answer, turn_end in reversed([*zip(answers, tokens.turn_ends, strict=True)][:-1]):
                 if turn_end > limit:
                     continue
@@ -419,7 +425,7 @@ class _Document:
 
 
 def _plans(turns: Sequence[Turn], marks: Sequence[Mark], job: ChatJob) -> list[_Plan]:
-    """Return the turns of each document of a conversation, and what of it is learned; none where nothing is."""
+    """Return the turns of each document of a conversation, and its learned parts; none if nothing is learned."""
     answers = [number for number, turn in enumerate(turns) if turn["role"] == ASSISTANT]
     refused = {number for number, mark in enumerate(marks) if mark.is_learned is False}
     asked = {number for number, mark in enumerate(marks) if mark.is_learned and turns[number]["role"] != ASSISTANT}
@@ -447,7 +453,7 @@ def _plans(turns: Sequence[Turn], marks: Sequence[Mark], job: ChatJob) -> list[_
 
 
 def _unread(turn: Turn, read: set[str], number: int) -> list[str]:
-    """Return the keys of a turn that a template did not read. Raises: _Unfit where one of them holds what is said."""
+    """Return the keys of a turn that a template did not read. Raises: _Unfit if one of them has content."""
     unread = [key for key in turn if key != "role" and key not in read]
     if not read.isdisjoint(REASONING):
         unread = [key for key in unread if key not in REASONING]

@@ -81,6 +81,7 @@ def render_with_spans(
 
     Raises: UnclearTemplate; TemplateRefusal from the template.
     """
+    # The noncharacters mark places in the rendered text. One in a message would be taken for a mark.
     said = itertools.chain.from_iterable(map(strings_of, [*turns, dict(variables or {})]))
     if any(mark in text for text in said for mark in (OPEN, CLOSE, STAND_IN)):
         raise UnclearTemplate("a message holds a noncharacter of Unicode (U+FDD0 to U+FDD2)")
@@ -109,6 +110,7 @@ def is_history_rewritten(
         before = (
             template.render(rendered.turns[: said.turn + 1], variables=variables).replace(OPEN, "").replace(CLOSE, "")
         )
+        # Compared up to the last word: what follows an answer differs whenever a turn follows.
         end = max((end for _, end in said.spans), default=0)
         if before[:end] != rendered.text[:end]:
             return True
@@ -152,6 +154,7 @@ def _marked(raw: str, turns: Sequence[Turn], reads: Reads, page: _Page) -> list[
         raise UnclearTemplate("generation blocks are written more than once")
     answers = [number for number, turn in enumerate(turns) if turn["role"] == ASSISTANT]
     owners = [_owner(turns, reads, first, last) for first, last in reads.blocks]
+    # One block per answer leaves no doubt, whatever else the block reads.
     if len(found) == len(answers) and None in owners:
         owners = list(answers)
     if None in owners:
@@ -162,6 +165,8 @@ def _marked(raw: str, turns: Sequence[Turn], reads: Reads, page: _Page) -> list[
         raise UnclearTemplate("generation blocks are in another order than the turns")
     said = []
     for number in answers:
+        # An answer can have several blocks: Phi 3's form marks the stop token of the conversation in one of its own
+        # (tests/data/chat_families.py).
         spans = [span for span, owner in zip(found, owners, strict=True) if owner == number and span[1] > span[0]]
         if spans:
             said.append(_without_ends(Said(number, spans), page))
@@ -171,7 +176,7 @@ def _marked(raw: str, turns: Sequence[Turn], reads: Reads, page: _Page) -> list[
 def _owner(turns: Sequence[Turn], reads: Reads, first: int, last: int) -> int | None:
     """Return the assistant's turn that a generation block writes: the first that it looks at, else the last one before.
 
-    None where it writes what somebody else says; the role alone of another turn is only a look at who comes next.
+    None if it writes another speaker's content; reading only the role of another turn is allowed.
     """
     within = reads.touched[first:last]
     found = next((number for number, _ in within if turns[number]["role"] == ASSISTANT), None)
@@ -183,7 +188,7 @@ def _owner(turns: Sequence[Turn], reads: Reads, first: int, last: int) -> int | 
 
 
 def _without_ends(said: Said, page: _Page) -> Said:
-    """Return a turn whose closing special tokens, and white space around them, stand among its ends."""
+    """Return a turn whose closing special tokens, and white space around them, are among its ends."""
     spans, ends = list(said.spans), list[Span]()
     while spans:
         start, end = spans.pop()
@@ -208,12 +213,13 @@ def _unmarked(page: _Page) -> list[Said]:
 
 
 def _is_plain(turn: Turn) -> bool:
-    """Whether a turn says its content and nothing else."""
+    """Whether a turn consists of its content only."""
     return isinstance(turn.get("content"), str) and not turn.get("tool_calls") and not reasoning_of(turn)
 
 
 def _plain_answers(page: _Page, answers: Sequence[int]) -> list[Said]:
     prompt = page.plain(page.turns[:-1], add_generation_prompt=True)
+    # One rendering for all answers where that is unambiguous, else one rendering for each.
     spans = _spans_of_all(page, answers) or [_span_of_one(page, number, prompt) for number in answers]
     tail = page.text[spans[-1][1] :]
     spans = _from_prompt(page, spans, prompt)
@@ -221,7 +227,7 @@ def _plain_answers(page: _Page, answers: Sequence[int]) -> list[Said]:
 
 
 def _rich_answers(page: _Page, answers: Sequence[int]) -> list[Said]:
-    """Return what answers with reasoning or tool calls say: from the prompt for each to the end of what follows it."""
+    """Return the spans of answers with reasoning or tool calls: from each answer's prompt to its end."""
     said = []
     for number in answers:
         prompt = page.plain(page.turns[:number], add_generation_prompt=True)
@@ -234,7 +240,8 @@ def _rich_answers(page: _Page, answers: Sequence[int]) -> list[Said]:
 
 
 def _rich_end(page: _Page, number: int, tail: str) -> int:
-    """Return how far a turn goes on after its last word, of `tail`, what the text has there: as where it is the last turn."""
+    """Return how far a turn extends after its last word into `tail`, the text that follows, as if it were the last
+    turn."""
     if number == len(page.turns) - 1:
         return _special_end(tail, page.special) or len(tail.rstrip())
     turns = page.turns[: number + 1]
@@ -250,7 +257,7 @@ def _rich_end(page: _Page, number: int, tail: str) -> int:
 
 
 def _head(page: _Page, number: int, start: int, prompt: str) -> int:
-    """Return where a turn begins whose first word is at `start`: where its prompt ends."""
+    """Return the start of a turn with its first word at `start`: the end of its prompt."""
     has_prompt = prompt != page.plain(page.turns[:number])
     if has_prompt and len(prompt) <= start and page.text.startswith(prompt):
         return len(prompt)
@@ -265,10 +272,10 @@ def _head(page: _Page, number: int, start: int, prompt: str) -> int:
 
 
 def _spans_of_all(page: _Page, answers: Sequence[int]) -> list[Span] | None:
-    """Return the spans by one more rendering, with a stand-in for every answer; None where that leaves doubts.
+    """Return the spans by one more rendering, with a placeholder for every answer; None if the result is ambiguous.
 
-    It leaves none where the literal parts around the stand-ins, with the answers (as they are or trimmed) put between,
-    are the text.
+    It is unambiguous if the literal parts around the placeholders, joined with the answers (unchanged or trimmed),
+    equal the text.
     """
     parts = page.plain(
         [_stood_in(turn) if number in answers else turn for number, turn in enumerate(page.turns)]
@@ -276,6 +283,7 @@ def _spans_of_all(page: _Page, answers: Sequence[int]) -> list[Span] | None:
     if len(parts) != len(answers) + 1:
         return None
     contents = [text_of(page.turns[number]) for number in answers]
+    # Templates write a content as it is or trimmed (Llama 3's trims).
     for trim in (str, str.strip, str.rstrip, str.lstrip):
         found, position, whole = [], 0, []
         for part, content in zip(parts, map(trim, contents), strict=False):
@@ -289,9 +297,10 @@ def _spans_of_all(page: _Page, answers: Sequence[int]) -> list[Span] | None:
 
 
 def _span_of_one(page: _Page, number: int, prompt: str) -> Span:
-    """Return the words of one turn, from the first to the last: what differs when stand-ins take their places."""
+    """Return the words of one turn, from the first to the last: the differences after placeholders replace them."""
     turn, text = page.turns[number], page.text
     parts = page.plain([*page.turns[:number], _stood_in(turn), *page.turns[number + 1 :]]).split(STAND_IN)
+    # A turn with calls has a stand-in for each of its texts. The content of a plain turn must occur exactly once.
     if len(parts) < 2 or (_is_plain(turn) and len(parts) != 2):
         raise UnclearTemplate(f"writes turn {number + 1} {len(parts) - 1} times")
     before, after = parts[0], parts[-1]
@@ -303,7 +312,7 @@ def _span_of_one(page: _Page, number: int, prompt: str) -> Span:
 
 
 def _stood_in(turn: Turn) -> Turn:
-    """Return a turn with a stand-in for each of its words: content, reasoning, names and arguments of calls."""
+    """Return a turn with a placeholder for each of its words: content, reasoning, names and arguments of calls."""
     stood = dict(turn)
     content = turn.get("content")
     if isinstance(content, list):
@@ -325,7 +334,7 @@ def _call_stood_in(call: Turn) -> Turn:
 
 
 def _texts_stood_in(value: Any) -> Any:
-    """Return a value with a stand-in for each text in it: a number written as a text would be written otherwise."""
+    """Return a value with a placeholder for each text in it: a number written as text would be rendered differently."""
     if isinstance(value, str):
         return STAND_IN
     if isinstance(value, Mapping):
@@ -336,7 +345,7 @@ def _texts_stood_in(value: Any) -> Any:
 def _from_prompt(page: _Page, spans: list[Span], prompt: str) -> list[Span]:
     """Let each span start where the prompt for it ends, as it does for the last turn, whose prompt is known.
 
-    A template that knows no `add_generation_prompt` says nothing about what precedes an answer, beyond white space.
+    A template without `add_generation_prompt` does not determine the text before an answer, except white space.
     """
     text, lead_start, lead_end = page.text, len(prompt), spans[-1][0]
     if not text.startswith(prompt) or lead_start >= lead_end:
@@ -348,7 +357,8 @@ def _from_prompt(page: _Page, spans: list[Span], prompt: str) -> list[Span]:
 
 
 def _other(page: _Page, number: int, answers: Sequence[Said]) -> Said:
-    """Return what somebody else's turn says; its end is that of the assistant's turns where it ends so."""
+    """Return the content of another speaker's turn; its end is that of the assistant's turns if it ends in the same
+    way."""
     start, end = _span_of_one(page, number, "")
     closing = next((page.text[said.ends[0][0] : said.ends[-1][1]] for said in answers if said.ends), "")
     has_end = bool(closing.strip()) and page.text.startswith(closing, end)

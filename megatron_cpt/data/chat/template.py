@@ -116,7 +116,7 @@ class _Watched(dict[str, Any]):
 
 
 class _Generation(Extension):
-    """`{% generation %}...{% endgeneration %}`: what the assistant says, put between `OPEN` and `CLOSE`."""
+    """`{% generation %}...{% endgeneration %}`: the assistant's content, between `OPEN` and `CLOSE`."""
 
     tags = {"generation"}  # noqa: RUF012  the base class declares it so
     reads: Reads | None = None

@@ -72,6 +72,8 @@ def find_clusters(
     exact = _union(total, (found[found[:, 2] == 1, :2] for found in map(np.load, pairs)))
     if verify is None:
         return _union(total, (found[:, :2] for found in map(np.load, pairs))), exact
+    # Equal texts need no verification: every document is joined to its exact root, and pairs within one root are
+    # dropped.
     same = np.stack([exact, np.arange(total)], axis=1)
     near = [found[found[:, 2] == 0, :2] for found in map(np.load, pairs)]
     candidates = np.unique(np.concatenate([np.empty((0, 2), dtype=np.int64), *near]), axis=0)
@@ -102,7 +104,7 @@ def estimated_similarities(
 def _spill_plan(total: int, options: MinHashOptions, folder: Path, memory_bytes: int) -> dict[str, int]:
     """Return how the entries are cut: `bits` of a bucket hash that choose its partition, `documents` of a unit.
 
-    Kept in the work folder, since the number of workers may change when a run goes on.
+    Kept in the work folder, since the number of workers can change when a run resumes.
     """
     path = folder / "spill.json"
     if path.exists():
@@ -167,6 +169,8 @@ def _write_unit(
             parts += _entries(file, np.arange(first, last, dtype=np.uint64), groups[number], options)
     entries = np.concatenate(parts)
     bits = plan["bits"]
+    # Partitions are ranges of the highest bits, so equal buckets from all units meet in one partition. A shift of
+    # uint64 by 64 bits is undefined, hence the case of a single partition.
     owner = entries["bucket"] >> np.uint64(64 - bits) if bits else np.zeros(len(entries), dtype=np.uint64)
     order = np.argsort(owner, kind="stable")
     bounds = np.searchsorted(owner[order], np.arange((1 << bits) + 1, dtype=np.uint64))
@@ -178,6 +182,8 @@ def _write_unit(
 def _entries(signatures: np.ndarray, documents: np.ndarray, group: int, options: MinHashOptions) -> list[np.ndarray]:
     """Return the entries of documents of one file: for the exact hash, then for each band."""
     bands, rows = _bands(options)
+    # The group is part of every hash, so documents of different groups share no bucket. The lowest bit tells an
+    # exact bucket (1) from a band's (0); _write_pairs reads it.
     salt = np.uint64(group)
     exact = _combine(signatures["exact"].astype(np.uint64), salt * np.uint64(2) + np.uint64(1))
     found = [_as_entries(exact | np.uint64(1), documents)]
@@ -201,6 +207,7 @@ def _partition(units: Sequence[Path], number: int, partitions: int) -> np.ndarra
     found = [np.empty(0, dtype=_ENTRY)]
     for path in units:
         with path.open("rb") as file:
+            # A unit is sorted by partition, so one contiguous read per unit is enough.
             file.seek(8 * number)
             begin, end = np.fromfile(file, dtype="<i8", count=2).tolist()
             file.seek(8 * (partitions + 1) + begin * _ENTRY.itemsize)
@@ -210,6 +217,7 @@ def _partition(units: Sequence[Path], number: int, partitions: int) -> np.ndarra
 
 def _combine(values: np.ndarray, salt: np.uint64) -> np.ndarray:
     """Return one hash per row of uint64 values."""
+    # Mixing as in SplitMix64: wrapping multiplications, shifts to carry high bits down.
     with np.errstate(over="ignore"):
         found = np.full(len(values), salt, dtype=np.uint64)
         for column in range(values.shape[1]):
@@ -254,6 +262,7 @@ def _write_pairs(
 
 
 def _exact_pairs(members: np.ndarray, files: Sequence[np.ndarray], starts: np.ndarray) -> np.ndarray:
+    # A bucket has 63 bits of the hash. The whole hash decides; a collision stays apart.
     exact = _gather(members, files, starts, "exact")
     same = (exact == exact[0]).all(axis=1)
     joined = members[same][1:]
@@ -263,9 +272,10 @@ def _exact_pairs(members: np.ndarray, files: Sequence[np.ndarray], starts: np.nd
 def _near_pairs(members: np.ndarray, files: Sequence[np.ndarray], starts: np.ndarray, threshold: float) -> np.ndarray:
     """Join members to leaders: the first, then the first of those that are unlike it, and so on.
 
-    A bucket of more than 64 groups holds boilerplate; what is left then can still meet in another band.
+    A bucket of more than 64 groups holds boilerplate; the rest can still be compared in another band.
     """
     pairs = [np.empty((0, 3), dtype=np.int64)]
+    # Leaders instead of all pairs: a bucket of n members costs at most 64 n comparisons.
     leaders: list[tuple[int, np.ndarray]] = []
     for begin in range(0, len(members), _GATHERED):
         rest = members[begin : begin + _GATHERED]
@@ -299,6 +309,8 @@ def _union(num_documents: int, pairs: Iterable[np.ndarray]) -> np.ndarray:
         left, right = edges[:, 0], edges[:, 1]
         while len(left):
             left, right = _roots_of(roots, left), _roots_of(roots, right)
+            # Several pairs can hook the same root in one pass; only the smallest wins. The others stay in the list
+            # and meet their new roots in the next pass.
             unequal = left != right
             left, right = np.minimum(left, right)[unequal], np.maximum(left, right)[unequal]
             np.minimum.at(roots, right, left)  # roots hook onto smaller ones only, so there is no circle

@@ -198,7 +198,7 @@ def _clean_source(
 
 
 def _passages_hash(passages: Passages) -> str:
-    """Return what tells one collection of evaluation texts from another."""
+    """Return the identity of a collection of evaluation texts."""
     digest = hashlib.blake2b(repr((passages.names, passages.too_short)).encode(), digest_size=16)
     for length in sorted(passages.hashes):
         digest.update(passages.hashes[length].tobytes() + passages.owners[length].tobytes())

@@ -128,7 +128,7 @@ def rewrite_all(rewritings: Sequence[Rewriting], workers: int, label: str) -> li
 
 
 def _partials(work: Rewriting) -> int:
-    """Return how many parts a killed run may have begun: those that are there, and one."""
+    """Return the number of parts that a killed run can have started: the existing ones, and one."""
     return 1 + next(number for number in itertools.count() if not work.part(number).exists())
 
 
@@ -162,7 +162,7 @@ def rewrite(work: Rewriting) -> list[Findings]:
 
 
 def _is_whole(work: Rewriting, record: Mapping[str, Any]) -> bool:
-    """Return whether all that a record says was written is there."""
+    """Return whether all files of a record exist."""
     sizes = record.get("sizes")
     if sizes is None:
         return False
@@ -171,7 +171,7 @@ def _is_whole(work: Rewriting, record: Mapping[str, Any]) -> bool:
 
 
 class _Writer:
-    """Writes an output, cut into parts where the work says so; each file appears when it is whole."""
+    """Writes an output, split into parts if requested; each file is written atomically."""
 
     def __init__(self, work: Rewriting):
         self._work = work

@@ -98,7 +98,7 @@ def _outputs(
 
 
 def _check_folders(rewritings: Mapping[Path, Rewriting]) -> None:
-    """Refuse outputs that are not ours, and outputs of the same sources that would stay beside."""
+    """Refuse outputs that are not ours, and older outputs of the same sources in the folder."""
     makers = {os.path.abspath(source.path): work.output for work in rewritings.values() for source in work.sources}
     for output in rewritings:
         if rewritings[output].part(0).exists() and not record_path(output).exists():

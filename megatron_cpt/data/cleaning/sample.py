@@ -354,7 +354,7 @@ def _field(record: dict[str, Any], name: str) -> Any:
 
 
 def _text(value: Any) -> str:
-    """Return a value as a condition states it: text as it is, anything else as in JSON."""
+    """Return a value in the syntax of a condition: text unchanged, anything else as in JSON."""
     return (
         "" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     )

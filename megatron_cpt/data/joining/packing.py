@@ -87,7 +87,9 @@ def plan_packs(lengths: np.ndarray, options: PackOptions) -> PackPlan:
     for number, first in enumerate(range(0, len(lengths), options.window)):
         items = _items(lengths[first : first + options.window], options)
         packs = _best_fit(items[:, 2], options.seq_length)
+        # A stream per window: a window's shuffle does not depend on how many packs the earlier ones made.
         order = np.random.default_rng([options.seed, number]).permutation(len(packs))
+        # Best fit adds pieces by length; sorting restores the order of the documents.
         chosen = [sorted(packs[pack]) for pack in order]
         items[:, 0] += first
         pieces.append(items[[item for pack in chosen for item in pack]] if chosen else items[:0])
@@ -160,7 +162,10 @@ def _best_fit(lengths: np.ndarray, size: int) -> list[list[int]]:
     packs: list[list[int]] = []
     rooms: list[int] = []
     packs_with: dict[int, list[int]] = {}
+    # `rooms` holds each amount of free room that occurs, ascending and once, so the list has at most `size`
+    # elements however many packs are open.
     sizes = lengths.tolist()
+    # Stable: equal lengths keep their order, so the same shard and options give the same packs.
     for item in np.argsort(-lengths, kind="stable").tolist():
         length = sizes[item]
         at = bisect.bisect_left(rooms, length)
@@ -186,6 +191,7 @@ def _chosen(plan: PackPlan, number: int, seed: int) -> PackPlan:
     total = len(plan.starts) - 1
     if number >= total:
         return plan
+    # A stream of its own: window numbers stay below 2^32.
     kept = np.sort(np.random.default_rng([seed, 1 << 32]).choice(total, number, replace=False))
     sizes = np.diff(plan.starts)
     is_kept = np.zeros(total, dtype=bool)
@@ -215,6 +221,7 @@ def _filled(
                 flags[position : position + length] = LEARNED if mask is None else mask[begin : begin + length]
                 flags[position] |= PIECE
                 position += length
+            # The filling is a piece of its own: no document attends to it, and none of it is learned.
             if position < (pack + 1) * size:
                 flags[position] = PIECE
         yield ids, flags

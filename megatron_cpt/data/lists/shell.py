@@ -41,7 +41,7 @@ def read_shell_array(text: str, name: str) -> Words:
 
 @dataclass
 class _Reader:
-    """What a list has said so far."""
+    """State of a list's evaluation."""
 
     name: str
     variables: dict[str, str | DataError] = field(default_factory=dict)

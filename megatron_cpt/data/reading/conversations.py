@@ -239,7 +239,8 @@ def _first_turn(turns: Any) -> dict[str, Any]:
 
 
 def _variables(fields: dict[str, Any], *, is_sharegpt: bool) -> dict[str, Any]:
-    """Return what a record gives its template besides the turns. Raises: BadConversation naming what is something else."""
+    """Return the record's fields for its template other than the turns. Raises: BadConversation naming what is
+    something else."""
     found: dict[str, Any] = {}
     for name, kind in (("tools", list), ("functions", list), ("documents", list), ("chat_template_kwargs", dict)):
         value = from_json(fields.get(name))

@@ -236,7 +236,7 @@ def _files_below(folder: Path, root: Path) -> Iterator[tuple[Path, PurePosixPath
 
 
 def _names(folder: Path, with_hidden: bool = False) -> list[str]:
-    """Return the names in a folder, sorted, without hidden ones; none of what is no folder."""
+    """Return the names in a folder, sorted, without hidden ones; none if it is not a folder."""
     try:
         return sorted(name for name in os.listdir(folder) if with_hidden or not name.startswith("."))
     except (NotADirectoryError, FileNotFoundError):
@@ -251,7 +251,7 @@ def _is_saved(names: Iterable[str]) -> bool:
 
 
 def _saved_shards(folder: Path) -> list[str]:
-    """Return the files of a Hugging Face `save_to_disk` folder in their order; caches beside them are not data."""
+    """Return the files of a Hugging Face `save_to_disk` folder in their order; caches in the folder are not data."""
     state = read_json_object(folder / "state.json", DataError)
     if state.get("_indices_data_files"):
         raise DataError(f"{folder}: is a view (indices) of other data. Save it with flatten_indices() first.")
@@ -304,7 +304,7 @@ def _source(
 
 
 def _file_problem(path: Path) -> str:
-    """Return why a file cannot be read and what to do, or nothing."""
+    """Return the reason why a file cannot be read and the solution, or nothing."""
     try:
         status = path.stat()
     except FileNotFoundError:
@@ -326,7 +326,7 @@ def _head(source: Source) -> bytes:
 
 
 def _encoding(path: Path, compression: str | None) -> str | None:
-    """Return the encoding that a byte-order mark tells, None for UTF-8."""
+    """Return the encoding of a byte-order mark, None for UTF-8."""
     with PlainReader(path, compression) as stream:
         head = stream.read_block(4)[0]
     marks = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}

@@ -42,7 +42,7 @@ _BOM = b"\xef\xbb\xbf"
 _MAX_KEPT_BYTES = 1 << 20
 _LONG_LINE_BYTES = 2048
 _DROPPED = b"too long"
-"""Told by identity, so it has more than one byte: Python has each one-byte `bytes` once, and a line may be one."""
+"""Compared by identity, so it has more than one byte: Python interns one-byte `bytes`, and a line can be one."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Problem:
     raw: bytes | None = None
 
     def record(self, path: str, line: int | None) -> dict[str, Any]:
-        """Return the entry of a reject file: where, why, and the line itself unless it is over a megabyte."""
+        """Return the entry of a reject file: position, reason, and the line itself unless it is over a megabyte."""
         entry: dict[str, Any] = {"path": path, "line": line, "reason": self.kind}
         if self.detail:
             entry["detail"] = self.detail

@@ -1,6 +1,6 @@
 """Pieces of sources: cut files into byte ranges, and streams (compressed, Parquet, Arrow) into blocks of whole lines.
 
-A piece is what one worker parses at a time, about `piece_bytes` of text. A byte range owns the lines whose first byte
+A piece is the unit of work of one worker, about `piece_bytes` of text. A byte range owns the lines whose first byte
 lies in it, so ranges need no look at the file beforehand. A compressed or columnar file cannot be entered in the
 middle: one thread reads it ahead and hands out its blocks through anonymous memory files, so that every worker has a
 share of one big file, and no copy of it touches the disk.

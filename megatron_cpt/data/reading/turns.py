@@ -253,7 +253,7 @@ def _envelope(call: Turn) -> Turn:
 
 
 def _is_merged(role: str, turn: Turn, turns: list[Turn], number: int) -> bool:
-    """Whether a turn that only calls goes on with the assistant's turn before it, as ShareGPT writes calls."""
+    """Whether a turn of calls only continues the previous assistant turn, as ShareGPT writes calls."""
     is_call_alone = role == ASSISTANT and "content" not in turn and "tool_calls" in turn
     return is_call_alone and bool(turns) and turns[-1]["role"] == ASSISTANT
 

@@ -99,7 +99,7 @@ def _missing(sources: Sequence[Source], made_of: Counter[tuple[str, int]]) -> li
 
 
 def _made_of(config: RunConfig, tokens: Sequence[str]) -> Counter[tuple[str, int]] | None:
-    """Return (file name, size) of what token files were made of, None where one does not say."""
+    """Return (file name, size) of the sources of token files, None if one does not record them."""
     from megatron_cpt.data.shards.discovery import find_shards  # numpy
     from megatron_cpt.data.shards.indexed import manifest_path
 

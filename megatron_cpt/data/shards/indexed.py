@@ -202,7 +202,7 @@ def _checked(
 
     Its offsets have to follow from its lengths, and its documents to be in order.
 
-    What was found sound is not looked at again in this process while its file stays as it is.
+    A checked index is not checked again in this process while its file is unchanged.
 
     Raises: DataError when it would give other documents' tokens.
     """

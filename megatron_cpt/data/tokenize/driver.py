@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from megatron_cpt.data.reading.documents import list_sources
-from megatron_cpt.data.reading.records import CONTROL_TOKEN, POLICIES
-from megatron_cpt.data.reading.streams import MAX_DOCUMENT_BYTES, PIECE_BYTES, Layout, Piece
+from megatron_cpt.data.reading.documents import Source, list_sources
+from megatron_cpt.data.reading.records import CONTROL_TOKEN
+from megatron_cpt.data.reading.streams import PIECE_BYTES, Piece
 from megatron_cpt.data.shards.indexed import older_options, read_shard_manifest, token_dtype
 from megatron_cpt.data.tokenize.feed import TaskFeed, close_pieces
+from megatron_cpt.data.tokenize.options import TokenizeOptions
 from megatron_cpt.data.tokenize.shard_plan import ShardPlan, plan_one, plan_tree, tokens_per_byte
 from megatron_cpt.data.tokenize.shard_writer import (
     ShardWriter,
@@ -31,7 +32,6 @@ from megatron_cpt.data.tokenize.shard_writer import (
     rejects_path,
 )
 from megatron_cpt.data.tokenize.workers import EngineDifference, Job, TaskResult, WorkerPool
-from megatron_cpt.data.tokenizer.control_tokens import SPECIAL_TOKENS
 from megatron_cpt.data.tokenizer.engines import ENGINES
 from megatron_cpt.data.tokenizer.interface import Tokenizer, bos_id, check_reading, load_tokenizer, read_special_tokens
 from megatron_cpt.errors import ConfigError, DataError
@@ -39,8 +39,6 @@ from megatron_cpt.log import Progress, format_count
 
 logger = logging.getLogger(__name__)
 
-BOS = ("auto", "on", "off")
-"""auto: the ids that the tokenizer's post-processor puts before a text; on: those, or the bos_token; off: none."""
 _MAX_SENT = 2
 """Tasks that wait in a worker's pipe, so that it never waits for the parent."""
 _MAX_HELD = 4
@@ -87,90 +85,58 @@ def tokenize(
     *,
     output_prefix: Path | None = None,
     output_dir: Path | None = None,
-    keys: Sequence[str] = ("text",),
-    append_eod: bool = True,
-    eod_token: str | None = None,
+    options: TokenizeOptions | None = None,
     workers: int = 1,
-    shard_tokens: int | None = None,
-    num_shards: int | None = None,
-    is_across_folders: bool = False,
     part: tuple[int, int] | None = None,
-    on_bad_line: str = "fail",
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    format: str | None = None,
-    txt_documents: str = "line",
-    max_document_bytes: int = MAX_DOCUMENT_BYTES,
-    provenance: bool = False,
-    engine: str = "auto",
-    special_tokens: str | None = None,
-    bos: str = "auto",
 ) -> Report:
     """Tokenize `inputs` into one shard per key (`output_prefix`) or a tree of shards (`output_dir`).
 
-    In a tree files are grouped into shards of about `shard_tokens` within their folder, or over all folders where
-    `is_across_folders`; or all into `num_shards` of similar size. Shards that are whole already, of the same inputs, tokenizer and options, are kept. `part` is (i, n): the i-th of n
-    members of a job array, counted from 0. The output does not depend on `workers` and `engine`. `special_tokens` is text,
-    token or reject (None: text), `bos` is auto, on or off; by default an output that an earlier release began continues as it
-    began, with control tokens as tokens and without BOS.
+    Shards that are whole already, of the same inputs, tokenizer and options, are kept. `part` is (i, n): the i-th of n members of
+    a job array, counted from 0. The output does not depend on `workers` and on the engine.
 
     Raises: DataError on bad lines under the policy, on damaged inputs, on shards of another tokenizer or other options.
     """
+    options = options or TokenizeOptions()
     if (output_prefix is None) == (output_dir is None):
         raise ConfigError("tokenize: give either an output prefix (one shard) or an output folder (a tree of shards).")
-    if on_bad_line not in POLICIES:
-        raise ConfigError(f"tokenize: on_bad_line is {on_bad_line!r}. Choose one of {', '.join(POLICIES)}.")
+    if output_dir is None and (options.num_shards or options.is_across_folders):
+        raise ConfigError("tokenize: an output prefix is one shard. Give --output-dir for several.")
     if part is not None and not 0 <= part[0] < part[1]:
         raise ConfigError(f"tokenize: part is {part[0]}/{part[1]}. Parts count from 0 to n - 1.")
-    if special_tokens not in (None, *SPECIAL_TOKENS) or bos not in BOS:
-        raise ConfigError(
-            f"tokenize: special_tokens is {special_tokens!r} and bos {bos!r}. Choose one of {', '.join(SPECIAL_TOKENS)}, and "
-            f"one of {', '.join(BOS)}."
-        )
-    _check_grouping(output_dir, shard_tokens, num_shards, is_across_folders)
-    sources = list_sources(inputs, include, exclude, format, keep_bad_files=on_bad_line == "skip")
-    tokenizer = load_tokenizer(tokenizer_path, eod_token)
-    layout = Layout(keys=tuple(keys), txt_documents=txt_documents, max_document_bytes=max_document_bytes)
-    options: dict[str, Any] = {
-        "keys": list(keys),
-        "append_eod": append_eod,
-        "txt_documents": txt_documents,
-        "max_document_bytes": max_document_bytes,
-        "on_bad_line": on_bad_line,
-        "provenance": provenance,
-        "shard_tokens": shard_tokens,
-        **({"num_shards": num_shards} if num_shards else {}),
-        **({"across_folders": True} if is_across_folders else {}),
-    }
+    keys = options.keys
+    sources = list_sources(
+        inputs, options.include, options.exclude, options.format, keep_bad_files=options.on_bad_line == "skip"
+    )
+    tokenizer = load_tokenizer(tokenizer_path, options.eod_token)
+    recorded = options.recorded()
     if output_prefix is not None:
         plans = plan_one(output_prefix, sources, part)
         is_older = any(is_of_an_older_release(plan.prefix(key)) for plan in plans for key in keys)
     else:
         assert output_dir is not None
         is_older = check_neighbours(output_dir, tokenizer.identity)
-    options |= _reading_options(tokenizer, special_tokens, bos, is_older=is_older)
-    read_special_tokens(tokenizer, "token" if options["special_tokens"] == "token" else "text")
+    recorded |= _reading_options(tokenizer, options.special_tokens, options.bos, is_older=is_older)
+    read_special_tokens(tokenizer, "token" if recorded["special_tokens"] == "token" else "text")
     if output_dir is not None:
-        target = shard_tokens / tokens_per_byte(sources, tokenizer, layout) if shard_tokens else None
-        plans = plan_tree(output_dir, sources, target, part, num_shards=num_shards, is_across_folders=is_across_folders)
+        plans = _planned_tree(output_dir, sources, tokenizer, options, part)
     if output_prefix is not None and part is not None:
         whole = plan_one(output_prefix, sources, None)
-        if all(is_finished(plan, keys, tokenizer.identity, options) for plan in whole):
+        if all(is_finished(plan, keys, tokenizer.identity, recorded) for plan in whole):
             logger.info("%s: kept, the parts of these documents are joined already", output_prefix)
             plans = whole  # what `data merge` joined; its parts are not made again
-    pending = [plan for plan in plans if not is_finished(plan, keys, tokenizer.identity, options)]
+    pending = [plan for plan in plans if not is_finished(plan, keys, tokenizer.identity, recorded)]
     job = Job(
         tokenizer_path=tokenizer_path,
-        eod_token=eod_token,
-        layout=layout,
-        engine=engine,
+        eod_token=options.eod_token,
+        layout=options.layout,
+        engine=options.engine,
         dtype=token_dtype(tokenizer.vocab_size),
-        special_tokens=options["special_tokens"],
-        bos_ids=tuple(options["bos_ids"]),
-        append_eod=append_eod,
-        keep_lines=provenance,
+        special_tokens=recorded["special_tokens"],
+        bos_ids=tuple(recorded["bos_ids"]),
+        append_eod=options.append_eod,
+        keep_lines=options.provenance,
     )
-    used = _run(pending, job, tokenizer, options, max(workers, 1)) if pending else None
+    used = _run(pending, job, tokenizer, recorded, max(workers, 1)) if pending else None
     manifests = {plan.prefix(key): read_shard_manifest(plan.prefix(key)) for plan in plans for key in keys}
     reject_files = [rejects_path(plan.base) for plan in plans if rejects_path(plan.base).exists()]
     return Report(
@@ -178,21 +144,28 @@ def tokenize(
     )
 
 
-def _check_grouping(
-    output_dir: Path | None, shard_tokens: int | None, num_shards: int | None, is_across_folders: bool
-) -> None:
-    if num_shards is not None and (num_shards < 1 or shard_tokens or is_across_folders):
-        raise ConfigError(
-            f"tokenize: num_shards is {num_shards}. A number from 1 on is needed, which says alone how files are grouped."
-        )
-    if is_across_folders and not shard_tokens:
-        raise ConfigError("tokenize: files of different folders are grouped by shard_tokens. Give --shard-tokens.")
-    if output_dir is None and (num_shards or is_across_folders):
-        raise ConfigError("tokenize: an output prefix is one shard. Give --output-dir for several.")
+def _planned_tree(
+    output_dir: Path,
+    sources: Sequence[Source],
+    tokenizer: Tokenizer,
+    options: TokenizeOptions,
+    part: tuple[int, int] | None,
+) -> list[ShardPlan]:
+    target = None
+    if options.shard_tokens:
+        target = options.shard_tokens / tokens_per_byte(sources, tokenizer, options.layout)
+    return plan_tree(
+        output_dir,
+        sources,
+        target,
+        part,
+        num_shards=options.num_shards,
+        is_across_folders=options.is_across_folders,
+    )
 
 
 def _reading_options(tokenizer: Tokenizer, special_tokens: str | None, bos: str, *, is_older: bool) -> dict[str, Any]:
-    """Return what the manifest says of control tokens and BOS.
+    """Return the manifest's fields about control tokens and BOS.
 
     Raises: DataError when the tokenizer's folder is read otherwise by transformers, or has no BOS where one is asked for.
     """

@@ -83,6 +83,7 @@ class ShardWriter:
         places = []
         for key, lengths in enumerate(result.lengths):
             places.append((str(_partial_path(self.prefixes[key])), self.offsets[key]))
+            # Column sums are relative to the task's first token. `placed` rolls them to the columns of the shard.
             self.sums[key] += placed(result.sums[key], self.offsets[key] // self.dtype.itemsize)
             self.offsets[key] += int(lengths.sum(dtype=np.int64)) * self.dtype.itemsize
             self.lengths[key].append(lengths)
@@ -96,9 +97,11 @@ class ShardWriter:
             with naming(bin_path(prefix)):
                 os.ftruncate(self._files[key], self.offsets[key])
                 os.fsync(self._files[key])
+            # An older manifest beside new tokens would declare a half-replaced shard complete.
             with contextlib.suppress(FileNotFoundError):
                 manifest_path(prefix).unlink()
             _partial_path(prefix).replace(bin_path(prefix))
+            # The empty array gives a shard without documents its type.
             lengths = np.concatenate([np.empty(0, np.int32), *self.lengths[key]])
             write_index(idx_path(prefix), self.dtype, lengths)
             if self.keeps_provenance:
@@ -106,6 +109,7 @@ class ShardWriter:
                     np.save(file, np.concatenate([np.empty((0, 2), np.int64), *self.rows[key]]))
             manifests.append(self._manifest(key, len(lengths)))
         self._write_rejects()
+        # After the rejects and the tokens of all keys: a manifest declares everything beside it complete.
         for prefix, manifest in zip(self.prefixes, manifests, strict=True):
             write_json(manifest_path(prefix), manifest)
         self._close()
@@ -216,6 +220,7 @@ def is_finished(plan: ShardPlan, keys: Sequence[str], tokenizer: dict[str, Any],
                 f"{prefix}: was tokenized with {changed[0]}={old!r}, not {new!r}. "
                 "Shards of one output must not mix options. Remove the old shards or choose another output."
             )
+        # Names without folders: a corpus that was moved keeps its shards.
         made_of = [(Path(entry["path"]).name, entry["size"], entry["mtime_ns"]) for entry in manifest["sources"]]
         if made_of != [(source.path.name, source.size, source.mtime_ns) for source in plan.sources]:
             finished = False
@@ -292,7 +297,7 @@ def rejects_path(base: Path) -> Path:
 
 
 class _SourceCounts:
-    """What one source has given so far; lists have one entry per key."""
+    """Results of one source so far; lists have one entry per key."""
 
     def __init__(self, num_keys: int):
         self.lines = 0

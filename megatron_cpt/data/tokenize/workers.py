@@ -125,6 +125,7 @@ class WorkerPool:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # Workers are killed, not asked to end: partial files and their locks belong to the parent's ShardWriter.
         for process in self.processes:
             process.kill()
         for process in self.processes:
@@ -169,7 +170,8 @@ class WorkerPool:
 
 
 def _prepare(job: Job, tokenizer: Tokenizer) -> tuple[Engine, bool]:
-    """Return a checked engine, and whether workers may be forked from this process with it: it has one thread."""
+    """Return a checked engine, and whether workers can be forked from this process with it (only if it has one
+    thread)."""
     was_alone = _num_threads() == 1
     with one_thread():
         try:
@@ -190,10 +192,15 @@ def _work(
     connection: Connection, others: Sequence[Connection], job: Job, parent: int | None, engine: Engine | None
 ) -> None:
     """Serve tasks until the parent goes away; a forked worker has the parent's engine, which was checked there."""
+    # A parent that is killed (out of memory, walltime) cannot end its workers, so the kernel does. The check of the
+    # parent's id covers a parent that died before prctl.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if parent is not None and os.getppid() != parent:
         return
+    # Ctrl-C reaches the whole process group; only the parent reports it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A pipe reads end-of-file only when every copy of its other end is closed. A forked worker holds copies of all
+    # of them.
     for other in others:
         other.close()
     os.environ.update(ONE_THREAD)
@@ -227,6 +234,7 @@ def _serve(connection: Connection, job: Job, engine: Engine) -> None:
     while True:
         kind, task, details = connection.recv()
         if kind == "encode":
+            # The ids wait here until the parent knows the lengths of all earlier tasks, and so the offset.
             result, encoded[task] = _encode_task(job, engine, control, task, details)
             connection.send(("encoded", result))
         else:
@@ -299,6 +307,7 @@ def _encode_key(
     empty = without_tokens = [0] * len(parsed)
     if len(lengths) and not lengths.all():
         has_tokens = lengths > 0
+        # A document without tokens is left out; the shard's bytes are those of the documents that it holds.
         sizes *= has_tokens
         empty = _sums((~has_tokens).astype(np.int64), counts)
         has_text = np.fromiter(map(bool, texts), bool, len(texts))
@@ -378,6 +387,7 @@ def _write_at(path: str, offset: int, ids: np.ndarray) -> None:
     try:
         view = memoryview(ids).cast("B") if len(ids) else memoryview(b"")
         while view:
+            # Linux writes at most 0x7ffff000 bytes (2 GiB) in one call.
             written = os.pwrite(descriptor, view, offset)
             view, offset = view[written:], offset + written
     except OSError as problem:

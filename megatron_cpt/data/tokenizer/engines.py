@@ -101,7 +101,7 @@ class Engine:
         return "the number of ids differs"
 
     def _encode_long(self, text: str) -> Encoded:
-        """Encode one text part by part, keeping the ids in their narrowest type: they are what memory goes to."""
+        """Encode one text part by part, keeping the ids in their narrowest type, because they dominate memory."""
         dtype = np.dtype(np.uint16 if self.tokenizer.vocab_size <= 1 << 16 else np.uint32)
         ids, length = np.empty(len(text), dtype), 0  # pages that are not written to take no memory
         for part in self._parts(text):

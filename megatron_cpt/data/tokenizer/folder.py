@@ -50,7 +50,7 @@ def settings_of(path: Path) -> dict[str, Any]:
 
 
 def named_tokens(folder: Path) -> list[str]:
-    """Return every token that the files beside a folder's vocabulary name, in the order in which transformers adds
+    """Return every token in a folder's files other than the vocabulary, in the order in which transformers adds
     them."""
     config = settings_of(folder / CONFIG)
     decoder = config.get("added_tokens_decoder")

@@ -295,7 +295,7 @@ def describe(identity: dict[str, Any] | None) -> str:
 
 
 def _read_folder(folder: Path, eod_token: str | None, *, needs_eod: bool) -> Tokenizer:
-    """Return the tokenizer of a folder: of the file that says everything, else as transformers puts it together."""
+    """Return the tokenizer of a folder: read from its only file, or combined by transformers."""
     json_path, model_path = folder / JSON, folder / MODEL
     named = set(named_tokens(folder))
     if json_path.is_file():
@@ -321,7 +321,7 @@ def _read_folder(folder: Path, eod_token: str | None, *, needs_eod: bool) -> Tok
 
 
 def _definition(path: Path, definition: bytes | None = None) -> tuple[bytes, Any]:
-    """Return the bytes of a `tokenizer.json`, which may be in memory, and the loaded tokenizer."""
+    """Return the bytes of a `tokenizer.json`, which can be in memory, and the loaded tokenizer."""
     from tokenizers import Tokenizer as Backend  # heavy: a compiled library, not needed for other verbs
 
     try:

@@ -132,7 +132,7 @@ def advice_json(advice: Advice) -> dict[str, Any]:
 
 
 def _numbers(found: Recovery) -> dict[str, Any]:
-    """Return a judgement's fields; what is unknown is null, which JSON has, not NaN, which it has not."""
+    """Return a judgement's fields; unknown values are null, because JSON has no NaN."""
     return {key: None if isinstance(value, float) and value != value else value for key, value in vars(found).items()}
 
 

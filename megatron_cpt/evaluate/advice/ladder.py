@@ -125,7 +125,7 @@ def _rewarm(at: Position) -> Rung:
 
 
 def _bounded(config: RunConfig, lr: float) -> dict[str, str]:
-    """Return what must follow a lower peak: the rates that may not lie above it."""
+    """Return the overrides that a lower peak requires: the rates that must not exceed it."""
     settings = {}
     if config.optimizer.min_lr > lr:
         settings["optimizer.min_lr"] = f"{lr:.6g}"

@@ -1,4 +1,4 @@
-"""A model's result on a set of documents, and the interval of a ratio: what reports read, without torch."""
+"""A model's result on a set of documents, and the interval of a ratio: the input of reports, without torch."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any

@@ -2,13 +2,14 @@
 
 `metrics.jsonl` has one JSON object a line, each with `kind` and `time` (seconds since 1970):
 
-    start        iteration, consumed_tokens, resumed, layout, world_size, changed_settings train        iteration,
-    consumed_tokens, loss, lr, grad_norm, tokens_per_second and other values of a step validation   iteration,
-    consumed_tokens, corpus, loss (nats per token), bits_per_byte save         iteration, seconds, stall_seconds skip
-    iteration, consumed_tokens: an iteration of data.skip_iterations or skip_iterations.txt spike        iteration,
-    consumed_tokens, loss, median, deviation, first_sample, last_sample, shards, documents rollback     iteration (of
-    the checkpoint gone back to), consumed_tokens, skipped end          iteration, reason: finished, a signal, a file
-    such as stop_now, the walltime
+    start        iteration, consumed_tokens, resumed, layout, world_size, changed_settings
+    train        iteration, consumed_tokens, loss, lr, grad_norm, tokens_per_second and other values of a step
+    validation   iteration, consumed_tokens, corpus, loss (nats per token), bits_per_byte
+    save         iteration, seconds, stall_seconds
+    skip         iteration, consumed_tokens: an iteration of data.skip_iterations or skip_iterations.txt
+    spike        iteration, consumed_tokens, loss, median, deviation, first_sample, last_sample, shards, documents
+    rollback     iteration (of the target checkpoint), consumed_tokens, skipped
+    end          iteration, reason: finished, a signal, a file such as stop_now, the walltime
 
 A value that is no number (NaN, infinity) is null. It is append-only. A stage that was killed and continued holds some iterations twice: after a `start` record
 with `resumed`, every earlier record of a later iteration counts no more.
@@ -103,8 +104,8 @@ def read_stages(
 def read_stage(path: Path, fields: Collection[str] | None = None, *, may_be_empty: bool = False) -> Stage:
     """Return the stage in a run directory, named by its last folder, the variant.
 
-    Of training records only `fields` are kept (None: all); where `STEP_FIELDS` say all that is asked for, a long stage is
-    thinned (`report/steps.py`). `may_be_empty`: a run that has not trained has no records.
+    Of training records only `fields` are kept (None: all); if `STEP_FIELDS` contain all requested fields, a long stage
+    is thinned (`report/steps.py`). `may_be_empty`: a run that has not trained has no records.
 
     Raises: DataError when there are no metrics or a line of them is not a record.
     """
@@ -223,7 +224,7 @@ def _resume(stage: Stage, steps: Steps | None, start: dict[str, Any]) -> None:
 
 
 def _cut(stage: Stage, steps: Steps | None, record: dict[str, Any], reason: str | None) -> None:
-    """Go on at the record's iteration: what came after it does not count. With a reason it is an interruption."""
+    """Continue at the record's iteration and drop later records. With a reason it is an interruption."""
     iteration, tokens = record["iteration"], record.get("consumed_tokens", 0)
     if reason is not None:
         before = stage.starts[-1].get("layout", "") if stage.starts else ""

@@ -1,8 +1,9 @@
-"""The logged steps of a stage as columns of numbers, and thinned to what a chart or a judgement needs.
+"""The logged steps of a stage as columns of numbers, and thinned for charts and judgements.
 
-A record as a dictionary takes a kilobyte and a half, a million of them more memory than a login node gives. As columns they
-take 40 bytes each. A chart has some thousand points across and a judgement smooths over a twentieth of a curve: of a stage
-with more than `MOST_STEPS` logged steps, equal numbers of neighbours become one record with the mean of their losses.
+A record as a dictionary takes a kilobyte and a half; a million of them exceed the memory limit of a login node. As
+columns they take 40 bytes each. A chart has some thousand points across and a judgement smooths over a twentieth of a
+curve: of a stage with more than `MOST_STEPS` logged steps, equal numbers of neighbours become one record with the mean
+of their losses.
 """
 
 from array import array
@@ -10,7 +11,7 @@ from typing import Any
 
 MOST_STEPS = 20_000
 STEP_FIELDS = frozenset({"kind", "iteration", "consumed_tokens", "loss", "lr", "tokens_per_second"})
-"""What is kept of a step."""
+"""Kept fields of a step."""
 
 
 class Steps:

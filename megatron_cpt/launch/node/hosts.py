@@ -17,7 +17,7 @@ from megatron_cpt.errors import LaunchError
 logger = logging.getLogger(__name__)
 
 RESOLVE_SECONDS = 60.0
-"""How long the host that ranks meet at may have no address."""
+"""Time-out for the rendezvous host to get an address."""
 
 
 def job_hosts(environment: Mapping[str, str]) -> list[str]:
@@ -59,7 +59,7 @@ def training_hosts(hosts: Sequence[str], excluded: Sequence[str], nodes: int) ->
 
 
 def wait_for_name(host: str, seconds: float = RESOLVE_SECONDS) -> None:
-    """Return as soon as `host` has an address: a node that has just booted may be unknown for a moment.
+    """Return as soon as `host` has an address: a node that has just booted can be unknown for a moment.
 
     Raises: LaunchError naming it and this host when it has none after `seconds`.
     """

@@ -158,7 +158,7 @@ def _wait(
 
 
 def _outcome(exit_code: int, log: str) -> Outcome:
-    """Read from the launcher's own summary which rank failed first and how; its exit code says less."""
+    """Read from the launcher's own summary which rank failed first and how; its exit code has less information."""
     if exit_code == 0:
         return Outcome(0)
     failed = _FAILED_RANK.search(log, max(log.find("Root Cause"), 0))

@@ -161,7 +161,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _record_environment(arguments: argparse.Namespace) -> None:
-    """Write the environment of this job's first node beside its log; a disk that takes no more is met again later."""
+    """Write the environment of this job's first node next to its log; errors of a full disk are left to later
+    writes."""
     index = f"_{array_index(os.environ):05d}" if arguments.is_array else ""
     with contextlib.suppress(OSError):
         write_environment(
@@ -204,6 +205,8 @@ def _verdict(arguments: argparse.Namespace, run: RunDir, job: str) -> int | None
     """Return the exit code of a link that has nothing to train, None for one that trains."""
     if arguments.train_iters is None:
         return None
+    # Only links that came to train have `iteration_start`. One that waited or was refused says nothing about
+    # progress.
     links = [
         link
         for link in read_jobs(run.jobs).values()
@@ -228,8 +231,9 @@ def _verdict(arguments: argparse.Namespace, run: RunDir, job: str) -> int | None
 def _take_lock(stack: contextlib.ExitStack, run: RunDir, job: str, signals: Signals) -> bool:
     """Hold the run until the stack closes, waiting for a job that works on it; return False when a signal ends the wait.
 
-    A link never fails because another one works: what waits for it would be cancelled. A dead holder's lock expires.
+    A link never fails because another one works: its dependent jobs would be cancelled. A dead holder's lock expires.
     """
+    # The wait is inside the allocation: only Slurm requeues, and on PBS an owner may not qrerun.
     while not signals.received:
         try:
             stack.enter_context(run_lock(run.jobs / "lock.json", f"job {job}"))
@@ -269,6 +273,7 @@ def _train(arguments: argparse.Namespace, run: RunDir, job: str, signals: Signal
     elif arguments.must_finish and arguments.train_iters is not None and iteration < arguments.train_iters:
         code = NOT_FINISHED_EXIT_CODE
         logger.warning("iteration %d of %d: the chain needs more links.", iteration, arguments.train_iters)
+    # This record counts more than the scheduler's: PBS reports -29 for a run that saved at its walltime.
     append_record(run.jobs, job, state=state, exit_code=code, iteration_end=iteration)
     return code
 
@@ -282,7 +287,7 @@ def _good_hosts(
     all_hosts: list[str],
     nodefile: str | None,
 ) -> tuple[list[str], int, str]:
-    """Measure the hosts; bad ones give their place to spare ones. Return the hosts, an exit code and what is wrong.
+    """Measure the hosts; bad ones give their place to spare ones. Return the hosts, an exit code and the problem.
 
     Every round must find a host that was not known to be bad, so there are at most as many rounds as hosts.
     """
@@ -322,6 +327,7 @@ def _start(arguments: argparse.Namespace, run: RunDir, job: str, host: str, sign
         port = rendezvous_port(own, attempt, task)
         command = process_command(arguments, host, port, os.environ)
         outcome = run_watched(command, arguments.log_dir, os.environ, signals, ask_to_end)
+        # Whether a port is free shows only when the ranks start: another job on the host can take it in between.
         if not outcome.port_taken:
             return outcome
         logger.warning("port %d on %s is in use; trying another one.", port, host)
@@ -329,7 +335,7 @@ def _start(arguments: argparse.Namespace, run: RunDir, job: str, host: str, sign
 
 
 def _preflight(arguments: argparse.Namespace, run: RunDir, job: str, host: str, signals: Signals) -> tuple[int, str]:
-    """Measure the nodes with the job's own launcher; return 0, or an exit code and what is wrong.
+    """Measure the nodes with the job's own launcher; return 0, or an exit code and the problem.
 
     Bad nodes are kept from the chain's next links, where the scheduler can (Slurm).
     """

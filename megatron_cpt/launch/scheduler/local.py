@@ -215,7 +215,7 @@ def _run_once(command: list[str], log_dir: Path, num_ranks: int, port: int | Non
 
 
 def _signal_ranks(torchrun_pid: int, number: int) -> bool:
-    """Send SIGTERM (or SIGUSR1 as it is) to the ranks, not to torchrun, which would kill them after half a minute."""
+    """Send SIGTERM (or SIGUSR1 unchanged) to the ranks, not to torchrun, which would kill them after half a minute."""
     import psutil  # only here: a light module stays light
 
     ranks = []

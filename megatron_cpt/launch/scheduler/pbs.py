@@ -91,7 +91,7 @@ def _jobs(result: subprocess.CompletedProcess[str]) -> dict[str, dict[str, Any]]
 
 
 def _by_id(jobs: dict[str, dict[str, Any]], ids: Iterable[str]) -> dict[str, JobState]:
-    """Return the states under the ids that were asked for: a server's own form may be longer (`12`, `12.pbs1`)."""
+    """Return the states under the requested ids: a server's own form can be longer (`12`, `12.pbs1`)."""
     states = {job.partition(".")[0]: _state(fields) for job, fields in jobs.items()}
     return {job: states[number] for job in ids if (number := job.partition(".")[0]) in states}
 

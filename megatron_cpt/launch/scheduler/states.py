@@ -66,7 +66,7 @@ def job_states(run: RunDir) -> dict[str, JobState]:
 
 
 def _seen(records: Mapping[str, Mapping[str, Any]]) -> dict[str, JobState]:
-    """Return what the schedulers say of the jobs that may still change; of the others, that they are gone."""
+    """Return the schedulers' states of the jobs that can still change, and `gone` for the others."""
     seen = {job: JobState("gone") for job in records}
     for name in ("pbs", "slurm"):
         ids = [job for job, record in records.items() if record.get("scheduler") == name and _may_change(record)]
@@ -82,7 +82,8 @@ def _is_local(record: Mapping[str, Any]) -> bool:
 
 
 def _may_change(record: Mapping[str, Any]) -> bool:
-    """Return whether a job's state may still change: Slurm queues a preempted job again after it has written its end."""
+    """Return whether a job's state can still change: Slurm queues a preempted job again after it has written its
+    end."""
     state = record.get("state")
     return state in ACTIVE_STATES or (
         record.get("scheduler") == "slurm" and state in ("failed", "stopped", "cancelled")

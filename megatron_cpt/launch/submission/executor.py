@@ -203,6 +203,7 @@ class Batch(Executor):
         self._settle_intents()
 
     def live(self, stage: str, name: str | None = None) -> list[str]:
+        # A record with a slash is a task of an array. The scheduler is asked about the array's own id.
         candidates = [
             job
             for job, record in read_jobs(self.submission.run.jobs).items()
@@ -239,9 +240,12 @@ class Batch(Executor):
         }
         if work.link is not None:
             fields |= {"chain": self.submission.chain or self.submission.stamp, "link": work.link.number}
+        # Written first: if the scheduler takes the job and its answer is lost, the next command finds the job by
+        # its unique name and does not submit a second one.
         write_intent(run.jobs, job.name, fields)
         try:
             identifier = self.scheduler.submit(script, after, job.name)
+        # The intent stays open: only a refusal is known to have left no job.
         except NotKnown:
             raise
         except LaunchError:
@@ -273,6 +277,7 @@ class Batch(Executor):
     def _enter(self, identifier: str, name: str, fields: Mapping[str, object]) -> None:
         """Enter a job that the scheduler has taken into the ledger; a job that has begun by now keeps its state."""
         run = self.submission.run
+        # The job can start and write its own record before this process does.
         has_begun = identifier in read_jobs(run.jobs)
         state = {} if has_begun else {"state": "submitted"}
         append_record(run.jobs, identifier, **{**fields, **state, "job_name": name})
@@ -291,10 +296,13 @@ class Batch(Executor):
             if fields.get("scheduler") != self.name:
                 continue
             found = self.scheduler.named(name)
+            # [] means that the scheduler knows no such job, None that it did not answer. A new job can be missing
+            # from the queue for some seconds.
             if found == [] and time.time() - written < _SETTLE_SECONDS:
                 time.sleep(max(_SETTLE_SECONDS - (time.time() - written), 0))
                 found = self.scheduler.named(name)
             found = (
+                # A short job can have left the queue. The record that it wrote itself has the same name.
                 found or [job for job, record in read_jobs(run.jobs).items() if record.get("job_name") == name] or found
             )
             if found is None:

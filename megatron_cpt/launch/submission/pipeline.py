@@ -121,7 +121,7 @@ def _problems(submission: Submission, missing: Sequence[Work]) -> list[str]:
 
 
 def _changed_documents(config: RunConfig, iteration: int, run: str) -> list[str]:
-    """Return what would change under a run that has begun: it goes on with the tokens that it began with."""
+    """Return the changes under a started run, which continues with its original tokens."""
     if not iteration or may_change_data_list(config):
         return []
     try:

@@ -36,6 +36,7 @@ def substitute() -> None:
     if is_cpu():
         _disable_compilation()
         _substitute_torch_cuda()
+        # Never left: megatron-core names CUDA devices wherever it computes, for the life of the process.
         _CpuMode().__enter__()
         _substitute_moe()
         _substitute_uneven_collectives()
@@ -43,7 +44,7 @@ def substitute() -> None:
 
 
 def _disable_compilation() -> None:
-    """Run megatron's `jit_fuser` functions (SwiGLU, dropout-add) as they are: compiling them costs a start minutes."""
+    """Run megatron's `jit_fuser` functions (SwiGLU, dropout-add) uncompiled: compiling them costs a start minutes."""
     import torch._dynamo
 
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # for functions that are decorated from here on

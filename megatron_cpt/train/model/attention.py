@@ -69,6 +69,8 @@ class SdpaCoreAttention(MegatronModule):
                 raise NotImplementedError("SdpaCoreAttention drops under a mask only")
             return self._attend_pieces(query, key, value, attention_mask)
         query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))  # [b, heads, s, d]
+        # As in megatron-core 0.19's DotProductAttention: tensor-parallel ranks hold different heads and must not
+        # drop alike.
         if dropout and not self.config.sequence_parallel:
             with tensor_parallel.get_cuda_rng_tracker().fork():
                 context = self._attend(query, key, value, attention_mask, dropout)
@@ -79,12 +81,17 @@ class SdpaCoreAttention(MegatronModule):
     def _attend_pieces(self, query: Tensor, key: Tensor, value: Tensor, rows: Tensor) -> Tensor:
         """Return the context `[s/cp, b, n * d_v]` of queries that see their own piece only."""
         length, batch = query.shape[:2]
+        # Bounds count tokens sample by sample, so the sample comes first.
         query, key, value = (part.transpose(0, 1).flatten(0, 1) for part in (query, key, value))  # [b s, heads, d]
+        # All rows are equal. Their number is at least the longest piece; the kernel needs it as a Python number,
+        # and reading it from a tensor would wait for the GPU.
         if rows.dim() == 2:
             of_queries = of_keys = rows[0]
         else:
             count = rows.shape[1]
             of_queries, of_keys, numbers = rows[0, 0].split([count, count, rows.shape[2] - 2 * count])
+            # A rank's second chunk sees the keys of its first chunk again, so a key can be selected several times.
+            # The backward pass of index_select adds up their gradients.
             key, value = key.index_select(0, numbers), value.index_select(0, numbers)
         attend = attend_varlen if query.is_cuda else attend_each
         context = attend(
@@ -128,6 +135,7 @@ def attend_varlen(
     query, key, value = (
         part if part.shape[-1] == size else pad(part, (0, size - part.shape[-1])) for part in (query, key, value)
     )
+    # torch counts the keys to the left of a query, without the query's own.
     window = (-1 if window_size is None else window_size - 1, 0)
     is_grouped = query.shape[1] != key.shape[1]
     context: Tensor = varlen_attn(
@@ -153,6 +161,8 @@ def attend_each(
     for parts in zip(query.split(num_queries), key.split(num_keys), value.split(num_keys), strict=True):
         q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in parts)  # [1, heads, s, d]
         before, mask = k.shape[2] - q.shape[2], None  # keys that the first query sees besides its own
+        # is_causal aligns query 0 with key 0 (torch 2.13). Here the last query is aligned with the last key, so
+        # keys before the first query need a mask.
         if before or (window_size is not None and window_size < k.shape[2]):
             mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(before)
             mask = mask if window_size is None else mask.triu(before + 1 - window_size)

@@ -63,6 +63,7 @@ class Visibility:
         """Return the same with the bounds of its pieces; without, where plain causal is meant."""
         if self.pieces is None and self.window_size is None and self.positions is None:
             return self
+        # Called while a batch is made on the CPU, in the prefetch thread: max() and tolist() would wait for a GPU.
         batch, length = self.shape
         lengths = torch.full((batch,), length) if self.pieces is None else piece_lengths(self.pieces)
         longest = -(-int(lengths.max()) // 128) * 128  # a kernel's block: few different numbers, and never 1
@@ -150,9 +151,13 @@ def seen_by(
             first, last = (sample * length + int(positions[at]) for at in (begin, end - 1))
             for piece in range(bisect_right(cuts, first) - 1, bisect_right(cuts, last)):
                 query, stop = max(cuts[piece], first), min(cuts[piece + 1], last + 1)
+                # A run of queries can begin within a piece. It sees the piece from its start, or from one window
+                # before the first query.
                 key = cuts[piece] if window_size is None else max(cuts[piece], query - window_size + 1)
                 num_queries.append(stop - query)
                 num_keys.append(stop - key)
+                # Keys end where queries end: the last query of a piece must see its last key, because the kernel
+                # aligns a causal mask there.
                 numbers.append(torch.arange(key, stop, dtype=torch.int32))
     return cumulative(torch.tensor(num_queries)), cumulative(torch.tensor(num_keys)), torch.cat(numbers)
 

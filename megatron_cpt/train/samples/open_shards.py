@@ -52,7 +52,7 @@ class OpenShards:
 
 
 class ShardOnDemand:
-    """A shard's samples as `ShardSamples` gives them, opened by `open` whenever the process has let go of them."""
+    """A shard's samples as returned by `ShardSamples`, reopened by `open` after the process has closed them."""
 
     def __init__(self, open: Callable[[], ShardSamples], shards: OpenShards):
         self.open, self._shards = open, shards
@@ -63,7 +63,7 @@ class ShardOnDemand:
         return self._samples()[index]
 
     def spans(self, index: int) -> list[tuple[int, int, int]]:
-        """Return (document, its first token here, tokens) of each document that gives tokens to a sample, in order."""
+        """Return (document, its first token here, tokens) of each document with tokens in a sample, in order."""
         return self._samples().spans(index)
 
     def _samples(self) -> ShardSamples:
@@ -77,7 +77,7 @@ class ShardOnDemand:
 
 
 def _allowed_maps() -> int:
-    """Return how many maps shards may take, each with its file."""
+    """Return the number of maps available to shards, each with its file."""
     try:
         maps = int(Path("/proc/sys/vm/max_map_count").read_text(encoding="ascii"))
     except (OSError, ValueError):

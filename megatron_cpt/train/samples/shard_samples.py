@@ -64,7 +64,7 @@ class ShardSamples:
         return spans
 
     def _place(self, index: int) -> tuple[int, int]:
-        """Return which of `epochs` a sample stands in, and its number there."""
+        """Return the one of `epochs` that contains a sample, and its number there."""
         epoch, sample = divmod(self.first_sample + index, self.samples_per_epoch)
         return epoch - self.first_epoch, sample
 

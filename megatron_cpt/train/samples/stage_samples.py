@@ -173,6 +173,8 @@ def build_ordered_samples(
     """
     dataset_config = dataclasses.replace(dataset_config, random_seed=order.seed)
     is_distributed = torch.distributed.is_initialized()
+    # The only barrier: rank 0 meets the others at the end of this function, once the caches are complete, and they
+    # then only read.
     if is_distributed and torch.distributed.get_rank() > 0:
         torch.distributed.barrier()
     _allow_open_files()
@@ -184,6 +186,7 @@ def build_ordered_samples(
         try:
             if order.is_listed(number):
                 opened = functools.partial(_shard_samples, entry, count, part, dataset_config, cache, skip or {})
+                # An entry without samples keeps its place: `dataset_id` is the place in this list.
                 shards.append(ShardOnDemand(opened, _OPEN) if part else None)
         except OSError as problem:
             if problem.errno != errno.EMFILE:
@@ -208,7 +211,7 @@ def _build_indexes_of(
 def _shard_samples(
     entry: DataEntry, num_samples: int, drawn: range, config: GPTDatasetConfig, cache: Path, skip: SkipList
 ) -> ShardSamples:
-    """Return the samples `drawn` of an entry that gives `num_samples` in a round of its order."""
+    """Return the samples `drawn` of an entry with `num_samples` in a round of its order."""
     form = read_shard_form(Path(entry.prefix))
     if problem := packing_problem(form.packed_seq_length, config.sequence_length):
         raise DataError(f"{entry.prefix}: {problem}")
@@ -221,6 +224,7 @@ def _shard_samples(
     # A pack is one sample, and the token after its last belongs to another pack.
     config = dataclasses.replace(config, add_extra_token_to_sequence=form.packed_seq_length is None)
     lengths = indexed.sequence_lengths
+    # Without a skip list the array is used as it is: indexing copies 4 bytes per document.
     lengths = lengths[documents] if len(documents) < len(lengths) else lengths
     num_tokens = int(lengths.sum(dtype=np.int64))
     per_epoch = samples_per_epoch(lengths, config)
@@ -233,6 +237,8 @@ def _shard_samples(
         "shard": _content(Path(entry.prefix)),
         "skip": [list(span) for span in skip.get(entry.prefix, ())],
         "sequence_length": config.sequence_length,
+        # None makes megatron-core 0.19 plan exactly one epoch. It shuffles the documents of several epochs
+        # together, and a document could come twice before another came once.
         "num_samples": None if per_epoch else in_round,
         "megatron": importlib.metadata.version("megatron-core"),
         "tokenizer": config.tokenizer.unique_identifiers,
@@ -249,6 +255,8 @@ def _shard_samples(
 
         def build(to: Path, config: GPTDatasetConfig = epoch_config) -> GPTDataset:
             built = dataclasses.replace(config, path_to_cache=os.fspath(to))
+            # megatron-core 0.19.2 has no parameters for these: loading without pickle, an index without 16 bytes
+            # per document, and a token count that copies no lengths.
             with (
                 mock.patch.object(gpt_dataset, "safe_numpy_load", _plain_array),
                 mock.patch.object(gpt_dataset, "_build_document_index", document_index),
@@ -256,6 +264,8 @@ def _shard_samples(
             ):
                 return GPTDataset(indexed, entry.prefix, documents, key["num_samples"], Split.train, built)
 
+        # megatron-core writes its cache in place, so the first call builds in a temporary folder. The second call
+        # finds the cache under its final name.
         _build_once(folder, build, key)
         datasets.append(build(folder))
     return ShardSamples(datasets, length, first_sample, mask)
@@ -337,14 +347,14 @@ def _build_once(folder: Path, build: Any, description: dict[str, Any]) -> None:
 
 
 def _allow_open_files() -> None:
-    """Raise this process's limit of open files as far as it may: every memory map of a shard holds one."""
+    """Raise this process's limit of open files to the maximum: every memory map of a shard uses one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = _MOST_FILES if hard == resource.RLIM_INFINITY else hard
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
 
 
 def _content(prefix: Path) -> dict[str, Any]:
-    """Return what tells that a shard is unchanged, without reading its tokens."""
+    """Return a shard's identity, to detect changes without reading its tokens."""
     manifest = manifest_path(prefix)
     return {
         "prefix": os.fspath(prefix),

@@ -133,9 +133,13 @@ def _train_stage(loaded: LoadedConfig, ends: contextlib.ExitStack, watchdog: Wat
                     saver.finish(iteration, spikes.losses, is_blocking=True)  # the checkpoint from before
                 _note_no_update(stage, iteration, result, num_skipped)
             elif (spike := spikes.see(result.loss)) and react(stage, saver, writer, spike, iteration):
+                # The loss is summed over all ranks, so every rank sees the same spike and goes back with the
+                # others. The window is the checkpoint's, so the repeated steps are judged as in a resumed run.
                 iteration, spikes = stage.iteration, SpikeDetector(spikes.threshold, stage.recent_losses)
+                # Batches that were read ahead belong to later iterations, and their thread uses the old skip list.
                 batches_ahead.close()
                 batches_ahead = ends.enter_context(_batches_ahead(stage))
+                # No log line, evaluation or save: the step has been undone.
                 log.restart()
                 continue
             is_first = iteration == first_iteration + 1
@@ -149,6 +153,7 @@ def _train_stage(loaded: LoadedConfig, ends: contextlib.ExitStack, watchdog: Wat
             with log.evaluation(), watchdog.during("evaluation"):
                 _evaluate(stage, writer, iteration)
                 page.rewrite()
+        # Every step, on every rank: a signal can reach one rank only, and all ranks must save together.
         request = interrupts.agreed()
         if iteration % config.checkpoint.save_interval == 0 or is_last or request is not None:
             with log.save(is_new=True), watchdog.during("saving"):
@@ -182,7 +187,8 @@ def _finish_after_a_kill(config: RunConfig, run: RunDir) -> None:
 
 
 def _collective_timeout(hang_timeout: int) -> int:
-    """Return seconds after which a collective call fails: later than the watchdog ends a rank, so that it says why."""
+    """Return seconds after which a collective call fails: later than the watchdog ends a rank, so that the watchdog
+    reports the reason."""
     return max(1800, int(longest_stage_seconds(hang_timeout)) + 120)
 
 

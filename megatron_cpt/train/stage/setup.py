@@ -277,8 +277,8 @@ def _load_start(
 def _continued_order(config: RunConfig, run: RunDir, manifest: dict[str, Any] | None) -> StageOrder | None:
     """Return the order that the stage continues, None for one of its own.
 
-    A run whose length alone was changed goes on in the order that it began with: one planned for the new length would repeat
-    some of what was read and leave out some.
+    A run with only its length changed continues its original order: an order planned for the new length would repeat
+    some samples and skip others.
     """
     order = continued_order(config)
     if manifest is None:
@@ -314,8 +314,8 @@ def _prepare_run_dir(
 ) -> None:
     """Write the run directory's configuration, revision, order and data list.
 
-    What the run read in its first `iteration` iterations (None: it does not go on) is kept where another list, or the same
-    in another order (`is_changed`), follows.
+    The data of the run's first `iteration` iterations (None: it does not resume) is kept if another list, or the same
+    list in another order (`is_changed`), follows.
 
     Raises: DataError when the data of a run that has begun would change.
     """

@@ -97,6 +97,7 @@ def save_checkpoint(
     state["optimizer"] = optimizer.sharded_state_dict(_flat(state), metadata=_metadata())
     state |= _common_state(iteration, manifest)
     _start_results_queue()
+    # The process group is for megatron-core's sharding (MTP in 0.19 needs it). It cannot be stored.
     content = {name: value for name, value in _metadata().items() if name != "dp_cp_group"}
     try:
         request = dist_checkpointing.save(
@@ -105,6 +106,7 @@ def save_checkpoint(
             _save_strategy(),
             content_metadata=content,
             async_sharded_save=queue is not None,
+            # The default of megatron-core 0.19 needs nvidia-resiliency-ext.
             async_strategy="mcore",
         )
     except CheckpointException as problem:
@@ -267,6 +269,8 @@ def load_checkpoint(directory: Path, model: list[Any], optimizer: MegatronOptimi
         rename_main_parameters(state[_TO_LOAD], on_rank_0(lambda: main_prefix(directory)))
     loaded = load_approved(state, directory)
     for index, chunk in enumerate(model):
+        # Not strict: Transformer Engine's extra states are not saved (`_sharded_model`). dist_checkpointing has
+        # already refused missing tensors.
         unwrap(chunk).load_state_dict(loaded["model" if len(model) == 1 else f"model{index}"], strict=False)
     if optimizer is not None:
         optimizer.load_state_dict(loadable_state(loaded[_TO_LOAD], optimizer, find_step(loaded.get("optimizer"))))

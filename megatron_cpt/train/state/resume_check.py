@@ -114,7 +114,7 @@ def _changes_results(key: str) -> bool:
 
 
 def _changes_reading(key: str) -> bool:
-    """Return whether a setting of the data section says which samples come, not what is done to them."""
+    """Return whether a setting of the data section selects samples, instead of transforming them."""
     treated = ("fim_", "reset_attention_mask", "eod_mask_loss")
     return _changes_results(key) and not key.split(".")[1].startswith(treated)
 

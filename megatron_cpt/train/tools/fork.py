@@ -5,8 +5,9 @@ and `key=value` overrides set the differences. It reads one of two orders:
 
 - `continue` (`data.order: continue`): the very samples that the source would have read next. The default of a decay branch of
   the same data, whose result is then that of a run which had cooled down there.
-- `own`: sample 0 of an order of its own. The default of another stage. `training.seed` is the source's plus the iteration, so that a branch does not start with the source's first samples; documents can repeat, unless a replay buffer (`data.buffer`)
-  draws without replacement.
+- `own`: sample 0 of an order of its own. The default of another stage. `training.seed` is the source's plus the iteration, so that a
+  branch does not start with the source's first samples; documents can repeat, unless a replay buffer (`data.buffer`) draws
+  without replacement.
 
 A decay branch (`--decay`) is a stage of that length that does nothing but cool down, from the learning rate that the source
 had at the iteration to `optimizer.min_lr` (WSD's decay phase, arXiv:2405.18392, section 3), with the weight decay of that

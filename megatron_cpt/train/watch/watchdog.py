@@ -1,9 +1,9 @@
 """Ends a rank that makes no progress for too long, or whose neighbour is gone, so that a hang does not burn node hours.
 
-Two things are watched from the moment a rank starts. A stage of the program (joining, preparation, a step, an evaluation, a
-save) has a time of its own in multiples of `launch.hang_timeout`: whoever exceeds it ends. And each rank tells every few
-seconds that it lives, through the store that the ranks met at: who was stopped, or is on a node that is gone, does not, and
-the rank before it says so, whatever stage it is.
+Two things are watched from the moment a rank starts. A stage of the program (joining, preparation, a step, an
+evaluation, a save) has a separate limit in multiples of `launch.hang_timeout`: a rank that exceeds it ends. Each rank
+also sends a heartbeat every few seconds through the rendezvous store. A rank that was stopped, or whose node is gone,
+sends none, and the previous rank reports it in any stage.
 """
 
 import contextlib
@@ -19,10 +19,10 @@ from typing import Any
 from megatron_cpt.launch.node.processes import HANG_EXIT_CODE
 
 TIMES = {"step": 1, "joining": 2, "evaluation": 6, "saving": 6, "loading": 6, "preparation": 12}
-"""How many hang time-outs a stage may take: indexes of a large blend, or a model that is converted first, take hours."""
+"""Limits of stages in hang time-outs: indexes of a large blend, or a model that is converted first, take hours."""
 TELL_SECONDS = 10.0
 SILENT_SECONDS = 180.0
-"""Silence after which a rank is taken for stopped: longer than any call of ours holds the interpreter."""
+"""Silence after which a rank is considered stopped: longer than any of our calls holds the interpreter."""
 
 
 class Watchdog:
@@ -125,7 +125,7 @@ class Watchdog:
 
 
 def longest_stage_seconds(timeout_seconds: float) -> float:
-    """Return the longest time that any stage may take."""
+    """Return the longest limit of any stage."""
     return timeout_seconds * max(TIMES.values())
 
 

@@ -1,7 +1,7 @@
 """Build the index cache of a stage ahead of training, in a CPU job.
 
-The cache is content-addressed (shard, seed, sequence length, epoch) and appears whole: training, or a second builder, that
-starts meanwhile does no harm. What is there already is not built again.
+The cache is content-addressed (shard, seed, sequence length, epoch) and appears whole: training, or a second builder,
+that starts meanwhile does no harm. Existing indexes are not built again.
 
 Example: megatron-cpt blend build-index --task tasks/demo --params demo-5m --size 8M
 """

@@ -1,8 +1,8 @@
 """Write a data list in another format; its own format is found from its content.
 
-Numbers keep full precision. A list of weights becomes a list of tokens only where its weights are whole numbers and
---weights-are-tokens says that they count tokens. A shell list that computes (arrays of arrays, arithmetic, loops) is refused unless
---evaluate-shell lets bash read it, in a sandbox: no network, nothing writable, no other processes, 20 seconds.
+Numbers keep full precision. A list of weights becomes a list of tokens only if its weights are integers and
+--weights-are-tokens states that they count tokens. A shell list that computes (arrays of arrays,
+arithmetic, loops) is refused unless --evaluate-shell lets bash read it, in a sandbox: no network, nothing writable, no other processes, 20 seconds.
 
 Example: megatron-cpt blend convert train_data.all.sh --to yaml --output train_data.yaml
 """

@@ -1,6 +1,6 @@
 """Mix data lists by global weights: w' = (w / sum of its list) * (W / sum of all W), with full precision.
 
-Where some lists have a corpus in a third column, a list of two columns is one corpus, named after its file.
+If some lists have a corpus in a third column, a list of two columns is one corpus, named after its file.
 
 Example: megatron-cpt blend mix --inputs 0.9 papers.txt 0.1 dolma.txt > mix.txt
 """
@@ -52,7 +52,8 @@ def run(arguments: argparse.Namespace) -> None:
 def with_corpora(
     lists: Sequence[tuple[Fraction, Sequence[DataEntry]]], names: Sequence[str]
 ) -> list[tuple[Fraction, Sequence[DataEntry]]]:
-    """Return the lists; where some name corpora in a third column, one that does not is the corpus of its file's name.
+    """Return the lists; if some have corpora in a third column, a list without them becomes the corpus of its file's
+    name.
 
     Raises: DataError when that is a corpus of another list.
     """

@@ -1,9 +1,9 @@
 """Show a replay buffer, plan a stage from data lists and the buffer, or append a finished stage to it.
 
-`show` lists what the buffer holds and how far each shard is drawn. `plan` mixes lists of available tokens by shares of a
-budget: a list named after a corpus of the mix (D0.yaml) is that corpus's, other lists go by the corpora in them. The share
-named `buffer` is drawn from the buffer, going on where earlier stages stopped. `append` enters a stage that has ended
-(training with `data.buffer` does this itself).
+`show` lists what the buffer holds and how far each shard is drawn. `plan` mixes lists of available tokens by shares of
+a budget: a list named after a corpus of the mix (D0.yaml) is that corpus's, other lists go by the corpora in them. The
+share named `buffer` is drawn from the buffer, continuing where earlier stages stopped. `append` enters a stage that has
+ended (training with `data.buffer` does this itself).
 
 Example: megatron-cpt blend replay plan buffer.yaml --mix D0=0.05 D2=0.48 buffer=0.47 --lists D0.yaml D2.yaml \\
     --tokens 50B --output stage3.yaml

@@ -1,9 +1,9 @@
 """Turn a list of available tokens and a budget into the list a run draws, by rules per corpus or path pattern.
 
 A shard follows the first rule that names it: a corpus's name, a glob, or a part of the path. Shares are parts of the
-budget; ratios multiply a shard's tokens (rounded up; proportions where there is a budget); epochs are exact whatever
-the budget; weights divide what is left. `--base PATTERN --base-ratio 0.4` makes two pools. Without rules every shard
-counts by its size.
+budget; ratios multiply a shard's tokens (rounded up; proportions with a budget); epochs are exact and independent of
+the budget; weights divide the rest. `--base PATTERN --base-ratio 0.4` makes two pools. Without rules every shard counts
+by its size.
 
 Example: megatron-cpt blend rescale train_data.all.sh 50B --ratio flan=0.5 --ratio '*=1' --output train_data_50B.sh
 """

@@ -1,4 +1,4 @@
-"""Arguments that the verbs which keep or drop documents share, and what they would write."""
+"""Shared arguments of the verbs that keep or drop documents, and the files that they would write."""
 
 import argparse
 import sys
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def add_output_arguments(parser: argparse.ArgumentParser, *, with_format: bool = True) -> None:
-    """Add --dry-run and the format of what is written."""
+    """Add --dry-run and the output format."""
     if with_format:
         parser.add_argument(
             "--output-format",

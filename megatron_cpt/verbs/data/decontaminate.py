@@ -1,8 +1,8 @@
 """Remove training documents that share a passage of 13 words with an evaluation set.
 
 NAME=PATH names a corpus or an evaluation set; several inputs of a name belong together. Case, punctuation and Unicode's
-spellings of a character make no difference. The report (also in OUTPUT/report.json) says how many documents each evaluation
-set removed, with examples. A killed run goes on when the same command is given again.
+spellings of a character make no difference. The report (also in OUTPUT/report.json) lists the number of documents that
+each evaluation set removed, with examples. To resume a killed run, run the same command again.
 
 Example: megatron-cpt data decontaminate web=clean/web --against gsm8k=eval/gsm8k.jsonl --output decontaminated
 """

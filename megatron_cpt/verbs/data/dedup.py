@@ -1,8 +1,8 @@
 """Remove exact and near-duplicate documents (MinHash), over all corpora or within each.
 
-Inputs are files, folders or globs; NAME=PATH puts them into a corpus of that name, else each input is a corpus of its own.
-The first document of a cluster stays, in the order of the inputs (or the longest). A killed run goes on when the same
-command is given again. The report (clusters, share per corpus, examples) is printed and written to report.json.
+Inputs are files, folders or globs; NAME=PATH puts them into a corpus of that name, else each input is a corpus of its
+own. The first document of a cluster stays, in the order of the inputs (or the longest). To resume a killed run, run the
+same command again. The report (clusters, share per corpus, examples) is printed and written to report.json.
 
 Example: megatron-cpt data dedup news=raw/news web='raw/web/*.jsonl.zst' --output clean --workers 16
 """

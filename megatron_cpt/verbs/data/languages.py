@@ -1,8 +1,8 @@
 """Tell the language of every document: statistics per corpus, a column, and a filter.
 
-Each document is written with the fields `language` (ISO 639) and `language_score` (its probability); --keep writes those of some
-languages only, and `data sample --where language=ja` takes a subset later. Below --min-score a language is `und`. The first 4,096
-characters decide. A killed run goes on when the same command is given again.
+Each document is written with the fields `language` (ISO 639) and `language_score` (its probability); --keep writes
+those of some languages only, and `data sample --where language=ja` takes a subset later. Below --min-score a language
+is `und`. The first 4,096 characters decide. To resume a killed run, run the same command again.
 
 Example: megatron-cpt data languages web=raw/web --output labelled --keep ja en --workers 16
 """

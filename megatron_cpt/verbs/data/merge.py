@@ -1,7 +1,7 @@
 """Join token shards into one: indexes are rewritten, bytes are moved by the kernel.
 
-Without --input the parts `<name>-00000-of-00008_<key>_document` of `tokenize --shard I/N` are taken, all of them. A merge that
-was killed goes on when the command is given again; one that is done is left as it is.
+Without --input the parts `<name>-00000-of-00008_<key>_document` of `tokenize --shard I/N` are taken, all of them. To
+resume a killed merge, run the command again; a finished merge is unchanged.
 
 Example: megatron-cpt data merge --output-prefix tokens/D1_text_document
 """

@@ -1,8 +1,8 @@
 """Pack the documents of a token shard into training sequences by best fit, each apart from its neighbours.
 
-Every document of the result is one pack of exactly --seq-length tokens, with a mask beside it that says where documents start
-and what is filling. Masked shards (prepare-chat) keep their masks; of others every token is learned. training.seq_length
-must equal --seq-length. The same command again keeps what is whole.
+Every document of the result is one pack of exactly --seq-length tokens, with a mask that marks starts of documents and
+padding. Masked shards (prepare-chat) keep their masks; of others every token is learned. training.seq_length must equal
+--seq-length. The same command again keeps what is whole.
 
 Example: megatron-cpt data pack --input tokens/en_text_document --output tokens/en_packed_text_document --seq-length 4096
 """

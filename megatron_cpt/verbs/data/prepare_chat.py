@@ -1,15 +1,15 @@
-"""Turn conversations into token shards with masks of what is learned: chat template, filters, validation sets, packing.
+"""Turn conversations into token shards with loss masks: chat template, filters, validation sets, packing.
 
-Records have `conversations` or `messages`: a list of {role, content} or ShareGPT's {from, value}, with tool calls, reasoning,
-tools and documents as the template reads them. Marks of what is learned (weight, train, train_detail, loss, ...) count. What
-holds something said and is not read by the template is refused, anything else counted by name. The template is the
-tokenizer's own or --template. What the assistant says is found by the template itself; the loss counts there and on the
-tokens that end its turn. Output: PREFIX_chat_document, PREFIX_held_out_VALUE_chat_document, each with a mask beside it. The
-same command again keeps what is whole; after a change it is refused.
+Records have `conversations` or `messages`: a list of {role, content} or ShareGPT's {from, value}, with tool calls,
+reasoning, tools and documents as the template reads them. Loss marks (weight, train, train_detail, loss, ...) are used.
+A field with content that the template does not read is refused; other unread fields are counted by name. The template
+is the tokenizer's own or --template. The template itself determines the assistant's content; the loss covers it and the
+tokens that end its turn. Output: PREFIX_chat_document, PREFIX_held_out_VALUE_chat_document, each with a mask. The same
+command again keeps what is whole; after a change it is refused.
 
-Conditions of --where (all must hold) and --drop (none may): lang=eu, lang!=eu, score>=3, id^=translation_ (starts with),
-id~=REGEX. Bad conversations (two user turns in a row, an empty answer, an unknown role) are named; --on-bad skip counts
-them and keeps them in PREFIX.rejects.jsonl.
+Conditions of --where (all must be true) and --drop (all must be false): lang=eu, lang!=eu, score>=3, id^=translation_
+(starts with), id~=REGEX. Bad conversations (two user turns in a row, an empty answer, an unknown role) are named;
+--on-bad skip counts them and keeps them in PREFIX.rejects.jsonl.
 
 Example: megatron-cpt data prepare-chat --input chat/*.jsonl --tokenizer models/base --template llama3 \\
   --output-prefix tokens/chat --drop 'conversation_id^=translation_' --dedup-prompts --held-out 1000 --held-out-by lang \\
@@ -186,7 +186,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _variable(text: str) -> tuple[str, object]:
-    """Return name and value of NAME=VALUE; true, false and whole numbers are what they look like."""
+    """Return name and value of NAME=VALUE; true, false and integers are parsed."""
     from megatron_cpt.errors import ConfigError
 
     name, equals, value = text.partition("=")

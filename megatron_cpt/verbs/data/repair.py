@@ -1,8 +1,8 @@
-"""Rewrite documents without the bad lines; what cannot be mended goes to OUTPUT.rejects.
+"""Rewrite documents without the bad lines; lines that cannot be repaired go to OUTPUT.rejects.
 
 Two objects on one line become two lines; byte-order marks and blank lines go; a missing last newline comes; a lone surrogate
 becomes U+FFFD. A file in another encoding becomes UTF-8: UTF-16 and UTF-32 are told by their byte-order mark, others need
---encoding. Exit code 1 when nothing of a file could be mended; no empty file is written.
+--encoding. Exit code 1 if nothing of a file could be repaired; no empty file is written.
 
 Example: megatron-cpt data repair --input corpora/raw --output-dir corpora/clean --compress zst
 """

@@ -1,9 +1,9 @@
 """Take a subset of documents: by field value, by score bucket, a random number of each.
 
-The same documents are drawn whatever the order or number of files: a document's hash and the seed decide. Conditions:
+The selection does not depend on the order or number of files, only on a document's hash and the seed. Conditions:
 lang=ja, lang!=ja, score>=3.5, conversation_id^=translation_ (starts with), id!^=x (does not). With --score and --edges
-each bucket goes to a folder of its own, and --number counts per bucket. What was read, fitted and drawn is printed and
-written to OUTPUT/report.json.
+each bucket goes to a folder of its own, and --number counts per bucket. The numbers of documents
+read, matched and drawn are printed and written to OUTPUT/report.json.
 
 Example: megatron-cpt data sample raw/chat --where 'conversation_id!^=translation_' --number 1M --output chat-1M
 """
