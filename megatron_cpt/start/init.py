@@ -19,7 +19,7 @@ from megatron_cpt.config.settings.schema import (
     TrainingConfig,
 )
 from megatron_cpt.config.settings.values import parse_count
-from megatron_cpt.data.tokenizer.interface import load_tokenizer
+from megatron_cpt.data.tokenizer.interface import check_reading, load_tokenizer
 from megatron_cpt.errors import CheckpointError, ConfigError
 from megatron_cpt.files import whole_dir, write_text
 from megatron_cpt.launch.scheduler.site import read_site
@@ -127,6 +127,8 @@ def init_task(
             f"{tokenizer}: {loaded.vocab_size} tokens, the model has rows for {found.vocab_size}. "
             "Give the model's own --tokenizer, or extend its vocabulary when it is converted."
         )
+    if not is_tiny:
+        check_reading(loaded)  # as tokenizing does: refused now rather than in the second stage
     length, batch, lr = length_and_batch(found, num_tokens, seq_length)
     looks = [look_at(name, patterns, loaded) for name, patterns in (new | old).items()]
     plan = TaskPlan(

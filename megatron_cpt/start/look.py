@@ -49,7 +49,10 @@ def look_at(name: str, patterns: Sequence[str], tokenizer: Tokenizer) -> CorpusL
         text_bytes += seen[2]
         documents += seen[3]
     if not tokens or not part_bytes:
-        raise DataError(f"{name}: no text in {sources[0].path} (key text). Documents are needed. Check the path.")
+        raise DataError(
+            f"{name}: no text in {sources[0].path}. Records with their text under the key `text` are needed. Check the path, or "
+            "rename the field that holds it."
+        )
     total = sum(source.size for source in sources)
     return CorpusLook(
         name=name,

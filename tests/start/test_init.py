@@ -123,6 +123,11 @@ REFUSED = {
     "too few tokens": ({"tokens": "1000"}, ConfigError, "Give more tokens"),
     "no documents": ({"documents": {}}, ConfigError, "--documents: none"),
     "documents that are not there": ({"documents": {"x": ["nowhere/*.jsonl"]}}, DataError, "nowhere"),
+    "text under another key": (
+        {"documents": {"x": ["body.jsonl"]}},
+        DataError,
+        "x: no text in body.jsonl. .* the key `text`",
+    ),
     "a model that is not there": ({"model": "./nowhere"}, CheckpointError, "no such folder, and no name on the Hub"),
     "a misspelt folder in a folder": ({"model": "models/nowhere"}, CheckpointError, "models/nowhere: no such folder"),
     "a folder without config.json": ({"model": "."}, CheckpointError, "no config.json"),
@@ -138,6 +143,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_is_refused_by_name_and_leaves_nothing(model, here, case):
     write_documents(here / "x.jsonl", 3000)
+    (here / "body.jsonl").write_text('{"body": "text"}\n' * 9)
     (here / "models").mkdir()  # else models/nowhere is asked of the Hub
     changes, kind, message = REFUSED[case]
     arguments = {"model": str(model), "documents": {"x": ["x.jsonl"]}, "tokens": "100K"} | changes
@@ -235,6 +241,21 @@ def test_a_linked_data_folder_leads_to_the_same_documents(model, here):
     init_task(Path("ja"), model=str(model), documents={"ja": ["corpus/*.jsonl"]}, tokens="200K")
     config = load_config(Path("ja"), "base-model", "200K").config
     assert document_problems(config) == []
+
+
+@pytest.mark.full
+def test_a_tokenizer_that_transformers_reads_otherwise_is_refused_before_a_task_is_written(model, here):
+    """A Qwen2 folder whose tokenizer was trained elsewhere: transformers splits text as Qwen2 does, and adds its end of text."""
+    write_documents(here / "x.jsonl", 3000)
+    shutil.copytree(model, here / "qwen")
+    edit_json(here / "qwen" / "config.json", model_type="qwen2", architectures=["Qwen2ForCausalLM"])
+    with pytest.raises(DataError, match="is read otherwise than by transformers"):
+        init_task(Path("ja"), model="qwen", documents={"x": ["x.jsonl"]}, tokens="100K")
+    assert not (here / "ja").exists()
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 HELD_OUT = {
