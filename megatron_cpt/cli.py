@@ -36,6 +36,7 @@ VERBS = {
     "analyze": "statistics of every tensor of a model",
     "advise": "judge a stage by its metrics and say what the CPT cookbook would do next",
     "report": "draw a one-page report of one or several stages",
+    "completion": "write the completion script of bash, zsh or fish",
     "show-config": "print the resolved configuration of a run, where each value comes from, or Megatron-LM flags",
     "blend": "plan what a stage reads: lists, budgets, mixes, replay and index caches",
 }

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_cpt.checkpoint.convert.choices import ExportChoices, ImportChoices
 from megatron_cpt.checkpoint.convert.hf_mcore import hf_to_mcore, mcore_to_hf
 from megatron_cpt.checkpoint.soup.mean import average_hf
 from megatron_cpt.evaluate.models.folders import is_mcore_checkpoint
@@ -64,12 +65,13 @@ def convert(
     """Convert a Hugging Face folder to a Megatron checkpoint or back, depending on the format of `source`; return the
     output folder.
 
-    `options` are those of `hf_to_mcore` or `mcore_to_hf`, such as dtype="bf16".
+    `options` are the fields of `ImportChoices` or `ExportChoices`, such as dtype="bf16".
     """
     if is_mcore_checkpoint(Path(source)):
         place = None if tokenizer is None else Path(tokenizer)
-        return mcore_to_hf(Path(source), Path(output), tokenizer=place, verify=verify, **options)
-    return hf_to_mcore(Path(source), Path(output), verify=verify, **options)
+        export = ExportChoices(tokenizer=place, **options)
+        return mcore_to_hf(Path(source), Path(output), options=export, verify=verify)
+    return hf_to_mcore(Path(source), Path(output), options=ImportChoices(**options), verify=verify)
 
 
 def soup(

@@ -10,7 +10,6 @@ from typing import Any
 from megatron_cpt.config.loading.resolve import LoadedConfig, load_from_arguments
 from megatron_cpt.config.settings.fields import plain, setting_keys, setting_value
 from megatron_cpt.config.settings.schema import RunConfig
-from megatron_cpt.data.blend.epochs import with_iterations
 from megatron_cpt.errors import LaunchError
 from megatron_cpt.interface.html import html_table
 from megatron_cpt.interface.runs import Run
@@ -18,6 +17,7 @@ from megatron_cpt.launch.planning.plan import GIB, Plan, plan_run, plan_text
 from megatron_cpt.launch.scheduler.site import read_site
 from megatron_cpt.run.directory import run_dir
 from megatron_cpt.start.init import Initialised, init_task
+from megatron_cpt.start.length import with_length
 from megatron_cpt.verbs.dispatch import parse_words
 
 
@@ -74,13 +74,18 @@ class PlanView:
     """Requirements of a run: see `Plan`. Printing it shows the page of `megatron-cpt plan`."""
 
     plan: Plan
+    estimate: str = ""
+    """How a length in epochs was found whose token files are not made yet."""
 
     def __str__(self) -> str:
-        return plan_text(self.plan)
+        return plan_text(self.plan, self.estimate)
 
     def _repr_html_(self) -> str:
         plan = self.plan
-        rows = [(line[:12].strip(), line[12:].strip()) for line in plan_text(plan).split("\n\n")[0].splitlines()]
+        rows = [
+            (line[:12].strip(), line[12:].strip())
+            for line in plan_text(plan, self.estimate).split("\n\n")[0].splitlines()
+        ]
         rows.append(("memory", f"{plan.peak_bytes / GIB:.2f} GiB a rank at most"))
         return html_table(("", ""), rows)
 
@@ -142,14 +147,14 @@ def plan(
     gpu_memory_gib: float | None = None,
 ) -> PlanView:
     """Return what a run needs before it is queued: tokens, iterations, memory per rank, disk, time."""
-    loaded = with_iterations(_load(task, params, size, variant, site, settings))
+    loaded, estimate = with_length(_load(task, params, size, variant, site, settings))
     gib = gpu_memory_gib or read_site(site).gpu_memory_gib
     is_on_cpu = loaded.config.launch.scheduler == "local" and gib is None and not Path("/dev/nvidiactl").exists()
     memory = None if gib is None else int(gib * GIB)
     found = plan_run(
         loaded.config, tokens_per_second=tokens_per_second, gpu_memory_bytes=memory, is_fused=not is_on_cpu
     )
-    return PlanView(found)
+    return PlanView(found, estimate)
 
 
 def train(

@@ -122,23 +122,28 @@ def run(arguments: argparse.Namespace) -> int | None:
         return _verify(arguments)
     if arguments.direction == "init":
         return _init(arguments)
+    from megatron_cpt.checkpoint.convert.choices import ExportChoices, ImportChoices
     from megatron_cpt.checkpoint.convert.hf_mcore import hf_to_mcore, mcore_to_hf
     from megatron_cpt.checkpoint.convert.run_export import export_all, export_latest
 
-    options = {"dtype": arguments.dtype, "verify": arguments.verify, "num_workers": arguments.num_workers}
+    work = {"verify": arguments.verify, "num_workers": arguments.num_workers}
+    options = {"dtype": arguments.dtype, **work}
     if arguments.direction == "hf-to-mcore":
         outputs = [
             hf_to_mcore(
                 arguments.hf_dir,
                 arguments.output,
                 model=params_model(arguments.params) if arguments.params else None,
-                make_vocab_size_divisible_by=arguments.make_vocab_size_divisible_by,
-                skip_tensors=arguments.skip_tensors,
-                ignore_config=arguments.ignore_config,
-                drop_mtp=arguments.drop_mtp,
-                allow_nonfinite=arguments.allow_nonfinite,
-                extension=_extension(arguments),
-                **options,
+                options=ImportChoices(
+                    dtype=arguments.dtype,
+                    make_vocab_size_divisible_by=arguments.make_vocab_size_divisible_by,
+                    skip_tensors=arguments.skip_tensors,
+                    ignore_config=arguments.ignore_config,
+                    drop_mtp=arguments.drop_mtp,
+                    allow_nonfinite=arguments.allow_nonfinite,
+                    extension=_extension(arguments),
+                ),
+                **work,
             )
         ]
     elif arguments.direction == "mcore-to-hf":
@@ -146,10 +151,13 @@ def run(arguments: argparse.Namespace) -> int | None:
             mcore_to_hf(
                 arguments.checkpoint,
                 arguments.output,
-                tokenizer=arguments.tokenizer,
-                max_shard_bytes=parse_bytes(arguments.max_shard_size),
-                allow_nonfinite=arguments.allow_nonfinite,
-                **options,
+                options=ExportChoices(
+                    dtype=arguments.dtype,
+                    tokenizer=arguments.tokenizer,
+                    max_shard_bytes=parse_bytes(arguments.max_shard_size),
+                    allow_nonfinite=arguments.allow_nonfinite,
+                ),
+                **work,
             )
         ]
     elif arguments.direction.startswith("foreign"):

@@ -1,8 +1,9 @@
 """measure models on text: bits per byte, what was learned and forgotten, samples, weight divergence
 
-A model is a Hugging Face folder or a Megatron checkpoint (`.../checkpoints`, `.../iter_0001000`), written NAME=PATH. A
-text set is a .jsonl or .txt file (plain or compressed), a folder or a glob, written NAME=PATH; a name that comes several
-times is one set of several paths. A result that is on disk already, of the same model and text, is kept.
+A model is a Hugging Face folder or a Megatron checkpoint (`.../checkpoints`, `.../iter_0001000`), or the newest export of a
+run (`.../checkpoints_hf`), written NAME=PATH. A text set is a .jsonl or .txt file (plain or compressed), a folder or a glob,
+written NAME=PATH; a name that comes several times is one set of several paths. A result that is on disk already, of the
+same model and text, is kept.
 
   perplexity   bits per byte with 95 % intervals, per model and text set
   forgetting   the same, compared with the first model: learned, forgotten; a table, a chart, JSON. With --series the
@@ -141,7 +142,7 @@ def _generate(arguments: argparse.Namespace) -> None:
 
     texts: dict[str, list[str]] = {}
     path_of_template = Path(arguments.chat) if arguments.chat else None
-    for name, path in named_paths(arguments.model, "--model").items():
+    for name, path in _named_models(arguments.model).items():
         with loaded_model(name, path, arguments.tokenizer) as model:
             template = None
             if arguments.chat is not None:
@@ -162,7 +163,7 @@ def _generate(arguments: argparse.Namespace) -> None:
 def _harness(arguments: argparse.Namespace) -> None:
     from megatron_cpt.evaluate.models.harness import run_harness
 
-    for name, path in named_paths(arguments.model, "--model").items():
+    for name, path in _named_models(arguments.model).items():
         output = arguments.output / name
         run_harness(path, arguments.tasks.split(","), output, tokenizer=arguments.tokenizer, options=arguments.options)
         sys.stdout.write(f"{output}\n")
@@ -173,7 +174,7 @@ def _divergence(arguments: argparse.Namespace) -> None:
     from megatron_cpt.evaluate.report.plots import plot_divergence
     from megatron_cpt.files import write_json
 
-    models = named_paths(arguments.model, "--model")
+    models = _named_models(arguments.model)
     (base, base_path), *others = models.items()
     if not others:
         raise ConfigError(f"--model {base}: one model only. A base and at least one other are needed. Add a --model.")
@@ -196,7 +197,7 @@ def _measure(arguments: argparse.Namespace, output: Path | None) -> tuple[list, 
     from megatron_cpt.evaluate.models.perplexity import measure_perplexity
     from megatron_cpt.evaluate.models.texts import read_text_set
 
-    models, texts = named_paths(arguments.model, "--model"), named_sets(arguments.text)
+    models, texts = _named_models(arguments.model), named_sets(arguments.text)
     options = {"context": arguments.context, "stride": arguments.stride, "max_documents": arguments.max_documents}
     inputs = measured_inputs(models, texts, arguments.tokenizer, options)
     found = kept_results(output, inputs)
@@ -225,6 +226,13 @@ def named_sets(arguments: list[str]) -> dict[str, list[Path]]:
         ((name, path),) = named_paths([argument], "--text").items()
         sets.setdefault(name, []).append(path)
     return sets
+
+
+def _named_models(arguments: list[str]) -> dict[str, Path]:
+    """Return name -> path of `--model` arguments; a folder of exports stands for its newest one."""
+    from megatron_cpt.evaluate.models.folders import newest_export
+
+    return {name: newest_export(path) for name, path in named_paths(arguments, "--model").items()}
 
 
 def named_paths(arguments: list[str], option: str) -> dict[str, Path]:

@@ -30,9 +30,10 @@ def run(arguments: argparse.Namespace) -> int:
     from megatron_cpt.launch.planning.plan import GIB, plan_run, plan_text
     from megatron_cpt.launch.planning.search import hardware_of, search_text
     from megatron_cpt.launch.scheduler.site import read_site
-    from megatron_cpt.verbs.run_arguments import load_run
+    from megatron_cpt.verbs.run_arguments import load_planned
 
-    config = load_run(arguments).config
+    loaded, estimate = load_planned(arguments)
+    config = loaded.config
     check_tokenizer_rows(config)
     site = read_site(arguments.site)
     gib = arguments.gpu_memory or site.gpu_memory_gib
@@ -49,5 +50,5 @@ def run(arguments: argparse.Namespace) -> int:
         gpu_memory_bytes=gpu_memory,
         is_fused=not is_on_cpu,
     )
-    sys.stdout.write(plan_text(plan))
+    sys.stdout.write(plan_text(plan, estimate))
     return 1 if plan.fits_memory is False else 0

@@ -23,6 +23,7 @@ Example:
 """
 
 import argparse
+import logging
 import os
 import shlex
 import sys
@@ -31,6 +32,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from megatron_cpt.launch.submission.chain import Submitted
     from megatron_cpt.launch.submission.submit import Submission
+
+
+logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,20 +90,29 @@ def run(arguments: argparse.Namespace) -> int:
     from megatron_cpt.launch.submission.aurora_variables import with_variables
     from megatron_cpt.launch.submission.executor import executor_of
     from megatron_cpt.launch.submission.submit import Submission
-    from megatron_cpt.verbs.run_arguments import load_run
+    from megatron_cpt.verbs.run_arguments import load_planned, load_run
 
     if arguments.stage == "train" and (
         arguments.from_environment or arguments.finetune or arguments.universal_checkpoint
     ):
         arguments.overrides = with_variables(arguments, os.environ if arguments.from_environment else {})
     # what prepares the tokens runs before a length in epochs can be counted
-    loaded = load_from_arguments(arguments) if arguments.stage == "job" else load_run(arguments)
+    stated, estimate = load_from_arguments(arguments), ""
+    loaded = stated
+    if arguments.stage in ("train", "pipeline"):
+        loaded, estimate = load_planned(arguments)
+    elif arguments.stage != "job":
+        loaded = load_run(arguments)
+    if estimate:
+        logger.info("length: %s", estimate)
     submission = Submission(
         loaded=loaded,
         site=read_site(arguments.site, queue=arguments.queue, account=arguments.account),
         run_arguments=tuple(run_arguments(arguments)),
         depend=arguments.depend,
         dry_run=arguments.dry_run,
+        in_epochs=stated.config.training.train_epochs is not None,
+        estimate=estimate,
     )
     names = ("depend", "queue", "account", "chain", "array_tasks", "max_failures")
     executor_of(submission).check_options(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_cpt.checkpoint.convert.choices import ExportChoices, ImportChoices
 from megatron_cpt.checkpoint.convert.hf_mcore import hf_to_mcore, mcore_to_hf
 from megatron_cpt.checkpoint.convert.verify import compare_weights
 from megatron_cpt.checkpoint.huggingface.folder import HFFolder
@@ -84,7 +85,9 @@ def test_an_export_without_the_source_configuration_computes_the_same(architectu
 def test_vocabulary_padding_is_added_as_zero_rows_and_removed_again(hf_models, tmp_path):
     source = hf_models("llama")
     for multiple, rows in ((1, 130), (128, 256)):
-        release = hf_to_mcore(source, tmp_path / str(multiple), make_vocab_size_divisible_by=multiple)
+        release = hf_to_mcore(
+            source, tmp_path / str(multiple), options=ImportChoices(make_vocab_size_divisible_by=multiple)
+        )
         embedding = DcpReader(release).read("embedding.word_embeddings.weight")
         assert embedding.shape[0] == rows
         assert not embedding[130:].any()
@@ -93,13 +96,13 @@ def test_vocabulary_padding_is_added_as_zero_rows_and_removed_again(hf_models, t
 
 def test_dtype_is_as_asked_and_the_configuration_says_so(hf_models, tmp_path):
     source = hf_models("deepseek-v3")
-    release = hf_to_mcore(source, tmp_path / "bf16", dtype="bf16", verify=True)
+    release = hf_to_mcore(source, tmp_path / "bf16", options=ImportChoices(dtype="bf16"), verify=True)
     reader = DcpReader(release)
     assert reader.dtype("decoder.layers.1.mlp.router.expert_bias") == torch.float32
     exported = mcore_to_hf(release, tmp_path / "hf", verify=True)
     assert HFFolder(exported).dtype("model.norm.weight") == torch.bfloat16
     assert json.loads((exported / "config.json").read_text())["dtype"] == "bfloat16"
-    back = mcore_to_hf(release, tmp_path / "fp32", dtype="fp32", verify=True)
+    back = mcore_to_hf(release, tmp_path / "fp32", options=ExportChoices(dtype="fp32"), verify=True)
     assert HFFolder(back).dtype("model.norm.weight") == torch.float32
     norm = HFFolder(source).read("model.norm.weight")
     assert torch.equal(HFFolder(back).read("model.norm.weight"), norm.bfloat16().float())
@@ -109,7 +112,7 @@ def test_large_models_come_in_shards_with_an_index_that_transformers_reads(hf_mo
     from transformers import AutoModelForCausalLM
 
     release = hf_to_mcore(hf_models("mixtral"), tmp_path / "mcore")
-    exported = mcore_to_hf(release, tmp_path / "hf", max_shard_bytes=40_000)
+    exported = mcore_to_hf(release, tmp_path / "hf", options=ExportChoices(max_shard_bytes=40_000))
     assert len(list(exported.glob("model-*-of-*.safetensors"))) > 3
     assert_same_tensors(hf_models("mixtral"), exported)
     model = AutoModelForCausalLM.from_pretrained(exported)
@@ -124,7 +127,7 @@ def test_an_unclaimed_tensor_is_an_error_unless_left_out_by_name(hf_models, tmp_
     with pytest.raises(CheckpointError, match="1 tensors have no place in Megatron's model, the first are extra"):
         hf_to_mcore(extra, tmp_path / "mcore")
     assert not (tmp_path / "mcore").exists()
-    release = hf_to_mcore(extra, tmp_path / "mcore", skip_tensors=["ext*"])
+    release = hf_to_mcore(extra, tmp_path / "mcore", options=ImportChoices(skip_tensors=["ext*"]))
     assert mcore.read_manifest(release)["source"]["skipped"] == ["extra"]
 
 
@@ -174,7 +177,7 @@ def test_a_second_conversion_of_the_same_weights_says_done_and_of_others_is_refu
     exported = mcore_to_hf(release, tmp_path / "hf")
     assert mcore_to_hf(release, tmp_path / "hf") == exported
     with pytest.raises(CheckpointError, match="exists already"):
-        mcore_to_hf(release, tmp_path / "hf", dtype="bf16")
+        mcore_to_hf(release, tmp_path / "hf", options=ExportChoices(dtype="bf16"))
     (exported / "model.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="exists already and is damaged"):
         mcore_to_hf(release, tmp_path / "hf")
@@ -228,12 +231,12 @@ def test_tokenizer_files_chat_template_and_generation_configuration_come_along(h
         (tokenizer / name).write_text("{}")
     (tokenizer / "notes.txt").write_text("")
     release = hf_to_mcore(hf_models("llama"), tmp_path / "mcore")
-    exported = mcore_to_hf(release, tmp_path / "hf", tokenizer=tokenizer)
+    exported = mcore_to_hf(release, tmp_path / "hf", options=ExportChoices(tokenizer=tokenizer))
     assert {path.name for path in exported.iterdir()} == {*names, "config.json", "model.safetensors", "conversion.json"}
-    single = mcore_to_hf(release, tmp_path / "single", tokenizer=tokenizer / "tokenizer.json")
+    single = mcore_to_hf(release, tmp_path / "single", options=ExportChoices(tokenizer=tokenizer / "tokenizer.json"))
     assert json.loads((single / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
     with pytest.raises(CheckpointError, match="no such tokenizer"):
-        mcore_to_hf(release, tmp_path / "none", tokenizer=tmp_path / "nowhere")
+        mcore_to_hf(release, tmp_path / "none", options=ExportChoices(tokenizer=tmp_path / "nowhere"))
 
 
 def test_a_remote_code_folder_of_a_known_architecture_converts_both_ways_and_keeps_its_code(hf_models, tmp_path):
@@ -246,7 +249,7 @@ def test_a_remote_code_folder_of_a_known_architecture_converts_both_ways_and_kee
     for name in ("configuration_deepseek.py", "modeling_deepseek.py"):
         (source / name).write_text("raise SystemExit('remote code was run')\n")
     release = hf_to_mcore(source, tmp_path / "mcore", verify=True)
-    output = mcore_to_hf(release, tmp_path / "hf", tokenizer=source, verify=True)
+    output = mcore_to_hf(release, tmp_path / "hf", options=ExportChoices(tokenizer=source), verify=True)
     assert json.loads((output / "config.json").read_text())["auto_map"] == classes
     assert (output / "modeling_deepseek.py").read_text() == (source / "modeling_deepseek.py").read_text()
     left, right = HFFolder(source), HFFolder(output)
@@ -275,6 +278,6 @@ def test_a_description_that_leaves_defaults_open_is_the_same_model(hf_models, ar
     assert hf_to_mcore(source, tmp_path / "mcore", model=dataclasses.replace(stated, **open_ones)) == release
     assert (release / "manifest.json").stat().st_mtime_ns == made, "kept, not made again"
     with pytest.raises(CheckpointError, match=r"made of something else .*\(padded vocabulary: 256 != 132\)"):
-        hf_to_mcore(source, tmp_path / "mcore", make_vocab_size_divisible_by=4)
+        hf_to_mcore(source, tmp_path / "mcore", options=ImportChoices(make_vocab_size_divisible_by=4))
     with pytest.raises(CheckpointError, match=r"made of something else .*\(dtype of the source\)"):
-        hf_to_mcore(source, tmp_path / "mcore", dtype="bf16")
+        hf_to_mcore(source, tmp_path / "mcore", options=ImportChoices(dtype="bf16"))

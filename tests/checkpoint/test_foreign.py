@@ -7,6 +7,7 @@ import numpy
 import pytest
 import torch
 
+from megatron_cpt.checkpoint.convert.choices import ImportChoices
 from megatron_cpt.checkpoint.convert.hf_mcore import hf_to_mcore
 from megatron_cpt.checkpoint.foreign.convert import foreign_to_hf
 from megatron_cpt.checkpoint.huggingface.folder import HFFolder
@@ -19,7 +20,7 @@ from megatron_cpt.errors import CheckpointError
 def llama(hf_models, tmp_path):
     """Return a Hugging Face folder, its model, and its tensors by Megatron's names."""
     source = hf_models("llama")
-    reader = DcpReader(hf_to_mcore(source, tmp_path / "mcore", make_vocab_size_divisible_by=4))
+    reader = DcpReader(hf_to_mcore(source, tmp_path / "mcore", options=ImportChoices(make_vocab_size_divisible_by=4)))
     model = model_config_from_hf(json.loads((source / "config.json").read_text()))
     return source, model, {key: reader.read(key) for key in reader.tensor_keys()}
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_cpt.checkpoint.convert.choices import ExportChoices, ImportChoices
 from megatron_cpt.checkpoint.convert.hf_mcore import hf_to_mcore, mcore_to_hf
 from megatron_cpt.checkpoint.convert.verify import compare_weights
 from megatron_cpt.checkpoint.huggingface.folder import HFFolder
@@ -47,7 +48,9 @@ def test_options_of_an_import_are_honoured_by_every_inverse(hf_models, tmp_path)
     source = folder_of(hf_models("llama"), tmp_path / "source", tensors, odd_key=3)
     with pytest.raises(CheckpointError, match="key odd_key"):
         hf_to_mcore(source, tmp_path / "none")
-    release = hf_to_mcore(source, tmp_path / "mcore", ignore_config=["odd_key"], skip_tensors=["extra.*"])
+    release = hf_to_mcore(
+        source, tmp_path / "mcore", options=ImportChoices(ignore_config=["odd_key"], skip_tensors=["extra.*"])
+    )
     assert mcore.read_manifest(release)["options"] == {"ignore_config": ["odd_key"], "skip_tensors": ["extra.*"]}
     assert NORM in compare_weights(source, release)
     exported = mcore_to_hf(release, tmp_path / "hf")
@@ -224,7 +227,7 @@ def test_an_fp8_base_trains_and_exports_in_bf16(hf_models, tmp_path):
     source = folder_of(
         hf_models("deepseek-v3"), tmp_path / "source", tensors, quantization_config=settings, dtype="bfloat16"
     )
-    release = hf_to_mcore(source, tmp_path / "mcore", dtype="bf16", verify=True)
+    release = hf_to_mcore(source, tmp_path / "mcore", options=ImportChoices(dtype="bf16"), verify=True)
     exported = mcore_to_hf(release, tmp_path / "hf")
     name = "model.layers.0.self_attn.kv_a_proj_with_mqa.weight"
     expected = fp8_values(tensors[name], tensors[name + "_scale_inv"], (16, 16), torch.bfloat16)
@@ -241,7 +244,7 @@ def test_float8_without_a_scale_is_never_imported(with_settings, hf_models, tmp_
     settings = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [16, 16]}} if with_settings else {}
     source = folder_of(hf_models("llama"), tmp_path / "source", tensors, **settings)
     with pytest.raises(CheckpointError, match="down_proj.weight is float8 without a scale"):
-        hf_to_mcore(source, tmp_path / "mcore", dtype="bf16")
+        hf_to_mcore(source, tmp_path / "mcore", options=ImportChoices(dtype="bf16"))
     assert not (tmp_path / "mcore" / "release").exists()
 
 
@@ -255,8 +258,8 @@ def test_what_a_narrower_type_makes_infinite_and_nan_are_named_and_pass_when_all
     source = folder_of(hf_models("llama"), tmp_path / "source", tensors)
     hf_to_mcore(source, tmp_path / "whole")
     with pytest.raises(CheckpointError, match=r"down_proj.weight has 0 NaN and 1 infinite values as float16"):
-        hf_to_mcore(source, tmp_path / "half", dtype="fp16")
-    release = hf_to_mcore(source, tmp_path / "allowed", dtype="fp16", allow_nonfinite=True)
+        hf_to_mcore(source, tmp_path / "half", options=ImportChoices(dtype="fp16"))
+    release = hf_to_mcore(source, tmp_path / "allowed", options=ImportChoices(dtype="fp16", allow_nonfinite=True))
     with pytest.raises(CheckpointError, match="1 infinite"):
         mcore_to_hf(release, tmp_path / "hf")
     tensors[name][0, 0] = float("nan")
@@ -272,7 +275,9 @@ def test_mixed_types_in_one_projection_convert_with_a_type_and_are_named_without
     source = folder_of(hf_models("llama"), tmp_path / "source", tensors)
     with pytest.raises(CheckpointError, match="q_proj.weight bfloat16, .*k_proj.weight float32.*--dtype"):
         hf_to_mcore(source, tmp_path / "none")
-    exported = mcore_to_hf(hf_to_mcore(source, tmp_path / "mcore", dtype="bf16", verify=True), tmp_path / "hf")
+    exported = mcore_to_hf(
+        hf_to_mcore(source, tmp_path / "mcore", options=ImportChoices(dtype="bf16"), verify=True), tmp_path / "hf"
+    )
     assert torch.equal(HFFolder(exported).read(name), tensors[name])
 
 
@@ -285,7 +290,9 @@ def test_layers_that_predict_further_tokens_are_dropped_by_choice(hf_models, tmp
     source = folder_of(hf_models("deepseek-v3"), tmp_path / "source", tensors | further, num_nextn_predict_layers=1)
     with pytest.raises(CheckpointError, match="1 layers behind the last predict further tokens .*--drop-mtp"):
         hf_to_mcore(source, tmp_path / "none")
-    exported = mcore_to_hf(hf_to_mcore(source, tmp_path / "mcore", drop_mtp=True), tmp_path / "hf")
+    exported = mcore_to_hf(
+        hf_to_mcore(source, tmp_path / "mcore", options=ImportChoices(drop_mtp=True)), tmp_path / "hf"
+    )
     assert json.loads((exported / "config.json").read_text())["num_nextn_predict_layers"] == 0
     assert set(HFFolder(exported).names()) == set(tensors)
 
@@ -334,7 +341,7 @@ def test_a_tokenizer_of_its_own_takes_the_place_of_the_kept_one(hf_models, tmp_p
     tokenizer.mkdir()
     (tokenizer / "tokenizer.json").write_text('{"mine": 1}')
     (tokenizer / "tokenizer_config.json").write_text("{}")
-    exported = mcore_to_hf(release, tmp_path / "hf", tokenizer=tokenizer)
+    exported = mcore_to_hf(release, tmp_path / "hf", options=ExportChoices(tokenizer=tokenizer))
     assert (exported / "tokenizer.json").read_text() == '{"mine": 1}'
     assert not (exported / "spiece.model").exists() and not (exported / "chat_template.jinja").exists()
     assert (exported / "LICENSE").exists() and "0.6" in (exported / "generation_config.json").read_text()

@@ -11,6 +11,7 @@ import sentencepiece
 import torch
 from tokenizers import Tokenizer, models
 
+from megatron_cpt.checkpoint.convert.choices import ExportChoices, ImportChoices
 from megatron_cpt.checkpoint.convert.hf_mcore import hf_to_mcore, mcore_to_hf
 from megatron_cpt.checkpoint.huggingface.folder import HFFolder
 from megatron_cpt.checkpoint.huggingface.vocabulary import VocabExtension, extension_for, subtokens_of_new_tokens
@@ -22,7 +23,8 @@ def extended(source, tmp_path, extension):
     """Return a folder converted there and back with an extension."""
     name = extension.method
     return mcore_to_hf(
-        hf_to_mcore(source, tmp_path / f"m-{name}", extension=extension, verify=True), tmp_path / f"hf-{name}"
+        hf_to_mcore(source, tmp_path / f"m-{name}", options=ImportChoices(extension=extension), verify=True),
+        tmp_path / f"hf-{name}",
     )
 
 
@@ -82,7 +84,7 @@ def test_a_token_that_changes_its_id_and_a_smaller_vocabulary_are_refused(hf_mod
     with pytest.raises(CheckpointError, match="must keep their ids"):
         subtokens_of_new_tokens(tmp_path / "old.json", tmp_path / "new.json", 2)
     with pytest.raises(CheckpointError, match="only grows"):
-        hf_to_mcore(hf_models("llama"), tmp_path / "m", extension=VocabExtension(vocab_size=129))
+        hf_to_mcore(hf_models("llama"), tmp_path / "m", options=ImportChoices(extension=VocabExtension(vocab_size=129)))
 
 
 def word_tokenizer(path, num_words, **added):
@@ -118,7 +120,7 @@ def test_rows_ids_extension_and_exported_tokenizer_are_held_against_each_other(h
         extension_for(source, None, rows=None)
     release = hf_to_mcore(source, tmp_path / "mcore")
     with pytest.raises(CheckpointError, match="has ids up to 140; the model has 130 rows .256 with padding"):
-        mcore_to_hf(release, tmp_path / "hf", tokenizer=new)
+        mcore_to_hf(release, tmp_path / "hf", options=ExportChoices(tokenizer=new))
     assert not (tmp_path / "hf").exists()
     swapped = word_tokenizer(tmp_path / "swapped", 0, w1=0, w0=1)
     with pytest.raises(CheckpointError, match="must keep their ids"):

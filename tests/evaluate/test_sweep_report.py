@@ -7,7 +7,8 @@ import pytest
 
 from megatron_cpt.cli import main
 from megatron_cpt.errors import DataError
-from megatron_cpt.evaluate.report.sweep import write_sweep_report
+from megatron_cpt.evaluate.report.sweep import _mean_interval, write_sweep_report
+from tests.tolerances import assert_fp64_rounding
 
 
 def write_metrics(
@@ -64,6 +65,36 @@ def test_points_are_compared_and_those_that_none_beats_are_marked(tmp_path, caps
     assert rows[5][3:] == ["", "", "", "", "", "0 of 10"]
     assert (tmp_path / "report" / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert "sweep.png" in (tmp_path / "report" / "sweep.md").read_text()
+
+
+def write_forgetting(run: Path, intervals: dict[str, tuple[float, float]]) -> None:
+    """Write what `evaluate forgetting` says of a point: intervals around changes of -0.4."""
+    changes = [
+        {"model": model, "text": text, "change": -0.4, "change_low": -0.4 - below, "change_high": -0.4 + above}
+        for text, (below, above) in intervals.items()
+        for model in ("cpt", "soup")
+    ]
+    (run / "report" / "evaluation").mkdir(parents=True)
+    (run / "report" / "evaluation" / "forgetting.json").write_text(json.dumps({"format": 1, "changes": changes}))
+
+
+def test_intervals_are_drawn_where_a_point_was_measured_and_said_where_not(tmp_path):
+    write_sweep(tmp_path / "sweep", {("0.05", "1e-3"): (-0.4, 0.2), ("0.25", "1e-3"): (-0.3, 0.1)})
+    write_sweep_report(tmp_path / "sweep", tmp_path / "report")
+    page, plain = (tmp_path / "report/sweep.md").read_text(), (tmp_path / "report/sweep.png").read_bytes()
+    assert "No intervals: " in page
+    write_forgetting(tmp_path / "replay-0.05_lr-1e-3", {"D0": (0.02, 0.03), "D1": (0.04, 0.05)})
+    write_sweep_report(tmp_path / "sweep", tmp_path / "report")
+    first, second = json.loads((tmp_path / "report/sweep.json").read_text())["points"]
+    assert_fp64_rounding((first["forgot_interval"], first["learned_interval"]), ([0.02, 0.03], [0.04, 0.05]))
+    assert second["learned_interval"] is None
+    assert "Bars of 1 of 2 points: 95 % intervals" in (tmp_path / "report/sweep.md").read_text()
+    assert (tmp_path / "report/sweep.png").read_bytes() != plain
+
+
+def test_the_interval_of_a_mean_over_two_texts_is_that_of_independent_errors():
+    assert_fp64_rounding(_mean_interval({"a": (0.3, 0.6), "b": (0.4, 0.8)}, ["a", "b"]), (0.25, 0.5))
+    assert _mean_interval({"a": (0.3, 0.6)}, ["a", "b"]) is None and _mean_interval({}, []) is None
 
 
 def test_a_sweep_without_any_training_is_refused(tmp_path):

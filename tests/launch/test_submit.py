@@ -266,6 +266,6 @@ def test_what_a_path_in_documents_means_is_one_thing(task, tmp_path, monkeypatch
         own = dataclasses.replace(chosen, loaded=dataclasses.replace(chosen.loaded, config=config))
         (stage,) = (stage for stage in pipeline_stages(own) if stage.name == "tokenize-D1")
         words = stage.words[2 : stage.words.index("--tokenizer")]
-        assert list(words) == document_inputs(config, [pattern]) == list(stage.reads[:-1])
+        assert list(words) == document_inputs(config.paths, [pattern]) == list(stage.reads[:-1])
         if expected is not None:
             assert sorted(source.path.stem for source in list_sources(words)) == sorted(expected), pattern

@@ -223,15 +223,15 @@ def test_documents_and_model_are_found_before_the_data_folder_is_made(model, her
     init_task(Path("ja"), model="models/base", documents={"ja": ["corpus/*.jsonl"]}, tokens="200K")
     config = load_config(Path("ja"), "base", "200K").config
     assert not (here / "data").exists()
-    assert document_inputs(config, config.data.corpora["ja"].documents) == ["corpus/*.jsonl"]
+    assert document_inputs(config.paths, config.data.corpora["ja"].documents) == ["corpus/*.jsonl"]
     assert document_problems(config) == []
-    assert data_path(config, config.data.tokenizer) == config.init.from_path == "models/base"
+    assert data_path(config.paths, config.data.tokenizer) == config.init.from_path == "models/base"
     with pytest.raises(SystemExit, match="^0$"):
         main(["submit", "pipeline", "ja", "--dry-run"])
     words = capsys.readouterr().out
     assert "documents=corpus/*.jsonl" in words and "--tokenizer models/base" in words
     (here / "data" / "ja").mkdir(parents=True)  # a stage makes it: the same words, so that nothing is made twice
-    assert document_inputs(config, config.data.corpora["ja"].documents) == ["corpus/*.jsonl"]
+    assert document_inputs(config.paths, config.data.corpora["ja"].documents) == ["corpus/*.jsonl"]
 
 
 def test_a_linked_data_folder_leads_to_the_same_documents(model, here):

@@ -28,7 +28,7 @@ def test_training_refuses_another_device_than_the_sites(monkeypatch, wanted, is_
     monkeypatch.setattr(cpu, "is_cpu", lambda: is_cpu)
     config = dataclasses.replace(tiny_config(), launch=LaunchConfig(device=wanted))
     if message is None:
-        check_device(config)
+        check_device(config.launch)
         return
     with pytest.raises(ConfigError, match=message):
-        check_device(config)
+        check_device(config.launch)

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 
+from megatron_cpt.checkpoint.convert.choices import ExportChoices
 from megatron_cpt.checkpoint.convert.hf_mcore import mcore_to_hf
 from tests.distributed import RankFailure
 from tests.tolerances import assert_fp32_rounding
@@ -17,7 +18,9 @@ def exported(after_base, tmp_path):  # noqa: F811
     """Return the task after its base and Hugging Face folders of iterations 4 and 8."""
     checkpoints = run_path(after_base, "base") / "checkpoints"
     for iteration in (4, 8):
-        mcore_to_hf(checkpoints / f"iter_{iteration:07d}", tmp_path / f"hf{iteration}", tokenizer=None)
+        mcore_to_hf(
+            checkpoints / f"iter_{iteration:07d}", tmp_path / f"hf{iteration}", options=ExportChoices(tokenizer=None)
+        )
     return after_base, tmp_path
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_cpt.checkpoint.convert.choices import ExportChoices
 from megatron_cpt.checkpoint.convert.hf_mcore import mcore_to_hf
 from megatron_cpt.checkpoint.torch_dist.mcore import read_manifest
 from megatron_cpt.cli import main
@@ -175,5 +176,7 @@ def test_the_loss_is_the_mean_over_what_assistants_say_under_every_layout(ranks,
         (record,) = records(task, "base", "train")
         assert record["lr"] == 0.0  # the first step of a warm-up: the model that is saved is the one that was measured
         found[name] = record["loss"]
-    exported = mcore_to_hf(run_path(task, "base") / "checkpoints" / "iter_0000001", tmp_path / "hf", tokenizer=None)
+    exported = mcore_to_hf(
+        run_path(task, "base") / "checkpoints" / "iter_0000001", tmp_path / "hf", options=ExportChoices(tokenizer=None)
+    )
     assert_fp32_rounding(list(found.values()), [loss_by_hand(exported, chat_data)] * 3)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_cpt.checkpoint.convert.choices import ExportChoices
 from megatron_cpt.checkpoint.convert.hf_mcore import mcore_to_hf
 from megatron_cpt.checkpoint.torch_dist.mcore import list_checkpoints, read_manifest, verify_checkpoint
 from tests.distributed import RankFailure
@@ -106,7 +107,7 @@ def test_a_run_that_lost_its_last_steps_continues_under_another_layout_as_if_not
 def test_a_trained_checkpoint_becomes_a_hugging_face_folder_without_loss(ranks, experiment, tmp_path):
     assert ranks.run(run_stage, 2, str(experiment), "base", TP2) == ["finished"] * 2
     checkpoint = run_path(experiment, "base") / "checkpoints" / "iter_0000008"
-    exported = mcore_to_hf(checkpoint, tmp_path / "hf", tokenizer=None, verify=True)
+    exported = mcore_to_hf(checkpoint, tmp_path / "hf", options=ExportChoices(tokenizer=None), verify=True)
     assert (exported / "config.json").exists()
     assert json.loads((exported / "conversion.json").read_text())
 

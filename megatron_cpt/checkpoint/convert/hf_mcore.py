@@ -12,12 +12,13 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_cpt.checkpoint.convert.choices import ExportChoices, ImportChoices
 from megatron_cpt.checkpoint.convert.release import is_made, release_manifest
 from megatron_cpt.checkpoint.convert.verify import verify_against_hf
 from megatron_cpt.checkpoint.huggingface.companion_files import (
@@ -38,7 +39,7 @@ from megatron_cpt.checkpoint.huggingface.read_config import (
     family_of_config,
     model_config_from_hf,
 )
-from megatron_cpt.checkpoint.huggingface.vocabulary import ExtendedFolder, VocabExtension
+from megatron_cpt.checkpoint.huggingface.vocabulary import ExtendedFolder
 from megatron_cpt.checkpoint.huggingface.write_config import hf_config_from_model
 from megatron_cpt.checkpoint.mapping.units import Unit, check_coverage, family_of, units
 from megatron_cpt.checkpoint.torch_dist import mcore
@@ -56,7 +57,6 @@ logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NAMES_IN_CONFIG = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-DEFAULT_SHARD_BYTES = 5 * 10**9
 
 
 def hf_to_mcore(
@@ -64,39 +64,33 @@ def hf_to_mcore(
     output: Path,
     *,
     model: ModelConfig | None = None,
-    make_vocab_size_divisible_by: int = 128,
-    dtype: str | None = None,
+    options: ImportChoices | None = None,
     verify: bool = False,
     num_workers: int = 2,
-    skip_tensors: Sequence[str] = (),
-    ignore_config: Sequence[str] = (),
-    extension: VocabExtension | None = None,
-    drop_mtp: bool = False,
-    allow_nonfinite: bool = False,
 ) -> Path:
     """Convert the model in `hf_dir` to `<output>/release`; return that folder.
 
-    `model`, when given, must describe the same weights; its vocabulary padding is used. `dtype` is fp32, bf16 or fp16
-    (None: unchanged; the router's bias keeps its type). `verify` reads everything back and compares it bit by bit.
-    `extension` adds rows to the vocabulary. `skip_tensors`, `ignore_config` and `drop_mtp` (the layers that predict
-    further tokens, which are not trained) are remembered in the manifest. `allow_nonfinite` lets NaN and infinity pass.
+    `model`, when given, must describe the same weights; its vocabulary padding is used. `verify` reads everything back and
+    compares it bit by bit.
 
     Raises: CheckpointError when a tensor or a key has no place, when sizes differ, or when there is something else already.
     """
+    options = options or ImportChoices()
+    extension = options.extension
     source = HFFolder(hf_dir) if extension is None else ExtendedFolder(hf_dir, extension)
     where = str(hf_dir / "config.json")
     quantization(source.config, where)  # of a kind that is not known
-    options = source.options.joined(ignore_config, skip_tensors)
-    described = model_config_from_hf(source.config, ignore=options.ignore_config, where=where)
-    options = _with_mtp(source, described, options, drop=drop_mtp)
-    model = _agreed_model(described, model, make_vocab_size_divisible_by, hf_dir)
+    remembered = source.options.joined(options.ignore_config, options.skip_tensors)
+    described = model_config_from_hf(source.config, ignore=remembered.ignore_config, where=where)
+    remembered = _with_mtp(source, described, remembered, drop=options.drop_mtp)
+    model = _agreed_model(described, model, options.make_vocab_size_divisible_by, hf_dir)
     family = family_of_config(source.config, where)
     steps = units(model, family)
     names = source.names_to_claim(*family.repeated_output(model))
-    skipped = check_coverage(steps, names, str(hf_dir), options.skip_tensors)
+    skipped = check_coverage(steps, names, str(hf_dir), remembered.skip_tensors)
     _check_shapes(source, steps)
     target = mcore.checkpoint_dir(output, "release")
-    identity = {"kind": "huggingface", **source.fingerprint(), "dtype": dtype, "skipped": skipped}
+    identity = {"kind": "huggingface", **source.fingerprint(), "dtype": options.dtype, "skipped": skipped}
     if is_made(target, identity, model):
         if mcore.read_tracker(output) is None:  # killed between the folder and the tracker
             mcore.write_tracker(output, "release")
@@ -107,10 +101,10 @@ def hf_to_mcore(
     remove_partial(target)
     with whole_dir(target) as directory, claimed(directory):
         progress = progress_of(f"{hf_dir.name} to Megatron", source.num_bytes())
-        cast = DTYPES[dtype] if dtype else None
+        cast = DTYPES[options.dtype] if options.dtype else None
         hashes = write_dcp(
             directory,
-            [_slice(step, source, model, cast, allow_nonfinite=allow_nonfinite) for step in steps],
+            [_slice(step, source, model, cast, allow_nonfinite=options.allow_nonfinite) for step in steps],
             num_workers=num_workers,
             progress=progress,
         )
@@ -126,7 +120,7 @@ def hf_to_mcore(
             write_json(directory / CONVERSION, {"direction": "hf_to_mcore", "bit_exact": True, "tensors": tensors})
         mcore.write_manifest(
             directory,
-            release_manifest(dataclasses.asdict(model), identity, hf=source.config, **options.record()),
+            release_manifest(dataclasses.asdict(model), identity, hf=source.config, **remembered.record()),
             hashes,
         )
     # After the renaming: the tracker never names a folder that is incomplete.
@@ -139,27 +133,23 @@ def mcore_to_hf(
     checkpoint: Path,
     output: Path,
     *,
-    tokenizer: Path | None = None,
-    dtype: str | None = None,
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    options: ExportChoices | None = None,
     verify: bool = False,
     num_workers: int = 2,
     weights: MegatronWeights | None = None,
     manifest: dict[str, Any] | None = None,
-    extra_files: Mapping[str, Any] | None = None,
-    allow_nonfinite: bool = False,
 ) -> Path:
     """Convert the checkpoint `iter_NNNNNNN` or `release` (or the newest good one of a folder of them) to a Hugging Face
     folder `output`; return `output`.
 
-    The model and the source's `config.json` come from the manifest. `tokenizer` (a folder, `tokenizer.json` or a
-    SentencePiece model) is copied, with chat template and generation configuration if it has them; otherwise, and for
-    all other files except the weights, the files that the checkpoint kept of its base are copied. `allow_nonfinite`
-    lets NaN and infinity pass. `weights` and `manifest` replace the checkpoint's own (averages, other formats);
-    `checkpoint` then only names them. `extra_files` (name -> JSON value) are written to the same folder.
+    The model and the source's `config.json` come from the manifest. All files except the weights come from those that the
+    checkpoint kept of its base, and the tokenizer from `options` where it names one. `weights` and `manifest` replace the
+    checkpoint's own (averages, other formats); `checkpoint` then only names them.
 
     Raises: CheckpointError when the checkpoint is damaged or incomplete, or `output` holds something else.
     """
+    options = options or ExportChoices()
+    tokenizer = options.tokenizer
     if weights is None:
         checkpoint = mcore.find_checkpoint(checkpoint)
     manifest = mcore.read_manifest(checkpoint) if manifest is None else manifest
@@ -169,9 +159,13 @@ def mcore_to_hf(
     check_tokenizer_fits(tokenizer or kept, model, is_own=tokenizer is None)
     uses_kept_tokenizer = tokenizer is None and is_trained_with(kept, manifest)
     imported = ImportOptions.of(manifest)
-    options = {"dtype": dtype, "max_shard_bytes": max_shard_bytes, "tokenizer": tokenizer_hash(tokenizer or kept)}
+    recorded = {
+        "dtype": options.dtype,
+        "max_shard_bytes": options.max_shard_bytes,
+        "tokenizer": tokenizer_hash(tokenizer or kept),
+    }
     # The manifest's hashes stand for the weights: a repeated command reads none of them.
-    identity = {"kind": "megatron", "files": text_hash(json.dumps(manifest.get("files"), sort_keys=True)), **options}
+    identity = {"kind": "megatron", "files": text_hash(json.dumps(manifest.get("files"), sort_keys=True)), **recorded}
     if _is_exported(output, identity):
         logger.info("%s: converted already from the same weights", output)
         return output
@@ -188,8 +182,8 @@ def mcore_to_hf(
             f"{checkpoint}: {len(left)} weights have no place in {config['architectures'][0]}, the first are "
             f"{', '.join(left[:3])}. Every weight must be converted. The manifest belongs to another model."
         )
-    cast = DTYPES[dtype] if dtype else None
-    groups = [_group(step, weights, model, cast, allow_nonfinite=allow_nonfinite) for step in steps]
+    cast = DTYPES[options.dtype] if options.dtype else None
+    groups = [_group(step, weights, model, cast, allow_nonfinite=options.allow_nonfinite) for step in steps]
     # transformers 5 reads `dtype`, earlier versions `torch_dtype`.
     config["dtype"] = config["torch_dtype"] = NAMES_IN_CONFIG[groups[0].tensors[0][2]]
     total = sum(group.num_bytes for group in groups)
@@ -198,7 +192,7 @@ def mcore_to_hf(
     with whole_dir(output) as directory, claimed(directory):
         progress = progress_of(f"{checkpoint.name} to Hugging Face", total)
         hashes = write_safetensors(
-            directory, groups, max_shard_bytes=max_shard_bytes, num_workers=num_workers, progress=progress
+            directory, groups, max_shard_bytes=options.max_shard_bytes, num_workers=num_workers, progress=progress
         )
         copied = add_companions(
             directory,
@@ -209,7 +203,7 @@ def mcore_to_hf(
             is_trained=manifest.get("iteration", "release") != "release",
         )
         write_configs(directory, config, copied)
-        for name, value in (extra_files or {}).items():
+        for name, value in (options.extra_files or {}).items():
             write_json(directory / name, value)
         record: dict[str, Any] = {
             "direction": "mcore_to_hf",

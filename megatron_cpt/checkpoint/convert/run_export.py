@@ -3,6 +3,7 @@
 import logging
 from pathlib import Path
 
+from megatron_cpt.checkpoint.convert.choices import ExportChoices
 from megatron_cpt.checkpoint.convert.hf_mcore import mcore_to_hf
 from megatron_cpt.checkpoint.torch_dist import mcore
 from megatron_cpt.config.loading.paths import data_path
@@ -52,7 +53,7 @@ def export_all(
 
 def tokenizer_path(config: RunConfig) -> Path | None:
     """Return the run's tokenizer, None when it has none."""
-    return Path(data_path(config, config.data.tokenizer)) if config.data.tokenizer else None
+    return Path(data_path(config.paths, config.data.tokenizer)) if config.data.tokenizer else None
 
 
 def export_checkpoint(
@@ -62,8 +63,7 @@ def export_checkpoint(
     return mcore_to_hf(
         checkpoint,
         run_dir(config).checkpoints_hf / checkpoint.name,
-        tokenizer=tokenizer_path(config),
-        dtype=dtype,
+        options=ExportChoices(tokenizer=tokenizer_path(config), dtype=dtype),
         verify=verify,
         num_workers=num_workers,
     )

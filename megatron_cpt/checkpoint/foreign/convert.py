@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 import xxhash
 
+from megatron_cpt.checkpoint.convert.choices import ExportChoices
 from megatron_cpt.checkpoint.convert.hf_mcore import (
     DTYPES,
     claimed,
@@ -128,8 +129,7 @@ def foreign_to_hf(
     return mcore_to_hf(
         source,
         output,
-        tokenizer=tokenizer,
-        dtype=dtype,
+        options=ExportChoices(tokenizer=tokenizer, dtype=dtype),
         verify=verify,
         num_workers=num_workers,
         weights=foreign.weights,

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
+from megatron_cpt.checkpoint.convert.choices import DEFAULT_SHARD_BYTES
 from megatron_cpt.checkpoint.convert.hf_mcore import (
-    DEFAULT_SHARD_BYTES,
     DTYPES,
     NAMES_IN_CONFIG,
     claimed,

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from megatron_cpt.checkpoint.convert.choices import ExportChoices
 from megatron_cpt.checkpoint.convert.hf_mcore import claimed, mcore_to_hf, remove_partial
 from megatron_cpt.checkpoint.convert.release import is_made, release_manifest
 from megatron_cpt.checkpoint.huggingface.companion_files import keep_companions
@@ -99,12 +100,10 @@ def average_checkpoints(
         return mcore_to_hf(
             checkpoints[0],
             output,
-            tokenizer=tokenizer,
-            dtype=dtype,
+            options=ExportChoices(tokenizer=tokenizer, dtype=dtype, extra_files={MERGE_INFO: info}),
             num_workers=num_workers,
             weights=source,
             manifest=manifest,
-            extra_files={MERGE_INFO: info},
         )
     left = source.unclaimed(steps)
     if left:

@@ -32,7 +32,7 @@ def mistakes(config: RunConfig, origins: dict[str, str], unusable: Collection[st
     ]
     bad = {*unusable, *(keys[0] for keys, _ in found)}
     sane = with_ones(config, [keys[0] for keys, _ in found])
-    if ramp := [problem for problem in ramp_problems(sane) if not bad.intersection(problem.keys)]:
+    if ramp := [problem for problem in ramp_problems(sane.training) if not bad.intersection(problem.keys)]:
         found += [(problem.keys, problem.text) for problem in ramp]
         sane = replace(sane, training=replace(sane.training, rampup_batch_size=None))
     for problems in (model_problems, parallel_problems, stage_problems):

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from megatron_cpt.config.checks.problem import Problem
 from megatron_cpt.config.settings.batch_sizes import batch_sizes, ramp_text
-from megatron_cpt.config.settings.schema import RunConfig, TrainingConfig
+from megatron_cpt.config.settings.schema import TrainingConfig
 from megatron_cpt.config.settings.values import BatchRamp, Duration
 from megatron_cpt.errors import ConfigError
 
@@ -12,13 +12,13 @@ RAMP = "training.rampup_batch_size"
 SIZE = "training.global_batch_size"
 
 
-def ramp_problems(config: RunConfig) -> Iterator[Problem]:
+def ramp_problems(training: TrainingConfig) -> Iterator[Problem]:
     """Yield what makes `training.rampup_batch_size` no ramp-up; nothing else can be looked at with one that is none."""
-    ramp, size = config.training.rampup_batch_size, config.training.global_batch_size
+    ramp, size = training.rampup_batch_size, training.global_batch_size
     if ramp is None:
         return
     if isinstance(ramp[0], tuple):
-        yield from _step_problems(config.training, ramp)
+        yield from _step_problems(training, ramp)
         return
     start, increment, length = ramp
     assert isinstance(start, int) and isinstance(increment, int) and not isinstance(length, tuple)

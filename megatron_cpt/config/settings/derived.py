@@ -4,7 +4,14 @@ import math
 from fractions import Fraction
 
 from megatron_cpt.config.settings.batch_sizes import batch_sizes
-from megatron_cpt.config.settings.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainingConfig
+from megatron_cpt.config.settings.schema import (
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainingConfig,
+)
 from megatron_cpt.config.settings.values import ALL_SETTINGS, Duration
 from megatron_cpt.errors import ConfigError
 
@@ -121,6 +128,6 @@ def num_microbatches(config: RunConfig) -> int:
     return math.ceil(training.global_batch_size / (training.micro_batch_size * data_parallel_size(config)))
 
 
-def may_change_data_list(config: RunConfig) -> bool:
+def may_change_data_list(checkpoint: CheckpointConfig) -> bool:
     """Return whether a started run can read another data list: it follows from the length and the data."""
-    return any(key.split(".")[0] in (ALL_SETTINGS, "training", "data") for key in config.checkpoint.accept_changes)
+    return any(key.split(".")[0] in (ALL_SETTINGS, "training", "data") for key in checkpoint.accept_changes)

@@ -178,7 +178,7 @@ class TrainingConfig:
     train_epochs: float | None = None
     """Length in epochs of the corpus with the largest share of data.mix (instruction data), counted from its token
     files when a verb plans or trains the stage, and rounded down to whole iterations: show-config prints the resulting
-    train_iters. With data.rules: the longest stage in which the corpus that has the largest share is read so often at
+    train_iters. Before they are made, plan and submit estimate it from the documents. With data.rules: the longest stage in which the corpus that has the largest share is read so often at
     most."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Compute precision; bf16 keeps fp32 master weights and reduces gradients in fp32."""

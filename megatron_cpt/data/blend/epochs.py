@@ -9,6 +9,7 @@ the longest one that the rules allow with the corpus that has the largest share 
 """
 
 import dataclasses
+from collections.abc import Mapping
 from fractions import Fraction
 
 from megatron_cpt.config.checks.all import check_config
@@ -21,8 +22,10 @@ _GRID = 200
 """Lengths that are tried with data.rules, equal factors apart."""
 
 
-def with_iterations(loaded: LoadedConfig) -> LoadedConfig:
+def with_iterations(loaded: LoadedConfig, estimates: Mapping[str, int] | None = None) -> LoadedConfig:
     """Return the configuration with `train_iters` instead of `train_epochs`; its origin records the computation.
+
+    `estimates` are tokens of corpora that have no token files yet (`start/length.py`).
 
     Raises: DataError when the epochs cannot be counted; ConfigError when the length does not fit the schedule.
     """
@@ -30,9 +33,9 @@ def with_iterations(loaded: LoadedConfig) -> LoadedConfig:
     if config.training.train_epochs is None:
         return loaded
     if config.data.rules:
-        iterations, corpus, available, share = _longest_by_rules(config)
+        iterations, corpus, available, share = _longest_by_rules(config, estimates or {})
     else:
-        corpus, available, share = _counted_corpus(config)
+        corpus, available, share = _counted_corpus(config, estimates or {})
     samples = int(Fraction(str(config.training.train_epochs)) * available / share / config.training.seq_length)
     if not config.data.rules:
         iterations = train_iters(_length(config.training, train_samples=samples))
@@ -45,8 +48,9 @@ def with_iterations(loaded: LoadedConfig) -> LoadedConfig:
             f"{available:,} tokens of {corpus} are {samples} samples, not one batch of {config.training.global_batch_size}. "
             "Lower training.global_batch_size, or raise the epochs.",
         )
+    estimated = " by an estimate" if estimates else ""
     origin = (
-        f"{config.training.train_epochs:g} epochs of {corpus}, {available:,} tokens ({float(share):g} of the mix), from "
+        f"{config.training.train_epochs:g} epochs of {corpus}, {available:,} tokens{estimated} ({float(share):g} of the mix), from "
         f"{loaded.origins.get('training.train_epochs', 'default')}"
     )
     training = dataclasses.replace(config.training, train_epochs=None, train_iters=iterations)
@@ -56,7 +60,7 @@ def with_iterations(loaded: LoadedConfig) -> LoadedConfig:
     return LoadedConfig(resolved, origins)
 
 
-def _counted_corpus(config: RunConfig) -> tuple[str, int, Fraction]:
+def _counted_corpus(config: RunConfig, estimates: Mapping[str, int]) -> tuple[str, int, Fraction]:
     """Return the corpus with the largest share of the mix, its tokens and its share."""
     # numpy and the tokenizer's library: only where a length is in epochs
     from megatron_cpt.data.blend.sources import parts_from_list, parts_from_mix
@@ -65,7 +69,7 @@ def _counted_corpus(config: RunConfig) -> tuple[str, int, Fraction]:
     if config.data.train_data_path is not None:
         parts, shares = parts_from_list(config, problems)
     else:
-        parts, shares = parts_from_mix(config, {}, problems)
+        parts, shares = parts_from_mix(config, {}, problems, estimates)
     if problems:
         raise _refused(
             config.training, "the token files cannot be counted:" + "".join(f"\n  - {problem}" for problem in problems)
@@ -80,12 +84,12 @@ def _counted_corpus(config: RunConfig) -> tuple[str, int, Fraction]:
     return names[0], sum(part.available for part in parts[names[0]]), largest
 
 
-def _longest_by_rules(config: RunConfig) -> tuple[int, str, int, Fraction]:
+def _longest_by_rules(config: RunConfig, estimates: Mapping[str, int]) -> tuple[int, str, int, Fraction]:
     """Return the iterations of the longest stage, and of its corpus with the largest share name, tokens and share."""
     from megatron_cpt.data.blend.sources import available_parts, drawn_by_rules
 
     problems: list[str] = []
-    parts = available_parts(config, {}, problems)
+    parts = available_parts(config, {}, problems, estimates)
     if problems:
         raise _refused(
             config.training, "the token files cannot be counted:" + "".join(f"\n  - {problem}" for problem in problems)

@@ -211,7 +211,7 @@ def _tokenizer_identity(config: RunConfig) -> dict[str, Any] | None:
         return None
     from megatron_cpt.data.tokenizer.interface import load_tokenizer  # heavy: the tokenizer library
 
-    return load_tokenizer(Path(data_path(config, config.data.tokenizer))).identity
+    return load_tokenizer(Path(data_path(config.paths, config.data.tokenizer))).identity
 
 
 def check_tokenizer_rows(config: RunConfig) -> None:
@@ -219,7 +219,7 @@ def check_tokenizer_rows(config: RunConfig) -> None:
 
     Raises: DataError when an id would have no row.
     """
-    if config.data.tokenizer is not None and Path(data_path(config, config.data.tokenizer)).exists():
+    if config.data.tokenizer is not None and Path(data_path(config.paths, config.data.tokenizer)).exists():
         _refuse(config, _row_problems(config.model, _tokenizer_identity(config), []))
 
 
@@ -261,7 +261,7 @@ def _sentinel_problems(config: RunConfig) -> list[str]:
     from megatron_cpt.data.tokenizer.interface import load_tokenizer  # heavy: the tokenizer library
 
     try:
-        fill_in_middle(config, load_tokenizer(Path(data_path(config, config.data.tokenizer))))
+        fill_in_middle(config, load_tokenizer(Path(data_path(config.paths, config.data.tokenizer))))
     except DataError as problem:
         return [str(problem)]
     return []

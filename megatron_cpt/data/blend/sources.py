@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
+from types import MappingProxyType
 
 from megatron_cpt.config.settings import derived
 from megatron_cpt.config.settings.schema import RunConfig, TrainingConfig
@@ -21,6 +22,7 @@ from megatron_cpt.data.shards.indexed import bin_path, idx_path, read_index
 from megatron_cpt.data.shards.skip_list import kept_documents, stage_skip_list
 from megatron_cpt.errors import DataError
 
+_NONE: Mapping[str, int] = MappingProxyType({})
 _SUM_TOLERANCE = Fraction(1, 10**9)
 
 
@@ -41,8 +43,15 @@ Parts = dict[str, list[Part]]
 Shares = dict[str, Fraction]
 
 
-def parts_from_mix(config: RunConfig, begun: Mapping[str, int | None], problems: list[str]) -> tuple[Parts, Shares]:
+def parts_from_mix(
+    config: RunConfig,
+    begun: Mapping[str, int | None],
+    problems: list[str],
+    estimates: Mapping[str, int] = _NONE,
+) -> tuple[Parts, Shares]:
     """Return the parts and shares of `data.mix`; errors are added to `problems`.
+
+    `estimates` are tokens of corpora that have no token files yet.
 
     `begun` contains the positions of a started stage, by prefix: they stay the same even if the buffer has changed
     since.
@@ -57,7 +66,7 @@ def parts_from_mix(config: RunConfig, begun: Mapping[str, int | None], problems:
     if mix and abs(total - 1) > _SUM_TOLERANCE:
         summands = " + ".join(f"{float(share):g}" for share in mix.values())
         problems.append(f"data.mix sums to {float(total):g} ({summands}). Shares must sum to 1.")
-    parts = _corpus_parts(config, [name for name, share in mix.items() if share > 0], begun, problems)
+    parts = _corpus_parts(config, [name for name, share in mix.items() if share > 0], begun, problems, estimates)
     return parts, {corpus: share / total for corpus, share in mix.items() if share > 0 and total}
 
 
@@ -72,12 +81,17 @@ def parts_from_rules(config: RunConfig, begun: Mapping[str, int | None], problem
     return drawn_by_rules(config, parts, derived.train_tokens(config.training))
 
 
-def available_parts(config: RunConfig, begun: Mapping[str, int | None], problems: list[str]) -> Parts:
+def available_parts(
+    config: RunConfig,
+    begun: Mapping[str, int | None],
+    problems: list[str],
+    estimates: Mapping[str, int] = _NONE,
+) -> Parts:
     """Return the shards of every corpus that has token files, each weighted by its tokens, for `drawn_by_rules`."""
     data = config.data
     names = [name for name, corpus in data.corpora.items() if corpus.tokens]
     names += [replay.CORPUS] if replay.CORPUS in data.rules and replay.CORPUS not in names else []
-    return _corpus_parts(config, names, begun, problems)
+    return _corpus_parts(config, names, begun, problems, estimates)
 
 
 def drawn_by_rules(config: RunConfig, parts: Parts, budget: int) -> tuple[Parts, Shares]:
@@ -121,12 +135,19 @@ def drawn_by_rules(config: RunConfig, parts: Parts, budget: int) -> tuple[Parts,
 
 
 def _corpus_parts(
-    config: RunConfig, names: Sequence[str], begun: Mapping[str, int | None], problems: list[str]
+    config: RunConfig,
+    names: Sequence[str],
+    begun: Mapping[str, int | None],
+    problems: list[str],
+    estimates: Mapping[str, int] = _NONE,
 ) -> Parts:
     """Return the shards of corpora, each weighted by its tokens; `problems` gains what is wrong with them."""
     buffer = _stage_buffer(config)
     parts: Parts = {}
     for corpus in names:
+        if corpus in estimates:
+            parts[corpus] = [_estimated_part(config, corpus, estimates[corpus])]
+            continue
         if corpus == replay.CORPUS and corpus not in config.data.corpora:
             prefixes = _buffer_prefixes(config, buffer, begun, problems)
         elif corpus in config.data.corpora:
@@ -145,6 +166,13 @@ def _corpus_parts(
             problems.append(f"corpus {corpus}: its shards hold no token.")
     problems += _shared_shards(parts) + _held_out_shards(config, parts)
     return parts
+
+
+def _estimated_part(config: RunConfig, corpus: str, tokens: int) -> Part:
+    """Return the part that a corpus will have once it is tokenized."""
+    prefix = _resolve(config.data.corpora[corpus].tokens[0], Path(config.paths.data_dir))
+    shard = Shard(prefix=prefix, tokens=tokens, documents=0, tokenizer={})
+    return Part(shard=shard, available=tokens, weight=Fraction(tokens))
 
 
 def parts_from_list(config: RunConfig, problems: list[str]) -> tuple[Parts, Shares]:

@@ -10,15 +10,15 @@ from pathlib import Path
 from megatron_cpt.config.loading.paths import data_path
 from megatron_cpt.config.settings.derived import stage_corpora
 from megatron_cpt.config.settings.held_out import DOCUMENTS, VALIDATION, split_dir, training_documents
-from megatron_cpt.config.settings.schema import RunConfig
+from megatron_cpt.config.settings.schema import PathsConfig, RunConfig
 from megatron_cpt.data.reading.documents import Source, list_sources
 from megatron_cpt.errors import DataError
 from megatron_cpt.files import read_json
 
 
-def document_inputs(config: RunConfig, patterns: Sequence[str]) -> list[str]:
+def document_inputs(paths: PathsConfig, patterns: Sequence[str]) -> list[str]:
     """Return paths, folders and globs of documents as `tokenize --input` and `evaluate --text` take them."""
-    return [data_path(config, pattern) for pattern in patterns]
+    return [data_path(paths, pattern) for pattern in patterns]
 
 
 def document_problems(config: RunConfig) -> list[str]:
@@ -29,7 +29,7 @@ def document_problems(config: RunConfig) -> list[str]:
         for key in ("documents", *(() if corpus.held_out else ("validation_documents",))):
             for pattern in getattr(corpus, key):
                 try:
-                    list_sources(document_inputs(config, [pattern]))
+                    list_sources(document_inputs(config.paths, [pattern]))
                 except (DataError, OSError) as problem:
                     problems.append(f"data.corpora.{name}.{key}: {pattern}: {problem}")
     return problems
@@ -46,10 +46,10 @@ def untokenized(config: RunConfig) -> dict[str, list[str]]:
         corpus = config.data.corpora[name]
         try:
             documents = training_documents(name, corpus)
-            sources = list_sources(document_inputs(config, documents)) if documents else []
+            sources = list_sources(document_inputs(config.paths, documents)) if documents else []
         except (DataError, OSError):
             continue
-        made_of = _made_of(config, corpus.tokens)
+        made_of = _made_of(config.paths, corpus.tokens)
         if made_of is None:
             continue
         missing = _unsplit(config, name) or _missing(sources, made_of)
@@ -66,7 +66,7 @@ def _unsplit(config: RunConfig, name: str) -> list[str]:
         return []
     made_of = (read_json(record, DataError).get("made_of") or {}).get(DOCUMENTS)
     try:
-        sources = list_sources(document_inputs(config, corpus.documents))
+        sources = list_sources(document_inputs(config.paths, corpus.documents))
     except (DataError, OSError):
         return []
     known = Counter((Path(entry["path"]).name, entry["size"]) for entry in made_of["sources"]) if made_of else None
@@ -98,13 +98,13 @@ def _missing(sources: Sequence[Source], made_of: Counter[tuple[str, int]]) -> li
     return missing
 
 
-def _made_of(config: RunConfig, tokens: Sequence[str]) -> Counter[tuple[str, int]] | None:
+def _made_of(paths: PathsConfig, tokens: Sequence[str]) -> Counter[tuple[str, int]] | None:
     """Return (file name, size) of the sources of token files, None if one does not record them."""
     from megatron_cpt.data.shards.discovery import find_shards  # numpy
     from megatron_cpt.data.shards.indexed import manifest_path
 
     made_of: Counter[tuple[str, int]] = Counter()
-    for prefix in find_shards(tokens, Path(config.paths.data_dir))[0]:
+    for prefix in find_shards(tokens, Path(paths.data_dir))[0]:
         path = manifest_path(Path(prefix))
         manifest = read_json(path, DataError) if path.is_file() else {}
         if not manifest.get("sources"):

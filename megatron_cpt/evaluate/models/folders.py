@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_cpt.checkpoint.convert.choices import ExportChoices
 from megatron_cpt.checkpoint.convert.hf_mcore import mcore_to_hf
 from megatron_cpt.checkpoint.torch_dist.mcore import MANIFEST, TRACKER, iteration_of, newest_good_checkpoint
 from megatron_cpt.errors import CheckpointError
@@ -24,7 +25,7 @@ def hf_folder(path: Path, tokenizer: Path | None = None) -> Iterator[Path]:
             path = newest_good_checkpoint(path, "size") or path
         with tempfile.TemporaryDirectory(prefix="megatron-cpt-") as folder:
             logger.info("%s: a Megatron checkpoint, converted for the evaluation", path)
-            yield mcore_to_hf(path, Path(folder) / "hf", tokenizer=tokenizer)
+            yield mcore_to_hf(path, Path(folder) / "hf", options=ExportChoices(tokenizer=tokenizer))
     elif (path / "config.json").is_file():
         yield path
     else:
@@ -37,3 +38,11 @@ def hf_folder(path: Path, tokenizer: Path | None = None) -> Iterator[Path]:
 def is_mcore_checkpoint(path: Path) -> bool:
     """Return whether `path` is a Megatron checkpoint or a folder of them with its tracker file."""
     return any((path / name).exists() for name in (TRACKER, MANIFEST, ".metadata"))
+
+
+def newest_export(path: Path) -> Path:
+    """Return the newest `iter_*` in a folder of Hugging Face exports (`<run>/checkpoints_hf`); any other path as it is."""
+    if is_mcore_checkpoint(path) or (path / "config.json").is_file():
+        return path
+    exports = [file.parent for file in path.glob("iter_*/config.json") if iteration_of(file.parent) is not None]
+    return max(exports, key=lambda folder: int(folder.name.removeprefix("iter_")), default=path)

@@ -36,6 +36,9 @@ class SweepPoint:
     """Corpus -> bits per byte now minus before the first step."""
     learned: float
     forgot: float
+    learned_interval: tuple[float, float] | None = None
+    """How far the 95 % interval goes below and above `learned`; None where `evaluate forgetting` did not measure the point."""
+    forgot_interval: tuple[float, float] | None = None
     is_front: bool = False
 
     @property
@@ -75,6 +78,7 @@ def write_sweep_report(folder: Path, output: Path) -> str:
         "Change in bits per byte on held-out text since before the first step, measured during training (lower is better). "
         "`*`: no other point both learned more and forgot less.",
         table,
+        _interval_note(points),
         "![Learned and forgotten](sweep.png)",
     ]
     plot_sweep(points, output / "sweep.png")
@@ -116,6 +120,7 @@ def plot_sweep(points: Sequence[SweepPoint], path: Path) -> None:
         scatter = panels[0][0]
         for point in known:
             colour = PALETTE[1] if point.is_front else PALETTE[0]
+            _draw_intervals(scatter, point, colour)
             scatter.plot(point.learned, point.forgot, marker="o" if point.is_finished else "x", color=colour, ls="")
             label = " / ".join(point.axes.values())
             place, edge = (point.learned, point.forgot), [withStroke(linewidth=2, foreground="white")]
@@ -126,9 +131,51 @@ def plot_sweep(points: Sequence[SweepPoint], path: Path) -> None:
         scatter.set_title(f"{names} (blue: none is better in both)")
         scatter.set_xlabel("change on new data, bits per byte (left: learned)")
         scatter.set_ylabel("change on old data (up: forgot)")
+        figure.supxlabel(_interval_note(points).replace("`", ""), fontsize=7)
         for panel, name in zip(panels[0][1:], ("learned", "forgot"), strict=False):
             _heat_map(panel, points, axes, name)
         save_chart(figure, path)
+
+
+def _draw_intervals(scatter: Axes, point: SweepPoint, colour: str) -> None:
+    """Draw a point's intervals where there are some."""
+    across, up = (
+        None if interval is None else [[interval[0]], [interval[1]]]
+        for interval in (point.learned_interval, point.forgot_interval)
+    )
+    if across or up:
+        scatter.errorbar([point.learned], [point.forgot], xerr=across, yerr=up, color=colour, elinewidth=0.9, capsize=2)
+
+
+def _interval_note(points: Sequence[SweepPoint]) -> str:
+    """Return what a reader may conclude of the distance between two points."""
+    measured = [point for point in points if point.learned_interval and point.forgot_interval]
+    if not measured:
+        return (
+            "No intervals: losses during training are means over the held-out text. "
+            "`evaluate forgetting` measures a point's documents."
+        )
+    some = "" if len(measured) == len(points) else f" of {len(measured)} of {len(points)} points"
+    return f"Bars{some}: 95 % intervals over documents, from `evaluate forgetting` of the point's last export."
+
+
+def _intervals(run: Path) -> dict[str, tuple[float, float]]:
+    """Return corpus -> how far the interval of its change goes below and above it, from the run's forgetting.json."""
+    path = run / "report" / "evaluation" / "forgetting.json"
+    changes = read_json_object(path, DataError).get("changes", []) if path.is_file() else []
+    return {
+        change["text"]: (change["change"] - change["change_low"], change["change_high"] - change["change"])
+        for change in changes
+        if change["model"] == "cpt"
+    }
+
+
+def _mean_interval(intervals: dict[str, tuple[float, float]], corpora: Sequence[str]) -> tuple[float, float] | None:
+    """Return the interval of the mean of changes on different texts, whose errors are independent; None if one is missing."""
+    if not corpora or any(name not in intervals for name in corpora):
+        return None
+    below, above = (math.hypot(*(intervals[name][side] for name in corpora)) / len(corpora) for side in (0, 1))
+    return max(below, 0.0), max(above, 0.0)
 
 
 def _heat_map(panel: Axes, points: Sequence[SweepPoint], axes: Sequence[str], name: str) -> None:
@@ -154,7 +201,7 @@ def _heat_map(panel: Axes, points: Sequence[SweepPoint], axes: Sequence[str], na
 
 def _read_point(run: Path, point: dict, old: Sequence[str], new: Sequence[str]) -> SweepPoint:
     losses: list[float] = []
-    iteration, changes = 0, {}
+    iteration, changes, intervals = 0, {}, _intervals(run)
     if (run / "metrics.jsonl").is_file():
         stage = read_stage(run, STEP_FIELDS)
         losses = [record["loss"] for record in stage.train]
@@ -173,6 +220,8 @@ def _read_point(run: Path, point: dict, old: Sequence[str], new: Sequence[str]) 
         changes=changes,
         learned=_mean(changes, new),
         forgot=_mean(changes, old),
+        learned_interval=_mean_interval(intervals, [name for name in new if name in changes]),
+        forgot_interval=_mean_interval(intervals, [name for name in old if name in changes]),
     )
 
 

@@ -20,16 +20,16 @@ def chain_verdict(
     earlier_links: Sequence[Mapping[str, Any]],
     *,
     iteration: int,
-    train_iters: int,
+    train_iters: int | None,
     run_path: Path,
     max_failures: int,
 ) -> tuple[Verdict, str]:
     """Return what the next link should do, and why.
 
     `earlier_links`: ledger entries of this chain's links that have started, oldest first; `iteration`: the newest
-    checkpoint's.
+    checkpoint's; `train_iters`: None while the length is not known.
     """
-    if iteration >= train_iters:
+    if train_iters is not None and iteration >= train_iters:
         return "finished", f"iteration {iteration} of {train_iters} is on disk"
     if (run_path / "stop_chain").exists():
         return "stopped", f"{run_path / 'stop_chain'} exists; remove it and submit again to go on"
@@ -46,4 +46,7 @@ def chain_verdict(
         later_start = started_at
     if failures >= max_failures:
         return "broken", f"{failures} links in a row failed without a new checkpoint"
-    return "run", f"continuing at iteration {iteration} of {train_iters}"
+    return (
+        "run",
+        f"continuing at iteration {iteration} of {'a length in epochs' if train_iters is None else train_iters}",
+    )

@@ -20,6 +20,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from megatron_cpt.config.loading.resolve import read_resolved
 from megatron_cpt.errors import CptError, LaunchError
 from megatron_cpt.launch.node.chain import BROKEN_EXIT_CODE, NOT_FINISHED_EXIT_CODE, chain_verdict
 from megatron_cpt.launch.node.hosts import excluded_hosts, job_hosts, training_hosts, write_hostfile
@@ -47,6 +48,8 @@ logger = logging.getLogger(__name__)
 FIRST_PORT, NUM_PORTS = 15000, 15000
 """Rendezvous ports are below the system's range of client ports (from 32768)."""
 PORT_ATTEMPTS = 4
+RECORDED = "recorded"
+"""Stands for a length in epochs, which training counts when it starts and writes to the run's config.yaml."""
 HOSTFILE = "%hostfile%"
 """Stands for the job's node file in the launcher's command."""
 FORWARDED = ("PATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "MEGATRON_CPT_JOB_START", HELD)
@@ -66,7 +69,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--forward", default="", help="names of variables to carry to every process, by commas")
     parser.add_argument("--num-array-tasks", type=int, default=1)
     parser.add_argument("--chain", default="", help="name that the links of one chain share")
-    parser.add_argument("--train-iters", type=int, default=None, help="iterations after which the run is finished")
+    parser.add_argument(
+        "--train-iters",
+        metavar="N",
+        help=f"iterations after which the run is finished; {RECORDED}: those in its config.yaml",
+    )
     parser.add_argument(
         "--must-finish", action="store_true", help=f"exit {NOT_FINISHED_EXIT_CODE} if it is not finished"
     )
@@ -86,6 +93,13 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     arguments.program = program
     arguments.is_array = arguments.num_array_tasks > 1
     return arguments
+
+
+def stage_length(arguments: argparse.Namespace, run: RunDir) -> int | None:
+    """Return the iterations after which the run is finished; None as long as a length in epochs was not counted."""
+    if arguments.train_iters != RECORDED:
+        return int(arguments.train_iters)
+    return read_resolved(run.config_path).training.train_iters if run.config_path.is_file() else None
 
 
 def job_id(environment: Mapping[str, str], *, is_array: bool = False) -> str:
@@ -215,7 +229,7 @@ def _verdict(arguments: argparse.Namespace, run: RunDir, job: str) -> int | None
     verdict, reason = chain_verdict(
         [link for link in links if link["job"] != job],
         iteration=last_checkpoint(run),
-        train_iters=arguments.train_iters,
+        train_iters=stage_length(arguments, run),
         run_path=run.path,
         max_failures=arguments.max_failures,
     )
@@ -270,9 +284,11 @@ def _train(arguments: argparse.Namespace, run: RunDir, job: str, signals: Signal
     state = ("stopped" if signals.received else "finished") if code == 0 else "failed"
     if code:
         show_failure(outcome, arguments.log_dir)
-    elif arguments.must_finish and arguments.train_iters is not None and iteration < arguments.train_iters:
-        code = NOT_FINISHED_EXIT_CODE
-        logger.warning("iteration %d of %d: the chain needs more links.", iteration, arguments.train_iters)
+    elif arguments.must_finish and arguments.train_iters is not None:
+        length = stage_length(arguments, run)
+        if length is not None and iteration < length:
+            code = NOT_FINISHED_EXIT_CODE
+            logger.warning("iteration %d of %d: the chain needs more links.", iteration, length)
     # This record counts more than the scheduler's: PBS reports -29 for a run that saved at its walltime.
     append_record(run.jobs, job, state=state, exit_code=code, iteration_end=iteration)
     return code

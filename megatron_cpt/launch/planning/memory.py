@@ -24,7 +24,7 @@ from megatron_cpt.config.settings.derived import (
     padded_vocab_size,
     world_size,
 )
-from megatron_cpt.config.settings.schema import ModelConfig, RunConfig
+from megatron_cpt.config.settings.schema import ModelConfig, RunConfig, TrainingConfig
 from megatron_cpt.launch.planning.model_size import (
     is_moe_layer,
     model_parameters,
@@ -57,7 +57,7 @@ class StageMemory:
 def stage_memories(config: RunConfig, *, is_fused: bool = True) -> list[StageMemory]:
     """Return the memory of a rank of each pipeline stage; `is_fused`: with the fused kernels of a GPU."""
     model, parallel = config.model, config.parallel
-    weight_bytes = _element_bytes(config)
+    weight_bytes = _element_bytes(config.training)
     matrix_bytes, rest_bytes = state_bytes(config)
     dp = data_parallel_size(config) * parallel.context_parallel_size if parallel.use_distributed_optimizer else 1
     tp = parallel.tensor_model_parallel_size
@@ -100,7 +100,7 @@ def checkpoint_bytes(config: RunConfig) -> int:
     parameters = model_parameters(config.model)
     matrix_bytes, rest_bytes = state_bytes(config)
     is_bf16, is_distributed = config.training.precision == "bf16", config.parallel.use_distributed_optimizer
-    copies = _element_bytes(config) + (4 if is_distributed and not is_bf16 else 0)
+    copies = _element_bytes(config.training) + (4 if is_distributed and not is_bf16 else 0)
     return parameters.total * (copies + matrix_bytes) + parameters.rest * (rest_bytes - matrix_bytes)
 
 
@@ -142,27 +142,27 @@ def _tokens(config: RunConfig) -> int:
     return training.seq_length * training.micro_batch_size // parallel.context_parallel_size
 
 
-def _element_bytes(config: RunConfig) -> int:
-    return 2 if config.training.precision == "bf16" else 4
+def _element_bytes(training: TrainingConfig) -> int:
+    return 2 if training.precision == "bf16" else 4
 
 
 def _boundary_bytes(config: RunConfig) -> int:
     """Return the bytes of one `[s/cp, b, h]` tensor between layers; split over TP under sequence parallelism."""
     parallel = config.parallel
     split = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    return _tokens(config) * config.model.hidden_size * _element_bytes(config) // split
+    return _tokens(config) * config.model.hidden_size * _element_bytes(config.training) // split
 
 
 def _norm_bytes(config: RunConfig, is_fused: bool) -> int:
     """Return what a norm keeps: its input and output; unfused its output, and in fp32 its input and the quotient."""
-    element = _element_bytes(config)
+    element = _element_bytes(config.training)
     return _boundary_bytes(config) * (2 * element if is_fused else 8 + element) // element
 
 
 def _attention_activations(config: RunConfig, is_fused: bool) -> int:
     """Queries, keys, values; the attention's output and its log-sum-exp (fp32)."""
     model, tp = config.model, config.parallel.tensor_model_parallel_size
-    tokens, element = _tokens(config), _element_bytes(config)
+    tokens, element = _tokens(config), _element_bytes(config.training)
     heads = model.num_attention_heads
     if model.multi_latent_attention:
         query_dim = model.qk_head_dim + model.qk_pos_emb_head_dim
@@ -187,7 +187,7 @@ def _attention_activations(config: RunConfig, is_fused: bool) -> int:
 def _feed_forward_activations(config: RunConfig, layer: int, is_fused: bool) -> int:
     """Gate and up and their product, the last matrix's input; unfused also SiLU of the gate and a copy of up."""
     model, tp = config.model, config.parallel.tensor_model_parallel_size
-    tokens, element = _tokens(config), _element_bytes(config)
+    tokens, element = _tokens(config), _element_bytes(config.training)
     widths = 3 if is_fused else 5
     if not is_moe_layer(model, layer):
         return round(tokens * widths * model.ffn_hidden_size / tp * element)
@@ -205,5 +205,5 @@ def _loss_bytes(config: RunConfig, is_fused: bool) -> int:
     """Logits and their gradient in compute precision; unfused also the softmax in fp32, from which the gradient is made."""
     model: ModelConfig = config.model
     rows = padded_vocab_size(model) // config.parallel.tensor_model_parallel_size
-    element = _element_bytes(config)
+    element = _element_bytes(config.training)
     return _tokens(config) * rows * (2 * element if is_fused else element + 4 + 4)

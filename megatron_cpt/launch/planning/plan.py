@@ -154,8 +154,8 @@ def measured_tokens_per_second(metrics_path: Path, last: int = 50) -> float | No
     return statistics.median(rates[-last:]) if rates else None
 
 
-def plan_text(plan: Plan) -> str:
-    """Return the plan as a page of text."""
+def plan_text(plan: Plan, estimate: str = "") -> str:
+    """Return the plan as a page of text; `estimate` says how a length was found that is not counted yet."""
     config = plan.config
     model, parallel, training, launch = config.model, config.parallel, config.training, config.launch
     tokens = train_tokens(training)
@@ -184,6 +184,7 @@ def plan_text(plan: Plan) -> str:
             f"{tokens:,} tokens = {train_iters(training):,} iterations = {train_samples(training):,} sequences of "
             f"{training.seq_length:,}",
         ),
+        *([("", estimate)] if estimate else []),
         ("compute", f"{6 * num_active * tokens:.3g} FLOP (6 x parameters x tokens, attention not counted)"),
     ]
     lines = [f"{name:<12}{text}" for name, text in rows]

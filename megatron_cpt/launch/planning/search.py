@@ -22,7 +22,7 @@ from megatron_cpt.config.settings.derived import (
     padded_vocab_size,
     world_size,
 )
-from megatron_cpt.config.settings.schema import RunConfig
+from megatron_cpt.config.settings.schema import LaunchConfig, RunConfig
 from megatron_cpt.launch.planning.memory import stage_memories
 from megatron_cpt.launch.planning.model_size import num_active_parameters
 from megatron_cpt.launch.planning.plan import GIB, GPU_RESERVE_BYTES
@@ -111,10 +111,10 @@ def iteration_seconds(config: RunConfig, hardware: Hardware = Hardware()) -> flo
     layers = model.num_layers / pp
     boundary = tokens * model.hidden_size * element
     # a group that does not fit into a node, or that two nodes share, goes at the speed between nodes
-    tensor_speed = hardware.inside_node if _is_inside(tp, config) else hardware.between_nodes
+    tensor_speed = hardware.inside_node if _is_inside(tp, config.launch) else hardware.between_nodes
     inside = layers * 8 * boundary * (tp - 1) / tp / tensor_speed
     if model.num_moe_experts:
-        speed = hardware.inside_node if _is_inside(ep * tp, config) else hardware.between_nodes
+        speed = hardware.inside_node if _is_inside(ep * tp, config.launch) else hardware.between_nodes
         inside += layers * 4 * boundary * model.moe_router_topk * (ep - 1) / ep / speed
     keys = 2 * num_query_groups(model) * kv_channels(model) / tp * training.seq_length * training.micro_batch_size
     between = layers * 3 * keys * element * (cp - 1) / cp / hardware.between_nodes
@@ -127,9 +127,9 @@ def iteration_seconds(config: RunConfig, hardware: Hardware = Hardware()) -> flo
     return micro_batches * (compute * small + inside + between) * (1 + bubble) + gradients
 
 
-def _is_inside(group: int, config: RunConfig) -> bool:
+def _is_inside(group: int, launch: LaunchConfig) -> bool:
     """Return whether every group of so many consecutive ranks lies inside one node."""
-    return config.launch.nodes == 1 or config.launch.gpus_per_node % group == 0
+    return launch.nodes == 1 or launch.gpus_per_node % group == 0
 
 
 def search_text(config: RunConfig, gpu_memory_bytes: int, limit: int = 8, hardware: Hardware = Hardware()) -> str:

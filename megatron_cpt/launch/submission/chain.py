@@ -47,7 +47,7 @@ def submit_training(submission: Submission, *, num_links: int = 1, max_failures:
     work = Work(
         name="train", stage="train", words=("train", *submission.run_arguments), on_ranks=True, link=Link(number=1)
     )
-    is_finished = executor.waits and last_checkpoint(run) >= iterations
+    is_finished = executor.waits and not submission.estimate and last_checkpoint(run) >= iterations
     problems = executor.problems() + ([] if is_finished else training_problems(submission.loaded, run))
     if submission.dry_run:
         show_links(executor, work, (), executor.shown_parents(), num_links=num_links, max_failures=max_failures)

@@ -102,7 +102,7 @@ def _models(run: RunDir) -> dict[int, Path]:
 def _tokenizer(config: RunConfig) -> tuple[str, ...]:
     if config.data.tokenizer is None:
         return ()
-    return ("--tokenizer", data_path(config, config.data.tokenizer))
+    return ("--tokenizer", data_path(config.paths, config.data.tokenizer))
 
 
 def _texts(config: RunConfig) -> list[str]:

@@ -186,7 +186,7 @@ class Batch(Executor):
 
     def problems(self) -> list[str]:
         found = []
-        for check in (lambda: check_site(self.submission.loaded.config, self.submission.site), self.parents):
+        for check in (lambda: check_site(self.submission.loaded.config.launch, self.submission.site), self.parents):
             try:
                 check()
             except CptError as problem:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cpt.config.loading.paths import data_path
+from megatron_cpt.config.loading.resolve import read_resolved
 from megatron_cpt.config.settings.derived import stage_corpora, train_iters
 from megatron_cpt.config.settings.held_out import DOCUMENTS, VALIDATION, split_dir, training_documents
-from megatron_cpt.config.settings.schema import CorpusConfig, RunConfig
+from megatron_cpt.config.settings.schema import CheckpointConfig, CorpusConfig, RunConfig
 from megatron_cpt.data.shards.corpus_documents import document_inputs
 from megatron_cpt.errors import ConfigError, LaunchError
 from megatron_cpt.launch.submission.submit import Submission
@@ -67,7 +68,8 @@ def pipeline_stages(submission: Submission, *, num_array_tasks: int = 1, soup_la
             link=Link(number=1),
         )
     )
-    last_export = run.checkpoints_hf / f"iter_{iterations:07d}"
+    # of a folder of exports the newest is measured: a length in epochs is known when training starts
+    last_export = run.checkpoints_hf if submission.in_epochs else run.checkpoints_hf / f"iter_{iterations:07d}"
     stages.append(
         Work(
             name="convert-out",
@@ -80,8 +82,13 @@ def pipeline_stages(submission: Submission, *, num_array_tasks: int = 1, soup_la
     )
     after_training = [("cpt", last_export)]
     if soup_last:
+        if submission.estimate:
+            raise LaunchError(
+                f"--soup-last {soup_last}: the last checkpoints of a stage in epochs are known once its token files are counted. "
+                "Make them first (`submit pipeline --only tokenize`), or state train_tokens."
+            )
         soup = run.path / "soup" / f"last_{soup_last}"
-        stages.append(_soup_stage(config, run, soup, soup_last, iterations))
+        stages.append(_soup_stage(config.checkpoint, run, soup, soup_last, iterations))
         after_training.append(("soup", soup))
     evaluation = _evaluation_stage(config, run, after_training, "soup" if soup_last else "convert-out")
     compared: tuple[str, ...] = ()
@@ -116,9 +123,9 @@ def chosen_stages(stages: Sequence[Work], only: Sequence[str]) -> list[Work]:
 
 def current_stages(submission: Submission, stages: Sequence[Work]) -> set[str]:
     """Return the names of the stages that are made of their inputs as these are now, and so are those they need."""
-    run, jobs = submission.run, read_jobs(submission.run.jobs)
+    jobs = read_jobs(submission.run.jobs)
     by_name = {stage.name: stage for stage in stages}
-    is_trained = last_checkpoint(run) >= train_iters(submission.loaded.config.training)
+    is_trained = _is_trained(submission)
     settled = {"train", "build-index", "convert-in"} if is_trained else set()  # a trained run is not trained again
     alone = settled | {
         stage.name
@@ -132,6 +139,16 @@ def current_stages(submission: Submission, stages: Sequence[Work]) -> set[str]:
         if stage.name in alone and joined and all(name in current for name in needed if name in by_name):
             current.add(stage.name)
     return current
+
+
+def _is_trained(submission: Submission) -> bool:
+    """Return whether the stage's last checkpoint is there; a length that is only estimated is read from the run itself."""
+    config, path = submission.loaded.config, submission.run.config_path
+    if submission.estimate:
+        if not path.is_file():
+            return False
+        config = read_resolved(path)
+    return last_checkpoint(submission.run) >= train_iters(config.training)
 
 
 def _is_current(stage: Work, jobs: Mapping[str, Mapping[str, Any]], *, has_outputs: bool) -> bool:
@@ -185,7 +202,7 @@ def _tokenize_stages(config: RunConfig, num_array_tasks: int) -> list[Work]:
 def _split_stage(config: RunConfig, name: str, corpus: CorpusConfig) -> Work:
     """Return the job that takes a corpus's held-out documents apart."""
     output = Path(config.paths.data_dir) / split_dir(name)
-    documents = document_inputs(config, corpus.documents)
+    documents = document_inputs(config.paths, corpus.documents)
     inputs = [f"{DOCUMENTS}={path}" for path in documents]
     words = ("data", "split", *inputs, "--name", VALIDATION, "--fraction", repr(corpus.held_out), "--compress")
     return Work(
@@ -209,8 +226,8 @@ def _tokenize_corpus(
 ) -> list[Work]:
     """Return the job that makes a corpus's token files; an array that makes parts of one shard needs one that joins them."""
     data_dir = Path(config.paths.data_dir)
-    inputs = document_inputs(config, documents)
-    tokenizer = data_path(config, config.data.tokenizer or "")
+    inputs = document_inputs(config.paths, documents)
+    tokenizer = data_path(config.paths, config.data.tokenizer or "")
     words = ["tokenize", "--input", *inputs, "--tokenizer", tokenizer]
     target = data_dir / tokens
     is_one_shard = tokens.endswith(TOKENS_SUFFIX)
@@ -239,14 +256,14 @@ def _tokenize_corpus(
     return [stage, Work(name=join, stage="tokenize", words=merge, needs=(label,), writes=(str(target),))]
 
 
-def _soup_stage(config: RunConfig, run: RunDir, output: Path, soup_last: int, iterations: int) -> Work:
-    interval = config.checkpoint.save_interval
+def _soup_stage(checkpoint: CheckpointConfig, run: RunDir, output: Path, soup_last: int, iterations: int) -> Work:
+    interval = checkpoint.save_interval
     saved = [*range(interval, iterations, interval), iterations]
     if len(saved) < soup_last:
         raise LaunchError(f"--soup-last {soup_last}: the run saves {len(saved)} checkpoints. Give a smaller number.")
-    if config.checkpoint.keep_last is not None and config.checkpoint.keep_last < soup_last:
+    if checkpoint.keep_last is not None and checkpoint.keep_last < soup_last:
         raise LaunchError(
-            f"--soup-last {soup_last}: checkpoint.keep_last keeps {config.checkpoint.keep_last}. Raise it to {soup_last}."
+            f"--soup-last {soup_last}: checkpoint.keep_last keeps {checkpoint.keep_last}. Raise it to {soup_last}."
         )
     models = [str(run.checkpoints_hf / f"iter_{iteration:07d}") for iteration in saved[-soup_last:]]
     return Work(
@@ -262,7 +279,7 @@ def _soup_stage(config: RunConfig, run: RunDir, output: Path, soup_last: int, it
 def held_out_texts(config: RunConfig) -> dict[str, list[str]]:
     """Return corpus -> paths of its held-out documents, for those that have some."""
     return {
-        name: document_inputs(config, corpus.validation_documents)
+        name: document_inputs(config.paths, corpus.validation_documents)
         for name, corpus in config.data.corpora.items()
         if corpus.validation_documents
     }
@@ -294,7 +311,7 @@ def _evaluation_stage(config: RunConfig, run: RunDir, models: Sequence[tuple[str
         words += ["--model", f"{name}={path}"]
     words += texts
     if config.data.tokenizer:
-        words += ["--tokenizer", data_path(config, config.data.tokenizer)]
+        words += ["--tokenizer", data_path(config.paths, config.data.tokenizer)]
     output = run.report / "evaluation"
     result = output / ("perplexity.json" if source is None else "forgetting.json")
     words += ["--output", str(result if source is None else output)]

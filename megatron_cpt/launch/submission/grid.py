@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import yaml
 
 from megatron_cpt.config.loading.resolve import load_config
-from megatron_cpt.config.settings.schema import RunConfig
+from megatron_cpt.config.settings.schema import DataConfig, RunConfig
 from megatron_cpt.errors import ConfigError
 from megatron_cpt.run.variants import mix_text, scaled_mix
 
@@ -64,7 +64,7 @@ def grid_points(grid: Mapping[str, Sequence[str]], config: RunConfig, old: tuple
     for values in itertools.product(*grid.values()):
         axes = dict(zip(grid, values, strict=True))
         settings = {
-            key if key != REPLAY else "data.mix": value if key != REPLAY else _replay_mix(value, config, old)
+            key if key != REPLAY else "data.mix": value if key != REPLAY else _replay_mix(value, config.data, old)
             for key, value in axes.items()
         }
         label = "_".join(f"{key.rpartition('.')[2]}-{_plain(value)}" for key, value in axes.items())
@@ -92,8 +92,8 @@ def old_corpora(arguments: argparse.Namespace, config: RunConfig) -> tuple[str, 
     return tuple(config.data.corpora)[:1]
 
 
-def _replay_mix(value: str, config: RunConfig, old: tuple[str, ...]) -> str:
-    mix = config.data.mix
+def _replay_mix(value: str, data: DataConfig, old: tuple[str, ...]) -> str:
+    mix = data.mix
     new = [name for name in mix if name not in (*old, "buffer")]
     try:
         share = float(value)

@@ -109,7 +109,7 @@ def _problems(submission: Submission, missing: Sequence[Work]) -> list[str]:
     problems = []
     makes_tokens = any(stage.stage == "tokenize" for stage in missing)
     if makes_tokens:
-        if config.data.tokenizer is None or not Path(data_path(config, config.data.tokenizer)).exists():
+        if config.data.tokenizer is None or not Path(data_path(config.paths, config.data.tokenizer)).exists():
             problems.append(
                 f"data.tokenizer: {config.data.tokenizer} is not in {config.paths.data_dir}. A tokenizer is needed."
             )
@@ -122,7 +122,7 @@ def _problems(submission: Submission, missing: Sequence[Work]) -> list[str]:
 
 def _changed_documents(config: RunConfig, iteration: int, run: str) -> list[str]:
     """Return the changes under a started run, which continues with its original tokens."""
-    if not iteration or may_change_data_list(config):
+    if not iteration or may_change_data_list(config.checkpoint):
         return []
     try:
         changed = untokenized(config)

@@ -14,7 +14,7 @@ from megatron_cpt.config.loading.resolve import LoadedConfig
 from megatron_cpt.config.settings.derived import train_iters
 from megatron_cpt.errors import LaunchError
 from megatron_cpt.launch.node.preflight import excluded_path, read_excluded
-from megatron_cpt.launch.node.supervisor import HOSTFILE
+from megatron_cpt.launch.node.supervisor import HOSTFILE, RECORDED
 from megatron_cpt.launch.scheduler.job import Job
 from megatron_cpt.launch.scheduler.site import Site
 from megatron_cpt.launch.submission.work import Link, Work
@@ -34,6 +34,10 @@ class Submission:
     depend: str | None = None
     """Jobs to wait for, in the scheduler's own syntax."""
     dry_run: bool = False
+    in_epochs: bool = False
+    """Whether the length is stated in epochs: the jobs count the token files as they are when they start."""
+    estimate: str = ""
+    """How such a length was estimated; empty where the token files are made."""
     python: str = sys.executable
     work_dir: Path = dataclasses.field(default_factory=Path.cwd)
     stamp: str = dataclasses.field(default_factory=lambda: time.strftime("%Y%m%dT%H%M%S"))
@@ -65,8 +69,8 @@ def job_of(submission: Submission, work: Work) -> Job:
 
 def training_job(submission: Submission, link: Link) -> Job:
     """Return the job of one link of a chain."""
-    config = submission.loaded.config
-    options = ["--chain", submission.chain or submission.stamp, "--train-iters", str(train_iters(config.training))]
+    length = RECORDED if submission.in_epochs else str(train_iters(submission.loaded.config.training))
+    options = ["--chain", submission.chain or submission.stamp, "--train-iters", length]
     options += ["--max-failures", str(link.max_failures), *(["--must-finish"] if link.is_last else [])]
     words = ["train", *submission.run_arguments]
     job = rank_job(submission, "train", f"train-{submission.stamp}-{link.number:03d}", words, options)

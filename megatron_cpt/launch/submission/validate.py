@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from megatron_cpt.config.loading.resolve import LoadedConfig
-from megatron_cpt.config.settings.schema import RunConfig
+from megatron_cpt.config.settings.schema import LaunchConfig, RunConfig
 from megatron_cpt.errors import CptError, DataError, LaunchError
 from megatron_cpt.launch.planning.plan import plan_run
 from megatron_cpt.launch.scheduler.job import format_walltime
@@ -14,7 +14,7 @@ from megatron_cpt.run.directory import RunDir, run_dir
 from megatron_cpt.run.progress import last_checkpoint
 
 
-def check_site(config: RunConfig, site: Site) -> None:
+def check_site(launch: LaunchConfig, site: Site) -> None:
     """Raise LaunchError naming everything that the site still needs from the user."""
     mistakes = []
     for name in site.requires:
@@ -23,15 +23,15 @@ def check_site(config: RunConfig, site: Site) -> None:
                 f"site: no {name}. The site wants one. Give --{name}, MEGATRON_CPT_{name.upper()}, or site.{name} in your "
                 "own copy of the site file."
             )
-    if site.max_walltime is not None and config.launch.walltime > site.max_walltime:
+    if site.max_walltime is not None and launch.walltime > site.max_walltime:
         mistakes.append(
-            f"launch.walltime: {format_walltime(config.launch.walltime)}, the site allows "
+            f"launch.walltime: {format_walltime(launch.walltime)}, the site allows "
             f"{format_walltime(site.max_walltime)}. Shorten it and use --chain."
         )
-    if config.launch.exit_before_walltime >= config.launch.walltime:
+    if launch.exit_before_walltime >= launch.walltime:
         mistakes.append(
-            f"launch.exit_before_walltime: {config.launch.exit_before_walltime} s of a walltime of "
-            f"{config.launch.walltime} s. The run would end at once. Make it smaller."
+            f"launch.exit_before_walltime: {launch.exit_before_walltime} s of a walltime of "
+            f"{launch.walltime} s. The run would end at once. Make it smaller."
         )
     if mistakes:
         raise LaunchError("\n".join(mistakes))

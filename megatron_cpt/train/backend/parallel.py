@@ -14,7 +14,7 @@ from megatron.core.num_microbatches_calculator import (
 )
 
 from megatron_cpt.config.settings.derived import megatron_virtual_size, model_parallel_size
-from megatron_cpt.config.settings.schema import RunConfig
+from megatron_cpt.config.settings.schema import LaunchConfig, RunConfig
 from megatron_cpt.errors import ConfigError, CptError, storage_error
 from megatron_cpt.launch.node.hosts import wait_for_name
 from megatron_cpt.train.backend import cpu
@@ -28,7 +28,7 @@ def initialize_parallel(config: RunConfig, timeout_seconds: int = 1800, met: Cal
 
     Raises: ConfigError when the number of ranks does not fit the layout.
     """
-    check_device(config)
+    check_device(config.launch)
     cpu.substitute()
     parallel, training = config.parallel, config.training
     if not torch.distributed.is_initialized():
@@ -64,9 +64,9 @@ def initialize_parallel(config: RunConfig, timeout_seconds: int = 1800, met: Cal
     )
 
 
-def check_device(config: RunConfig) -> None:
+def check_device(launch: LaunchConfig) -> None:
     """Raise ConfigError where this rank would train on another device than `launch.device` names."""
-    wanted, found = config.launch.device, "cpu" if cpu.is_cpu() else "cuda"
+    wanted, found = launch.device, "cpu" if cpu.is_cpu() else "cuda"
     if wanted in (None, found):
         return
     host = socket.gethostname()

@@ -76,7 +76,7 @@ def build_train_dataset(
     """
     fim = None
     if config.data.fim_rate:
-        fim = fill_in_middle(config, load_tokenizer(Path(data_path(config, config.data.tokenizer or ""))))
+        fim = fill_in_middle(config, load_tokenizer(Path(data_path(config.paths, config.data.tokenizer or ""))))
     return build_train_samples(config, order, stage_dataset_config(config, order, tokenizer), cache, fim)
 
 

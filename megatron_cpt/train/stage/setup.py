@@ -166,7 +166,7 @@ def _prepare(
 
     if resume and manifest:
         check_position(manifest, config.training, resume)
-    may_change_list = own is None or may_change_data_list(config)
+    may_change_list = own is None or may_change_data_list(config.checkpoint)
     is_changed = manifest is not None and reads_other_data(manifest["config"], config)
 
     def planned() -> StageOrder:
@@ -181,7 +181,7 @@ def _prepare(
     order: StageOrder = on_rank_0(planned)
     check_data_agree(order.entries)
     on_rank_0(lambda: check_validation_shards(config))
-    tokenizer = load_tokenizer(Path(data_path(config, config.data.tokenizer))) if config.data.tokenizer else None
+    tokenizer = load_tokenizer(Path(data_path(config.paths, config.data.tokenizer))) if config.data.tokenizer else None
     if tokenizer is None:
         raise DataError("data.tokenizer: not set. Its end-of-document id is needed. Name the tokenizer's folder.")
     dataset_tokenizer = DatasetTokenizer(tokenizer.eod_id, tokenizer.vocab_size, tokenizer.identity)

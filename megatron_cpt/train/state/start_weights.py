@@ -4,6 +4,7 @@ import dataclasses
 import logging
 from pathlib import Path
 
+from megatron_cpt.checkpoint.convert.choices import ImportChoices
 from megatron_cpt.checkpoint.convert.hf_mcore import hf_to_mcore
 from megatron_cpt.checkpoint.foreign.convert import foreign_to_mcore
 from megatron_cpt.checkpoint.foreign.opening import foreign_format, is_loadable
@@ -41,9 +42,11 @@ def initial_checkpoint(config: RunConfig, run: RunDir) -> Path | None:
             path,
             run.path / "init",
             model=config.model,
-            make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
-            ignore_config=config.init.ignore_config,
-            skip_tensors=config.init.skip_tensors,
+            options=ImportChoices(
+                make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
+                ignore_config=config.init.ignore_config,
+                skip_tensors=config.init.skip_tensors,
+            ),
         )
         return find_checkpoint(converted, config.checkpoint.verify_on_load)
     foreign = foreign_format(path)

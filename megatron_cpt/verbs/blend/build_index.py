@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise DataError("data.tokenizer: not set. Its end-of-document id is needed. Name the tokenizer's folder.")
     run = run_dir(config)
     order = plan_blend(config, run.data_list_path, continued_order(config)).order
-    found = load_tokenizer(Path(data_path(config, config.data.tokenizer)))
+    found = load_tokenizer(Path(data_path(config.paths, config.data.tokenizer)))
     tokenizer = DatasetTokenizer(found.eod_id, found.vocab_size, found.identity)
     check_validation_shards(config)
     started = time.monotonic()
