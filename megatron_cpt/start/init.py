@@ -19,12 +19,13 @@ from megatron_cpt.config.settings.schema import (
     TrainingConfig,
 )
 from megatron_cpt.config.settings.values import parse_count
-from megatron_cpt.data.tokenizer.interface import load_tokenizer
+from megatron_cpt.data.tokenizer.interface import check_reading, load_tokenizer
 from megatron_cpt.errors import CheckpointError, ConfigError
 from megatron_cpt.files import whole_dir, write_text
 from megatron_cpt.launch.scheduler.site import read_site
 from megatron_cpt.log import format_count
 from megatron_cpt.start import tiny
+from megatron_cpt.start.held_out import held_out_of
 from megatron_cpt.start.look import look_at
 from megatron_cpt.start.params_file import params_text, read_model
 from megatron_cpt.start.propose import Machine, layout_for, length_and_batch, machine_of
@@ -126,6 +127,8 @@ def init_task(
             f"{tokenizer}: {loaded.vocab_size} tokens, the model has rows for {found.vocab_size}. "
             "Give the model's own --tokenizer, or extend its vocabulary when it is converted."
         )
+    if not is_tiny:
+        check_reading(loaded)  # as tokenizing does: refused now rather than in the second stage
     length, batch, lr = length_and_batch(found, num_tokens, seq_length)
     looks = [look_at(name, patterns, loaded) for name, patterns in (new | old).items()]
     plan = TaskPlan(
@@ -139,7 +142,7 @@ def init_task(
         new=[look for look in looks if look.name in new],
         replay=[look for look in looks if look.name in old],
         replay_share=replay_share,
-        held_out=held_out or ("1/10" if is_tiny else "1/1000"),
+        held_out={look.name: held_out_of(look, length, held_out or ("1/10" if is_tiny else None)) for look in looks},
     )
     machine = _machine(site, gpu_memory_gib)
     proposed, note = layout_for(_first_config(found, length, batch, lr, num_tokens), machine)
@@ -210,7 +213,7 @@ def _fetched(model: str, data_dir: Path) -> Path:
     """Return the folder of a model named on the Hugging Face Hub, fetched into the data folder."""
     from megatron_cpt.checkpoint.huggingface.hub import download  # heavy: the Hub's client
 
-    if model.count("/") != 1 or model.startswith((".", "/")):
+    if model.count("/") != 1 or model.startswith((".", "/", "~")) or Path(model).parent.is_dir():
         raise CheckpointError(f"--model {model}: no such folder, and no name on the Hub (OWNER/NAME). Check the path.")
     folder = data_dir / "models" / model.replace("/", "--")
     logger.info("%s: no folder here, fetched from the Hub into %s", model, folder)

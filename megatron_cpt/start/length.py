@@ -6,6 +6,7 @@ starts.
 
 from pathlib import Path
 
+from megatron_cpt.config.loading.paths import data_path
 from megatron_cpt.config.loading.resolve import LoadedConfig
 from megatron_cpt.config.settings.derived import stage_corpora
 from megatron_cpt.config.settings.schema import RunConfig
@@ -51,13 +52,13 @@ def _estimate(config: RunConfig, name: str) -> int:
     from megatron_cpt.data.tokenizer.interface import load_tokenizer  # heavy: the tokenizer's library
     from megatron_cpt.start.look import look_at
 
-    corpus, data_dir = config.data.corpora[name], Path(config.paths.data_dir)
-    if config.data.tokenizer is None or not (data_dir / config.data.tokenizer).exists():
+    corpus = config.data.corpora[name]
+    if config.data.tokenizer is None or not Path(data_path(config.paths, config.data.tokenizer)).exists():
         raise DataError(
             f"training.train_epochs: {name} has no token files, and data.tokenizer {config.data.tokenizer} is not in "
-            f"{data_dir}. A tokenizer is needed to estimate the tokens of its documents. Set data.tokenizer."
+            f"{config.paths.data_dir}. A tokenizer is needed to estimate the tokens of its documents. Set data.tokenizer."
         )
-    tokenizer = load_tokenizer(data_dir / config.data.tokenizer)
+    tokenizer = load_tokenizer(Path(data_path(config.paths, config.data.tokenizer)))
     return round(
         look_at(name, document_inputs(config.paths, corpus.documents), tokenizer).tokens * (1 - (corpus.held_out or 0))
     )

@@ -27,6 +27,8 @@ class CorpusLook:
     num_files: int
     num_bytes: int
     """Bytes of the files on disk."""
+    documents: int
+    """Estimated."""
     tokens: int
     """Estimated, an end-of-document token for each document included."""
     bytes_per_token: float
@@ -39,20 +41,25 @@ def look_at(name: str, patterns: Sequence[str], tokenizer: Tokenizer) -> CorpusL
     Raises: DataError when a pattern matches nothing, a file holds no document, or the sample has no text.
     """
     sources = list_sources(patterns)
-    part_bytes, tokens, text_bytes = 0.0, 0, 0
+    part_bytes, tokens, text_bytes, documents = 0.0, 0, 0, 0
     for source in _spread(sources):
         seen = _sample(source, tokenizer)
         part_bytes += seen[0]
         tokens += seen[1]
         text_bytes += seen[2]
+        documents += seen[3]
     if not tokens or not part_bytes:
-        raise DataError(f"{name}: no text in {sources[0].path} (key text). Documents are needed. Check the path.")
+        raise DataError(
+            f"{name}: no text in {sources[0].path}. Records with their text under the key `text` are needed. Check the path, or "
+            "rename the field that holds it."
+        )
     total = sum(source.size for source in sources)
     return CorpusLook(
         name=name,
         patterns=tuple(patterns),
         num_files=len(sources),
         num_bytes=total,
+        documents=round(documents / part_bytes * total),
         tokens=round(tokens / part_bytes * total),
         bytes_per_token=text_bytes / tokens,
     )
@@ -66,8 +73,8 @@ def _spread(sources: Sequence[Source]) -> list[Source]:
     return [ordered[(2 * index + 1) * len(ordered) // (2 * MOST_FILES)] for index in range(MOST_FILES)]
 
 
-def _sample(source: Source, tokenizer: Tokenizer) -> tuple[float, int, int]:
-    """Return how many bytes of a file were read, and the tokens and bytes of text in them."""
+def _sample(source: Source, tokenizer: Tokenizer) -> tuple[float, int, int, int]:
+    """Return how many bytes of a file were read, and the tokens, bytes of text and documents in them."""
     reading = Reading(skip_bad_lines=True)
     texts: list[str] = []
     raw: list[bytes] = []
@@ -80,7 +87,7 @@ def _sample(source: Source, tokenizer: Tokenizer) -> tuple[float, int, int]:
         raw.append(record.raw)
         text_bytes += len(texts[-1].encode())
     tokens = sum(map(len, tokenizer.encode_batch(texts))) + len(texts)
-    return (float(source.size) if is_whole else _bytes_read(source, raw)), tokens, text_bytes
+    return (float(source.size) if is_whole else _bytes_read(source, raw)), tokens, text_bytes, len(texts)
 
 
 def _bytes_read(source: Source, raw: Sequence[bytes]) -> float:

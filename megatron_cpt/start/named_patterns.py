@@ -13,7 +13,11 @@ def named_patterns(words: Sequence[str], option: str) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for word in words:
         name, equals, pattern = word.partition("=")
-        if not equals or not name or not pattern or "/" in name:
-            raise ConfigError(f"{option} {word}: a corpus needs a name. Write {option} NAME={word}.")
+        if equals and name and not pattern:
+            raise ConfigError(f"{option} {word}: no files. Write {option} {name}=GLOB.")
+        if not equals or not name or "/" in name:
+            raise ConfigError(
+                f"{option} {word}: a corpus needs a name. Write {option} NAME={pattern if equals and not name else word}."
+            )
         found.setdefault(name, []).append(pattern)
     return found

@@ -27,7 +27,8 @@ class TaskPlan:
     new: Sequence[CorpusLook]
     replay: Sequence[CorpusLook]
     replay_share: float
-    held_out: str
+    held_out: Mapping[str, str]
+    """Part of each corpus."""
 
 
 def mix_of(plan: TaskPlan) -> dict[str, float]:
@@ -44,8 +45,11 @@ def mix_of(plan: TaskPlan) -> dict[str, float]:
 
 def epochs_of(plan: TaskPlan, mix: Mapping[str, float]) -> dict[str, float]:
     """Return how often each corpus is read, by the estimate and without what is held out."""
-    kept = 1 - float(Fraction(plan.held_out))
-    return {look.name: mix[look.name] * plan.num_tokens / (look.tokens * kept) for look in (*plan.new, *plan.replay)}
+    kept = {name: 1 - float(Fraction(part)) for name, part in plan.held_out.items()}
+    return {
+        look.name: mix[look.name] * plan.num_tokens / (look.tokens * kept[look.name])
+        for look in (*plan.new, *plan.replay)
+    }
 
 
 def task_text(plan: TaskPlan) -> str:
@@ -71,7 +75,7 @@ def task_text(plan: TaskPlan) -> str:
             f"    {inline(look.name)}: # {what}: {look.num_files} files, {format_bytes(look.num_bytes)}, about "
             f"{format_count(look.tokens)} tokens ({look.bytes_per_token:.2f} bytes each), read {epochs[look.name]:.2g} times",
             f"      documents: [{', '.join(inline(seen_from(plan.data_dir, Path(item))) for item in look.patterns)}]",
-            f"      held_out: {plan.held_out} # of the documents, by their hashes; measured, never trained on",
+            f"      held_out: {plan.held_out[look.name]} # of the documents, by their hashes; measured, never trained on",
         ]
     lines += ["  # Shares of the stage's tokens; they sum to 1."]
     if not plan.replay:
@@ -114,5 +118,7 @@ def task_text(plan: TaskPlan) -> str:
 
 def seen_from(data_dir: Path, path: Path) -> str:
     """Return a path as written in a task file: an absolute path unchanged, a relative one relative to the data
-    folder."""
-    return str(path) if path.is_absolute() else os.path.relpath(path, data_dir)
+    folder, where that means the same now and once the data folder is made (a link in the way of `..` leads elsewhere)."""
+    relative = os.path.relpath(path, data_dir)
+    is_linked = relative.startswith("..") and os.path.realpath(data_dir) != os.path.abspath(data_dir)
+    return os.path.abspath(path) if path.is_absolute() or is_linked else relative

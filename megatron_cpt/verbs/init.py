@@ -44,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--replay-share", type=float, default=0.1, metavar="PART", help="of the mix that is replay (0.1)"
     )
     parser.add_argument(
-        "--held-out", metavar="PART", help="of the documents that is measured only (1/1000; tiny: 1/10)"
+        "--held-out",
+        metavar="PART",
+        help="of the documents that is measured only (1/1000, more of a small corpus; tiny: 1/10)",
     )
     parser.add_argument("--seq-length", type=int, metavar="TOKENS", help="instead of the one proposed")
     parser.add_argument(

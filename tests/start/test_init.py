@@ -3,6 +3,8 @@
 import gzip
 import json
 import random
+import re
+import shutil
 from pathlib import Path
 
 import pyarrow
@@ -10,12 +12,16 @@ import pyarrow.parquet
 import pytest
 
 from megatron_cpt.cli import main
+from megatron_cpt.config.loading.paths import data_path
 from megatron_cpt.config.loading.resolve import load_config
+from megatron_cpt.data.shards.corpus_documents import document_inputs, document_problems
 from megatron_cpt.data.tokenizer.interface import load_tokenizer
 from megatron_cpt.errors import CheckpointError, ConfigError, CptError, DataError
 from megatron_cpt.start import tiny
+from megatron_cpt.start.held_out import held_out_of
 from megatron_cpt.start.init import init_task
-from megatron_cpt.start.look import look_at
+from megatron_cpt.start.look import CorpusLook, look_at
+from megatron_cpt.start.named_patterns import named_patterns
 from megatron_cpt.start.params_file import read_model
 from megatron_cpt.start.propose import Machine, layout_for, length_and_batch, machine_of
 from tests.guide_scratch import build_base, build_tokenizer
@@ -117,7 +123,13 @@ REFUSED = {
     "too few tokens": ({"tokens": "1000"}, ConfigError, "Give more tokens"),
     "no documents": ({"documents": {}}, ConfigError, "--documents: none"),
     "documents that are not there": ({"documents": {"x": ["nowhere/*.jsonl"]}}, DataError, "nowhere"),
+    "text under another key": (
+        {"documents": {"x": ["body.jsonl"]}},
+        DataError,
+        "x: no text in body.jsonl. .* the key `text`",
+    ),
     "a model that is not there": ({"model": "./nowhere"}, CheckpointError, "no such folder, and no name on the Hub"),
+    "a misspelt folder in a folder": ({"model": "models/nowhere"}, CheckpointError, "models/nowhere: no such folder"),
     "a folder without config.json": ({"model": "."}, CheckpointError, "no config.json"),
     "one name for both": ({"replay": {"x": ["x.jsonl"]}}, ConfigError, "a name of its own"),
     "a corpus called buffer": ({"documents": {"buffer": ["x.jsonl"]}}, ConfigError, "cannot name a corpus"),
@@ -131,6 +143,8 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_is_refused_by_name_and_leaves_nothing(model, here, case):
     write_documents(here / "x.jsonl", 3000)
+    (here / "body.jsonl").write_text('{"body": "text"}\n' * 9)
+    (here / "models").mkdir()  # else models/nowhere is asked of the Hub
     changes, kind, message = REFUSED[case]
     arguments = {"model": str(model), "documents": {"x": ["x.jsonl"]}, "tokens": "100K"} | changes
     with pytest.raises(CptError, match=message) as raised:
@@ -199,3 +213,90 @@ def test_the_architecture_of_a_folder_becomes_a_params_file(model, here, capsys)
     with pytest.raises(SystemExit) as ended:
         main(["params", "from-hf", str(model), "--output", "params/mine.yaml"])
     assert ended.value.code == 2 and "exists already" in capsys.readouterr().err
+
+
+def test_documents_and_model_are_found_before_the_data_folder_is_made(model, here, capsys):
+    """The first command after `init` reads `data/TASK/../../corpus`, where no `data` is yet."""
+    write_documents(here / "corpus" / "ja.jsonl", 3000)
+    (here / "models").mkdir()
+    shutil.copytree(model, here / "models" / "base")
+    init_task(Path("ja"), model="models/base", documents={"ja": ["corpus/*.jsonl"]}, tokens="200K")
+    config = load_config(Path("ja"), "base", "200K").config
+    assert not (here / "data").exists()
+    assert document_inputs(config.paths, config.data.corpora["ja"].documents) == ["corpus/*.jsonl"]
+    assert document_problems(config) == []
+    assert data_path(config.paths, config.data.tokenizer) == config.init.from_path == "models/base"
+    with pytest.raises(SystemExit, match="^0$"):
+        main(["submit", "pipeline", "ja", "--dry-run"])
+    words = capsys.readouterr().out
+    assert "documents=corpus/*.jsonl" in words and "--tokenizer models/base" in words
+    (here / "data" / "ja").mkdir(parents=True)  # a stage makes it: the same words, so that nothing is made twice
+    assert document_inputs(config.paths, config.data.corpora["ja"].documents) == ["corpus/*.jsonl"]
+
+
+def test_a_linked_data_folder_leads_to_the_same_documents(model, here):
+    write_documents(here / "corpus" / "ja.jsonl", 3000)
+    (here / "scratch" / "deep" / "data").mkdir(parents=True)
+    (here / "data").symlink_to("scratch/deep/data")
+    init_task(Path("ja"), model=str(model), documents={"ja": ["corpus/*.jsonl"]}, tokens="200K")
+    config = load_config(Path("ja"), "base-model", "200K").config
+    assert document_problems(config) == []
+
+
+@pytest.mark.full
+def test_a_tokenizer_that_transformers_reads_otherwise_is_refused_before_a_task_is_written(model, here):
+    """A Qwen2 folder whose tokenizer was trained elsewhere: transformers splits text as Qwen2 does, and adds its end of text."""
+    write_documents(here / "x.jsonl", 3000)
+    shutil.copytree(model, here / "qwen")
+    edit_json(here / "qwen" / "config.json", model_type="qwen2", architectures=["Qwen2ForCausalLM"])
+    with pytest.raises(DataError, match="is read otherwise than by transformers"):
+        init_task(Path("ja"), model="qwen", documents={"x": ["x.jsonl"]}, tokens="100K")
+    assert not (here / "ja").exists()
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+HELD_OUT = {
+    # documents, tokens, seq_length -> part: 40 documents and 16 sequences at least, at most a fifth
+    "large": (1_000_000, 500_000_000, 4096, "1/1000"),
+    "as many as are enough": (40_000, 100_000_000, 4096, "1/1000"),
+    "some thousands": (8_000, 40_000_000, 2048, "1/200"),
+    "hundreds": (800, 89_600, 256, "1/20"),
+    "few long documents": (50, 10_000_000, 4096, "1/5"),
+    "long sequences": (100_000, 10_000_000, 8192, "1/50"),
+}
+
+
+@pytest.mark.parametrize("case", HELD_OUT)
+def test_what_is_held_out_is_enough_to_measure(case):
+    documents, tokens, seq_length, part = HELD_OUT[case]
+    assert held_out_of(corpus_of(documents, tokens), seq_length, None) == part
+
+
+@pytest.mark.parametrize(
+    ("word", "advice"), [("ja=", "no files. Write --documents ja=GLOB"), ("=a/*", "NAME=a/\\*"), ("a/*", "NAME=a/\\*")]
+)
+def test_half_a_corpus_is_refused_with_the_right_form(word, advice):
+    with pytest.raises(ConfigError, match=f"--documents {re.escape(word)}: .*{advice}\\.$"):
+        named_patterns([word], "--documents")
+
+
+def test_a_part_that_holds_no_sequences_is_refused():
+    assert held_out_of(corpus_of(1000, 100_000), 256, "0.01") == "0.01"
+    for given, tokens in (("1/1000", 100_000), (None, 2000)):
+        with pytest.raises(DataError, match=r"ja: 1/(1000|5) of its about 1,000 documents .* two sequences of 256"):
+            held_out_of(corpus_of(1000, tokens), 256, given)
+
+
+def corpus_of(documents: int, tokens: int) -> CorpusLook:
+    return CorpusLook(
+        name="ja",
+        patterns=("ja",),
+        num_files=1,
+        num_bytes=tokens * 4,
+        documents=documents,
+        tokens=tokens,
+        bytes_per_token=4.0,
+    )

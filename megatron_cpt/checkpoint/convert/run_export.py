@@ -6,6 +6,7 @@ from pathlib import Path
 from megatron_cpt.checkpoint.convert.choices import ExportChoices
 from megatron_cpt.checkpoint.convert.hf_mcore import mcore_to_hf
 from megatron_cpt.checkpoint.torch_dist import mcore
+from megatron_cpt.config.loading.paths import data_path
 from megatron_cpt.config.settings.schema import RunConfig
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.run.directory import run_dir
@@ -52,7 +53,7 @@ def export_all(
 
 def tokenizer_path(config: RunConfig) -> Path | None:
     """Return the run's tokenizer, None when it has none."""
-    return Path(config.paths.data_dir) / config.data.tokenizer if config.data.tokenizer else None
+    return Path(data_path(config.paths, config.data.tokenizer)) if config.data.tokenizer else None
 
 
 def export_checkpoint(

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_cpt.config.settings.held_out import held_out_documents, held_out_tokens, tokens_of
-from megatron_cpt.config.settings.schema import CorpusConfig, RunConfig
+from megatron_cpt.config.settings.schema import CorpusConfig, PathsConfig, RunConfig
 
 
 def with_paths(config: RunConfig, origins: Mapping[str, str]) -> RunConfig:
@@ -21,7 +21,7 @@ def with_paths(config: RunConfig, origins: Mapping[str, str]) -> RunConfig:
     source = config.init.from_path
     is_path = source is not None and not source.startswith("variant:")
     if is_path and origins.get("init.from_path") != "command line":
-        init = dataclasses.replace(config.init, from_path=_from(config.paths.data_dir, str(source)))
+        init = dataclasses.replace(config.init, from_path=data_path(config.paths, str(source)))
         return dataclasses.replace(config, data=data, init=init)
     return dataclasses.replace(config, data=data)
 
@@ -37,8 +37,12 @@ def _with_held_out(name: str, corpus: CorpusConfig) -> CorpusConfig:
     )
 
 
-def _from(folder: str, path: str) -> str:
-    """Return `path` as seen from `folder`, without `..` in the middle where that means the same."""
+def data_path(paths: PathsConfig, path: str) -> str:
+    """Return `path`, which starts at the data folder, without `..` in the middle where that means the same.
+
+    The data folder need not be there: `data/task/../../text` is `text` before the first stage makes `data/task` and after.
+    """
+    folder = paths.data_dir
     joined = os.path.join(folder, path)
     plain = os.path.normpath(joined)
     is_same = not Path(folder).exists() or os.path.realpath(joined) == os.path.realpath(plain)

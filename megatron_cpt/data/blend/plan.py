@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cpt.config.checks.vocabulary import vocabulary_problem
+from megatron_cpt.config.loading.paths import data_path
 from megatron_cpt.config.settings import derived
 from megatron_cpt.config.settings.schema import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from megatron_cpt.data.blend.replay import append_stage
@@ -210,7 +211,7 @@ def _tokenizer_identity(config: RunConfig) -> dict[str, Any] | None:
         return None
     from megatron_cpt.data.tokenizer.interface import load_tokenizer  # heavy: the tokenizer library
 
-    return load_tokenizer(Path(config.paths.data_dir) / config.data.tokenizer).identity
+    return load_tokenizer(Path(data_path(config.paths, config.data.tokenizer))).identity
 
 
 def check_tokenizer_rows(config: RunConfig) -> None:
@@ -218,7 +219,7 @@ def check_tokenizer_rows(config: RunConfig) -> None:
 
     Raises: DataError when an id would have no row.
     """
-    if config.data.tokenizer is not None and (Path(config.paths.data_dir) / config.data.tokenizer).exists():
+    if config.data.tokenizer is not None and Path(data_path(config.paths, config.data.tokenizer)).exists():
         _refuse(config, _row_problems(config.model, _tokenizer_identity(config), []))
 
 
@@ -260,7 +261,7 @@ def _sentinel_problems(config: RunConfig) -> list[str]:
     from megatron_cpt.data.tokenizer.interface import load_tokenizer  # heavy: the tokenizer library
 
     try:
-        fill_in_middle(config, load_tokenizer(Path(config.paths.data_dir) / config.data.tokenizer))
+        fill_in_middle(config, load_tokenizer(Path(data_path(config.paths, config.data.tokenizer))))
     except DataError as problem:
         return [str(problem)]
     return []

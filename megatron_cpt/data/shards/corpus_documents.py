@@ -3,11 +3,11 @@
 A path is taken from the data folder unless it is absolute; it is a file, a folder or a glob, as `tokenize --input` reads it.
 """
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_cpt.config.loading.paths import data_path
 from megatron_cpt.config.settings.derived import stage_corpora
 from megatron_cpt.config.settings.held_out import DOCUMENTS, VALIDATION, split_dir, training_documents
 from megatron_cpt.config.settings.schema import PathsConfig, RunConfig
@@ -18,7 +18,7 @@ from megatron_cpt.files import read_json
 
 def document_inputs(paths: PathsConfig, patterns: Sequence[str]) -> list[str]:
     """Return paths, folders and globs of documents as `tokenize --input` and `evaluate --text` take them."""
-    return [os.path.join(paths.data_dir, pattern) for pattern in patterns]
+    return [data_path(paths, pattern) for pattern in patterns]
 
 
 def document_problems(config: RunConfig) -> list[str]:

@@ -378,7 +378,10 @@ def _difference(tokenizer: Tokenizer, reading: dict[str, Any]) -> str | None:
     read_special_tokens(tokenizer, how)
     for text, expected, mine in zip(texts, ids, found_ids, strict=True):
         if list(expected) != list(mine):
-            return f"{text[:40]!r} is {expected[:8]}, here {list(mine)[:8]}"
+            pairs = enumerate(zip(expected, mine))
+            at = next((at for at, (one, other) in pairs if one != other), min(len(expected), len(mine)))
+            where = f" from id {at} on" if at else ""
+            return f"{text[:40]!r}{where} is {list(expected)[at : at + 8]}, here {list(mine)[at : at + 8]}"
     return None
 
 

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_cpt.config.loading.paths import data_path
 from megatron_cpt.config.settings.schema import RunConfig
 from megatron_cpt.errors import LaunchError
 from megatron_cpt.launch.submission.chain import Submitted
@@ -101,7 +102,7 @@ def _models(run: RunDir) -> dict[int, Path]:
 def _tokenizer(config: RunConfig) -> tuple[str, ...]:
     if config.data.tokenizer is None:
         return ()
-    return ("--tokenizer", str(Path(config.paths.data_dir) / config.data.tokenizer))
+    return ("--tokenizer", data_path(config.paths, config.data.tokenizer))
 
 
 def _texts(config: RunConfig) -> list[str]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_cpt.config.loading.paths import data_path
 from megatron_cpt.config.loading.resolve import read_resolved
 from megatron_cpt.config.settings.derived import stage_corpora, train_iters
 from megatron_cpt.config.settings.held_out import DOCUMENTS, VALIDATION, split_dir, training_documents
@@ -226,7 +227,7 @@ def _tokenize_corpus(
     """Return the job that makes a corpus's token files; an array that makes parts of one shard needs one that joins them."""
     data_dir = Path(config.paths.data_dir)
     inputs = document_inputs(config.paths, documents)
-    tokenizer = str(data_dir / (config.data.tokenizer or ""))
+    tokenizer = data_path(config.paths, config.data.tokenizer or "")
     words = ["tokenize", "--input", *inputs, "--tokenizer", tokenizer]
     target = data_dir / tokens
     is_one_shard = tokens.endswith(TOKENS_SUFFIX)
@@ -310,7 +311,7 @@ def _evaluation_stage(config: RunConfig, run: RunDir, models: Sequence[tuple[str
         words += ["--model", f"{name}={path}"]
     words += texts
     if config.data.tokenizer:
-        words += ["--tokenizer", str(Path(config.paths.data_dir) / config.data.tokenizer)]
+        words += ["--tokenizer", data_path(config.paths, config.data.tokenizer)]
     output = run.report / "evaluation"
     result = output / ("perplexity.json" if source is None else "forgetting.json")
     words += ["--output", str(result if source is None else output)]

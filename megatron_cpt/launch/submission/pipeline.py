@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_cpt.config.loading.paths import data_path
 from megatron_cpt.config.settings.derived import may_change_data_list
 from megatron_cpt.config.settings.schema import RunConfig
 from megatron_cpt.data.shards.corpus_documents import document_problems, untokenized
@@ -108,7 +109,7 @@ def _problems(submission: Submission, missing: Sequence[Work]) -> list[str]:
     problems = []
     makes_tokens = any(stage.stage == "tokenize" for stage in missing)
     if makes_tokens:
-        if config.data.tokenizer is None or not (Path(config.paths.data_dir) / config.data.tokenizer).exists():
+        if config.data.tokenizer is None or not Path(data_path(config.paths, config.data.tokenizer)).exists():
             problems.append(
                 f"data.tokenizer: {config.data.tokenizer} is not in {config.paths.data_dir}. A tokenizer is needed."
             )

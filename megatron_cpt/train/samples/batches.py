@@ -17,6 +17,7 @@ from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from torch import Tensor
 
 from megatron_cpt.config.checks.vocabulary import vocabulary_problem
+from megatron_cpt.config.loading.paths import data_path
 from megatron_cpt.config.megatron.arguments import megatron_arguments
 from megatron_cpt.config.settings.schema import ModelConfig, RunConfig
 from megatron_cpt.data.blend.fim import fill_in_middle
@@ -75,7 +76,7 @@ def build_train_dataset(
     """
     fim = None
     if config.data.fim_rate:
-        fim = fill_in_middle(config, load_tokenizer(Path(config.paths.data_dir) / (config.data.tokenizer or "")))
+        fim = fill_in_middle(config, load_tokenizer(Path(data_path(config.paths, config.data.tokenizer or ""))))
     return build_train_samples(config, order, stage_dataset_config(config, order, tokenizer), cache, fim)
 
 

@@ -17,6 +17,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron_cpt.checkpoint.huggingface.options import ImportOptions
 from megatron_cpt.checkpoint.torch_dist.kept_files import share_companions
 from megatron_cpt.checkpoint.torch_dist.mcore import newest_good_checkpoint, read_manifest
+from megatron_cpt.config.loading.paths import data_path
 from megatron_cpt.config.loading.resolve import LoadedConfig, write_resolved
 from megatron_cpt.config.settings.batch_sizes import BatchSizes, batch_sizes
 from megatron_cpt.config.settings.derived import may_change_data_list, train_iters, train_samples, train_tokens
@@ -180,8 +181,7 @@ def _prepare(
     order: StageOrder = on_rank_0(planned)
     check_data_agree(order.entries)
     on_rank_0(lambda: check_validation_shards(config))
-    data_dir = Path(config.paths.data_dir)
-    tokenizer = load_tokenizer(data_dir / config.data.tokenizer) if config.data.tokenizer else None
+    tokenizer = load_tokenizer(Path(data_path(config.paths, config.data.tokenizer))) if config.data.tokenizer else None
     if tokenizer is None:
         raise DataError("data.tokenizer: not set. Its end-of-document id is needed. Name the tokenizer's folder.")
     dataset_tokenizer = DatasetTokenizer(tokenizer.eod_id, tokenizer.vocab_size, tokenizer.identity)

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+from megatron_cpt.config.loading.paths import data_path
 from megatron_cpt.config.loading.resolve import add_run_arguments
 from megatron_cpt.errors import DataError
 from megatron_cpt.verbs.run_arguments import load_run
@@ -39,9 +40,8 @@ def run(arguments: argparse.Namespace) -> None:
     if config.data.tokenizer is None:
         raise DataError("data.tokenizer: not set. Its end-of-document id is needed. Name the tokenizer's folder.")
     run = run_dir(config)
-    data_dir = Path(config.paths.data_dir)
     order = plan_blend(config, run.data_list_path, continued_order(config)).order
-    found = load_tokenizer(data_dir / config.data.tokenizer)
+    found = load_tokenizer(Path(data_path(config.paths, config.data.tokenizer)))
     tokenizer = DatasetTokenizer(found.eod_id, found.vocab_size, found.identity)
     check_validation_shards(config)
     started = time.monotonic()
