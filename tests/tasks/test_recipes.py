@@ -19,7 +19,6 @@ from megatron_cpt.config.settings.derived import train_iters
 from megatron_cpt.data.shards.masked import MaskedShardWriter
 from megatron_cpt.launch.planning.plan import plan_run
 from megatron_cpt.verbs.dispatch import load_verb
-from tests.tiers import full_except
 from tests.tolerances import assert_fp64_rounding
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -172,7 +171,8 @@ def directory(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", full_except(PARAMS, "snakmodel-danish"))
+@pytest.mark.full
+@pytest.mark.parametrize("task", PARAMS)
 def test_the_short_form_of_each_mini_runs_and_its_checks_hold(task, directory):
     command = [sys.executable, "-m", f"tasks.{task}.mini", "--short", "--directory", directory]
     answer = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=280)

@@ -93,7 +93,7 @@ def tensorboard_losses(run) -> dict[int, float]:
 
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
-    found = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    found = [(event.step, event.value) for event in events.Scalars("loss/loss")]
     assert len(dict(found)) == len(found)
     return dict(found)
 

@@ -41,8 +41,9 @@ class Watchdog:
         self._stopped = threading.Event()
         self._heard: float | None = None
         self._silent_seconds, self._neighbour = SILENT_SECONDS, "the store where the ranks met"
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
         if timeout_seconds:
-            threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+            self._thread.start()
 
     def beat(self) -> None:
         """Say that there was progress."""
@@ -79,8 +80,10 @@ class Watchdog:
         ).start()
 
     def stop(self) -> None:
-        """End the watch."""
+        """End the watch and its thread, which wakes at once."""
         self._stopped.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=5)
 
     def __enter__(self) -> "Watchdog":
         return self
