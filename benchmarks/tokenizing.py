@@ -85,7 +85,7 @@ path, tokenizer, workers, engine = sys.argv[1:]
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 from megatron_cpt.data.tokenizer.threads import ONE_THREAD
 os.environ.update(ONE_THREAD)
-from megatron_cpt.data.tokenizer.engines import load_engine
+from megatron_cpt.data.tokenizer.encoders import load_engine
 from megatron_cpt.data.tokenizer.interface import load_tokenizer
 def work(rank, texts, barrier, queue):
     loaded = load_engine(load_tokenizer(Path(tokenizer)), engine)

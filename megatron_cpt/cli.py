@@ -26,7 +26,7 @@ VERBS = {
     "lr-find": "sweep the learning rate once from the stage's start and suggest a peak",
     "fork": "begin a branch of a run from any kept iteration: a decay to a usable model, or another stage",
     "status": "show a run's jobs and progress, and why a job waits or died",
-    "tokenize": "turn documents into .bin/.idx token files, restartable, with a manifest beside each",
+    "tokenize": "turn documents into .bin/.idx token files, restartable, with a manifest for each",
     "data": "validate, repair, audit, trace, merge, deduplicate, sample and decontaminate documents",
     "convert": "convert models between Hugging Face folders and Megatron checkpoints, on a CPU, and prove it",
     "soup": "merge models: a run's last checkpoints, several runs, or any Hugging Face folders",

@@ -108,7 +108,7 @@ def task_text(plan: TaskPlan) -> str:
         f"evaluation: {{eval_interval: {max(plan.iterations // 20, 1)}, eval_iters: 8}}",
         f"logging: {{log_interval: {min(max(plan.iterations // 100, 1), 10)}}}",
         "",
-        "# DECIDE: how long. The name is what --size says; more sizes may stand beside it.",
+        "# DECIDE: how long. The name is what --size says; add more sizes below it.",
         "sizes:",
         f"  {inline(plan.tokens)}:",
         f"    training: {{train_tokens: {inline(plan.tokens)}}}",

@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     part.add_argument("root", type=Path, metavar="ROOT", help="a run's `checkpoints` folder")
     part.add_argument("iterations", type=int, nargs="+", metavar="ITERATION", help="numbers of iterations")
     part.add_argument("--remove", action="store_true", help="lift the protection")
-    part = actions.add_parser("copy", help="copy with checksums; goes on where it was interrupted")
+    part = actions.add_parser("copy", help="copy with checksums; resumes after an interruption")
     part.add_argument("path", type=Path, metavar="ROOT|DIR", help="a `checkpoints` folder, or one checkpoint")
     part.add_argument("target", type=Path, metavar="TARGET_ROOT", help="folder for the copy")
     part = actions.add_parser("adopt", help="write a manifest for a torch_dist folder that Megatron-LM made")

@@ -140,7 +140,7 @@ def test_an_adopted_shard_is_audited_without_its_sources(shard, bpe_dir):
 
 
 def test_a_long_document_is_audited_in_parts(bpe_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron_cpt.data.tokenizer.engines.LONG_DOCUMENT_CHARACTERS", 4096)
+    monkeypatch.setattr("megatron_cpt.data.tokenizer.encoders.LONG_DOCUMENT_CHARACTERS", 4096)
     monkeypatch.setattr("megatron_cpt.data.audit.shards._DECODED_CHARACTERS", 4096)
     write_jsonl(tmp_path / "in/a.jsonl", [" ".join(SENTENCES * 60), "short"])
     tokenize([tmp_path / "in"], bpe_dir, output_prefix=tmp_path / "s/x")

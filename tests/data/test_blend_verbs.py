@@ -216,7 +216,7 @@ def test_a_mix_may_name_the_buffer_only_where_there_is_one(project, capsys):
     (project / "data" / "buffer.yaml").write_text(f"format: 1\nstages: [one]\nshards:\n- {shard}\n")
     code, out, err = run(capsys, "plan", *STAGE, "data.mix={D1: 0.9, buffer: 0.1}")
     assert code == 0, err
-    assert "goes on after 20 samples" in out
+    assert "continues after 20 samples" in out
     code, _, err = run(capsys, "plan", *STAGE, "data.mix={D1: 0.9, buffer: 0.1}", "data.buffer=null")
     assert code == 2 and "names buffer, which is no corpus" in err
 

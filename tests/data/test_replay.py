@@ -67,7 +67,7 @@ def test_three_stages_replay_through_the_buffer_without_replacement(data_dir):
     buffered = [e for e in third.entries if e.corpus == "buffer"]
     assert [(e.prefix[-16:], e.first_sample) for e in buffered] == [("D0_text_document", 10), ("D1_text_document", 0)]
     assert [e.tokens for e in buffered] == [2048, 1024]  # 0.48 x 6400 in proportion to 200 : 100
-    assert "D0_text_document goes on after 10 samples (0.05 epochs)" in third.table()
+    assert "D0_text_document continues after 10 samples (0.05 epochs)" in third.table()
     held = read_buffer(data_dir / "buffer.yaml")
     assert held.stages == ("t/p/s/one", "t/p/s/two", "t/p/s/three")
     assert [s.drawn_tokens // 64 for s in held.shards.values()] == [10 + 32, 16, 0]

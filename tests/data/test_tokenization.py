@@ -271,7 +271,7 @@ LYING_ENGINE = """
 import logging, sys
 import numpy as np
 from pathlib import Path
-from megatron_cpt.data.tokenizer import engines
+from megatron_cpt.data.tokenizer import encoders as engines
 from megatron_cpt.data.tokenize.driver import tokenize
 from megatron_cpt.data.tokenize.options import TokenizeOptions
 

@@ -6,8 +6,8 @@ import shutil
 import numpy as np
 import pytest
 
-from megatron_cpt.data.tokenizer import engines
-from megatron_cpt.data.tokenizer.engines import Engine, EngineRefusal, load_checked_engine, load_engine
+from megatron_cpt.data.tokenizer import encoders as engines
+from megatron_cpt.data.tokenizer.encoders import Engine, EngineRefusal, load_checked_engine, load_engine
 from megatron_cpt.data.tokenizer.interface import load_tokenizer, same_tokenizer
 from megatron_cpt.data.tokenizer.probe_texts import adversarial_texts
 from megatron_cpt.errors import DataError

@@ -64,7 +64,7 @@ WELL = {"D0": [2.0, 2.05, 2.03, 2.02, 2.01], "D1": [3.0, 2.0, 1.9, 1.8, 1.8]}
 def test_a_stage_that_keeps_the_old_and_learns_the_new_goes_on_or_is_cooled_down(runs):
     runs("base", falling(4, 3))
     run = runs("replay", falling(3.6, 2.5), WELL, end=None)
-    assert advise(run).summary == "recovered: let it go on"
+    assert advise(run).summary == "recovered: let it continue"
     run = runs("replay", falling(3.6, 2.5), WELL)
     advice = advise(run)
     assert advice.summary.startswith("recovered and finished at 0.002: fork the next stage from here")

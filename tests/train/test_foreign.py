@@ -109,7 +109,7 @@ def test_state_that_cannot_be_told_apart_is_refused_and_weights_alone_are_taken(
     converted = foreign_to_mcore(tmp_path / "old", tmp_path / "new", config.model)
     assert "weights only" in caplog.text and mcore.read_manifest(converted)["content"] == "weights"
     path.unlink()
-    with pytest.raises(CheckpointError, match=r"no distrib_optim.pt beside it"):
+    with pytest.raises(CheckpointError, match=r"no distrib_optim.pt next to it"):
         foreign_to_mcore(tmp_path / "old", tmp_path / "other", config.model, optimizer="needed")
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from megatron_cpt.checkpoint.convert.choices import ExportChoices, ImportChoices
-from megatron_cpt.checkpoint.convert.release import is_made, release_manifest
+from megatron_cpt.checkpoint.convert.converted import is_made, release_manifest
 from megatron_cpt.checkpoint.convert.verify import verify_against_hf
 from megatron_cpt.checkpoint.huggingface.companion_files import (
     add_companions,

@@ -15,6 +15,7 @@ import torch
 import xxhash
 
 from megatron_cpt.checkpoint.convert.choices import ExportChoices
+from megatron_cpt.checkpoint.convert.converted import is_made, release_manifest
 from megatron_cpt.checkpoint.convert.hf_mcore import (
     DTYPES,
     claimed,
@@ -22,7 +23,6 @@ from megatron_cpt.checkpoint.convert.hf_mcore import (
     progress_of,
     remove_partial,
 )
-from megatron_cpt.checkpoint.convert.release import is_made, release_manifest
 from megatron_cpt.checkpoint.convert.verify import tensor_bytes
 from megatron_cpt.checkpoint.foreign.opening import ForeignCheckpoint, model_units, open_foreign
 from megatron_cpt.checkpoint.huggingface.folder import sampled_hash

@@ -206,7 +206,7 @@ def _rank_moments(rank: _Rank) -> dict[str, dict[str, torch.Tensor]]:
         return _distributed_moments(rank, load_safely(flat, os.fspath(flat), mmap=True))
     inner = state.get("optimizer", state)
     if not any("exp_avg" in values for values in inner.get("state", {}).values() if isinstance(values, dict)):
-        raise Unmappable(f"{rank.path.name} holds no moments and there is no {flat.name} beside it")
+        raise Unmappable(f"{rank.path.name} holds no moments and there is no {flat.name} next to it")
     return _plain_moments(rank, inner, state.get("fp32_from_fp16_params"))
 
 

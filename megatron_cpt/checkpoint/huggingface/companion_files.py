@@ -180,7 +180,7 @@ def write_configs(directory: Path, config: dict[str, Any], copied: Sequence[str]
     missing = {str(entry).split(".")[0] + ".py" for entry in entries if isinstance(entry, str)} - set(copied)
     if missing:
         logger.warning(
-            "config.json: auto_map dropped, %s is not beside the tokenizer; transformers knows the architecture itself",
+            "config.json: auto_map dropped, %s is not in the tokenizer's folder; transformers knows the architecture itself",
             ", ".join(sorted(missing)),
         )
         config = {key: value for key, value in config.items() if key != "auto_map"}

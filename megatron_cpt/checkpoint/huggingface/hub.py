@@ -248,7 +248,7 @@ def _told_on_one_line(what: str, repo: str) -> Iterator[None]:
         found = " ".join(str(problem).split())[:300] or type(problem).__name__
         advice = {
             "push": "Nothing here was changed. Give the same command where there is internet; --dry-run shows what it sends.",
-            "download": "What was fetched stays. Give the same command again where there is internet; it goes on.",
+            "download": "What was fetched stays. Give the same command again where there is internet; it resumes.",
         }[what]
         raise CheckpointError(
             f"hub {what} {repo}: {endpoint} refused or cannot be reached ({found}). A network, the right name and, for "

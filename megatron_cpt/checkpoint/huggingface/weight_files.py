@@ -27,7 +27,7 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
             named = _weight_map(index)
             if single.is_file() and single.name not in named.values():
                 raise CheckpointError(
-                    f"{folder}: {single.name} beside {index.name}, which does not name it. One of them is left over. "
+                    f"{folder}: {single.name} and {index.name}, which does not name it. One of them is left over. "
                     "Remove the one that is not meant."
                 )
             return _indexed_files(folder, index, named), named

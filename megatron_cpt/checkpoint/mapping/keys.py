@@ -51,7 +51,7 @@ MEANINGS = {
     "hidden_act": "the activation of the feed-forward network",
     "activation": "the activation of the feed-forward network",
     "mlp_bias": "biases in the feed-forward network",
-    "is_encoder_decoder": "an encoder beside the decoder",
+    "is_encoder_decoder": "an encoder in addition to the decoder",
     "add_cross_attention": "attention to an encoder",
     "decoder_sparse_step": "experts in every n-th layer only",
     "moe_layer_freq": "experts in every n-th layer only",

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from megatron_cpt.checkpoint.convert.choices import ExportChoices
+from megatron_cpt.checkpoint.convert.converted import is_made, release_manifest
 from megatron_cpt.checkpoint.convert.hf_mcore import claimed, mcore_to_hf, remove_partial
-from megatron_cpt.checkpoint.convert.release import is_made, release_manifest
 from megatron_cpt.checkpoint.huggingface.companion_files import keep_companions
 from megatron_cpt.checkpoint.huggingface.options import OPTIONS, ImportOptions
 from megatron_cpt.checkpoint.huggingface.read_config import TRAINING_FIELDS, differing_fields

@@ -185,7 +185,7 @@ def _held_out_problems(data: DataConfig) -> Iterator[Problem]:
         if (corpus.validation, corpus.validation_documents) != ((held_out_tokens(name),), (held_out_documents(name),)):
             yield Problem(
                 ("data.corpora",),
-                f"{key} is {corpus.held_out:g} beside validation or validation_documents. It names both itself. Remove it, or them.",
+                f"{key} is {corpus.held_out:g} together with validation or validation_documents. It names both itself. Remove it, or them.",
             )
 
 

@@ -44,7 +44,7 @@ from megatron_cpt.data.shards.indexed import (
 from megatron_cpt.data.shards.masked import LEARNED, PIECE, PROMPT, has_mask, is_mask, mask_prefix, read_mask
 from megatron_cpt.data.tokenize.document_rules import DocumentRules
 from megatron_cpt.data.tokenize.shard_writer import provenance_path
-from megatron_cpt.data.tokenizer.engines import EncodeFlat, load_engine
+from megatron_cpt.data.tokenizer.encoders import EncodeFlat, load_engine
 from megatron_cpt.data.tokenizer.interface import Tokenizer, check_same_tokenizer, read_special_tokens
 from megatron_cpt.errors import DataError
 from megatron_cpt.log import Progress

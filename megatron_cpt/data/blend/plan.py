@@ -192,7 +192,7 @@ def _shard_problems(data: DataConfig, corpus: str, group: Sequence[Part], amount
         return []
     return [
         f"corpus {corpus}: {len(often)} shards would be read more than {data.max_epochs:g} times: "
-        f"{', '.join(often[:5])}{', ...' if len(often) > 5 else ''}. Lower their weights, set data.cap_epochs beside "
+        f"{', '.join(often[:5])}{', ...' if len(often) > 5 else ''}. Lower their weights, set data.cap_epochs with "
         "data.rules, or raise data.max_epochs."
     ]
 
@@ -287,7 +287,7 @@ def _rounded_away(corpora: Sequence[CorpusPlan]) -> list[str]:
 def _replayed(entries: Sequence[DataEntry], seq_length: int, parts: Parts) -> list[str]:
     available = {part.shard.prefix: part.available for group in parts.values() for part in group}
     return [
-        f"{entry.corpus}: {entry.prefix} goes on after {entry.first_sample:,} samples "
+        f"{entry.corpus}: {entry.prefix} continues after {entry.first_sample:,} samples "
         f"({entry.first_sample * seq_length / available[entry.prefix]:.4g} epochs) of earlier stages"
         for entry in entries
         if entry.first_sample

@@ -128,7 +128,7 @@ class ChatWriting:
                 "--on-long truncate or drop" if is_long else "--on-bad skip, which counts it and keeps it in a file"
             )
             raise DataError(
-                f"{path}:{line}: {problem.kind}{detail}. A good conversation is needed. Mend it, or go on with {advice}."
+                f"{path}:{line}: {problem.kind}{detail}. A good conversation is needed. Correct it, or continue with {advice}."
             )
         self.rejects[source][problem.kind] += 1
         file.write(json.dumps(problem.record(str(path), line), ensure_ascii=False) + "\n")

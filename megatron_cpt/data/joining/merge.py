@@ -164,7 +164,7 @@ def _join(
         )
     except OSError as problem:
         raise DataError(
-            f"{path}: cannot be written ({problem.strerror}). Make room and give the command again; it goes on."
+            f"{path}: cannot be written ({problem.strerror}). Make room and give the command again; it resumes."
         ) from None
 
 

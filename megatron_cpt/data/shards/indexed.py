@@ -159,7 +159,7 @@ def read_shard_manifest(prefix: Path) -> dict[str, Any]:
     path = manifest_path(prefix)
     manifest = read_json_object(path, DataError)
     if not isinstance(manifest, dict) or not {"documents", "tokens", "tokenizer"} <= manifest.keys():
-        raise DataError(f"{path}: is not a shard manifest. `megatron-cpt tokenize` writes one beside each shard.")
+        raise DataError(f"{path}: is not a shard manifest. `megatron-cpt tokenize` writes one for each shard.")
     return manifest
 
 

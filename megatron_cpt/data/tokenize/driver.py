@@ -32,7 +32,7 @@ from megatron_cpt.data.tokenize.shard_writer import (
     rejects_path,
 )
 from megatron_cpt.data.tokenize.workers import EngineDifference, Job, TaskResult, WorkerPool
-from megatron_cpt.data.tokenizer.engines import ENGINES
+from megatron_cpt.data.tokenizer.encoders import ENGINES
 from megatron_cpt.data.tokenizer.interface import Tokenizer, bos_id, check_reading, load_tokenizer, read_special_tokens
 from megatron_cpt.errors import ConfigError, DataError
 from megatron_cpt.log import Progress, format_count

@@ -281,7 +281,7 @@ def bad_line(source: Source, line: int, problem: Problem, policy: str) -> DataEr
     advice = (
         "--on-bad-line fail passes over what loses nothing"
         if policy == "strict" and problem.raw is None
-        else "Mend it with `megatron-cpt data repair`, or count it and go on with --on-bad-line skip"
+        else "Repair it with `megatron-cpt data repair`, or count it and continue with --on-bad-line skip"
     )
     return DataError(f"{source.path}:{line}: {problem.kind}{detail}. Every line must be a document. {advice}.")
 

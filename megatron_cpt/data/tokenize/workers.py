@@ -26,7 +26,7 @@ from megatron_cpt.data.reading.records import EMPTY_TEXT, Parsed, Problem
 from megatron_cpt.data.reading.streams import Layout, Piece, parse_piece
 from megatron_cpt.data.shards.checksums import column_sums
 from megatron_cpt.data.tokenizer.control_tokens import ControlTokens
-from megatron_cpt.data.tokenizer.engines import Engine, EngineRefusal, load_checked_engine, load_engine
+from megatron_cpt.data.tokenizer.encoders import Engine, EngineRefusal, load_checked_engine, load_engine
 from megatron_cpt.data.tokenizer.interface import SpecialTokens, Tokenizer, load_tokenizer
 from megatron_cpt.data.tokenizer.threads import ONE_THREAD, one_thread
 from megatron_cpt.errors import CptError, DataError

@@ -5,7 +5,7 @@ file is read here, with the `tokenizers` or the SentencePiece library alone, and
 with transformers'. If other files add tokens, or the vocabulary is in `vocab.json` and `merges.txt` or `tekken.json`,
 transformers makes the definition and it is read here. A file that is named itself is read alone.
 
-These are the reference tokenizers: an accelerated engine (`data/tokenizer/engines.py`) has to give the same ids.
+These are the reference tokenizers: an accelerated engine (`data/tokenizer/encoders.py`) has to give the same ids.
 """
 
 import logging

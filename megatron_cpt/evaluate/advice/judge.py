@@ -223,7 +223,7 @@ def _go_on(
     states = [training.verdict, *judged]
     word = "recovering" if "recovering" in states else "recovered"
     if stage.end_reason != "finished":
-        return Advice(summary=f"{word}: let it go on", **facts)
+        return Advice(summary=f"{word}: let it continue", **facts)
     peak, last = max(r["lr"] for r in stage.train), stage.train[-1]["lr"]
     if last < HELD * peak:
         return Advice(summary=f"{word}, finished and cooled down: evaluate it", **facts)

@@ -32,7 +32,7 @@ def chain_verdict(
     if train_iters is not None and iteration >= train_iters:
         return "finished", f"iteration {iteration} of {train_iters} is on disk"
     if (run_path / "stop_chain").exists():
-        return "stopped", f"{run_path / 'stop_chain'} exists; remove it and submit again to go on"
+        return "stopped", f"{run_path / 'stop_chain'} exists; remove it and submit again to continue"
     if earlier_links and earlier_links[-1].get("exit_code") == 2:
         return "broken", "the last link ended with exit code 2, a mistake that repeats; see its log"
     failures = 0

@@ -63,7 +63,7 @@ def submit_pipeline(
                 raise
             raise type(problem)(
                 f"{problem} Queued before that and still there: {', '.join(submitted)}. Correct the cause and give the same "
-                "command again: it goes on behind them."
+                "command again: it continues behind them."
             ) from None
 
 

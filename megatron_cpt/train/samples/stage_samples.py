@@ -339,7 +339,7 @@ def _build_once(folder: Path, build: Any, description: dict[str, Any]) -> None:
             # numpy's short writes carry no errno
             if isinstance(problem, OSError) and problem.errno in (None, *_NO_ROOM):
                 raise DataError(
-                    f"{folder}: the index cannot be written ({problem.strerror or problem}). Make room or mend the permissions, then "
+                    f"{folder}: the index cannot be written ({problem.strerror or problem}). Make room or correct the permissions, then "
                     "give the command again; the indexes that are whole are kept."
                 ) from None
             raise

@@ -33,9 +33,9 @@ from megatron_cpt.train.stage.spike_reaction import react
 from megatron_cpt.train.stage.step import StepResult, layout_text, train_step
 from megatron_cpt.train.stage.step_log import StepLog
 from megatron_cpt.train.stage.validation import validation_loss
+from megatron_cpt.train.watch.held_run import held_run
 from megatron_cpt.train.watch.interrupt import Interrupts
 from megatron_cpt.train.watch.metrics import MetricsWriter, train_line
-from megatron_cpt.train.watch.sole_owner import sole_owner
 from megatron_cpt.train.watch.spikes import SpikeDetector
 from megatron_cpt.train.watch.wandb_run import check_wandb
 from megatron_cpt.train.watch.watchdog import Watchdog, longest_stage_seconds
@@ -66,7 +66,7 @@ def train(loaded: LoadedConfig) -> str:
 
 def _train_and_leave(loaded: LoadedConfig, watchdog: Watchdog) -> str:
     try:
-        with sole_owner(run_dir(loaded.config)):
+        with held_run(run_dir(loaded.config)):
             return _train(loaded, watchdog)
     except BrokenPipeError as problem:  # of the command line's output it would be a reason to end without a word
         raise RuntimeError("a process that helps this rank (a checkpoint's writer) has ended unexpectedly") from problem

@@ -76,7 +76,7 @@ def check_unchanged(stored: dict[str, Any] | None, config: RunConfig, directory:
         keys = list(dict.fromkeys(".".join(key.split(".")[:2]) for key in decisive))
         raise ConfigError(
             f"{directory}: settings that change results differ from the run so far: {'; '.join(decisive.values())}. "
-            f"Restore them, use another variant, or set checkpoint.accept_changes=[{','.join(keys)}] to go on with the new ones."
+            f"Restore them, use another variant, or set checkpoint.accept_changes=[{','.join(keys)}] to continue with the new ones."
         )
     return differences
 

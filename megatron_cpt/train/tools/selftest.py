@@ -19,7 +19,7 @@ import megatron_cpt
 from megatron_cpt.launch.doctor import Finding
 
 TIMEOUT_SECONDS = 300
-REMEDY = "installers/install.sh on a fresh folder; or mend what the line above names"
+REMEDY = "installers/install.sh on a fresh folder; or correct what the line above names"
 
 PARAMS = """
 model: {num_layers: 2, hidden_size: 64, ffn_hidden_size: 128, num_attention_heads: 4, num_query_groups: 2,

@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_bad_line_argument(parser)
     add_workers_argument(parser)
     parser.add_argument("--memory-gb", type=float, default=1.0, help="memory for sorting (default: 1)")
-    parser.add_argument("--work", type=Path, help="folder for what is spilled (default: beside the output)")
+    parser.add_argument("--work", type=Path, help="folder for what is spilled (default: next to the output)")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ from megatron_cpt.train.backend.parallel import on_rank_0
 
 
 @contextlib.contextmanager
-def sole_owner(run: RunDir) -> Iterator[None]:
+def held_run(run: RunDir) -> Iterator[None]:
     """Hold the run's lock on rank 0 while the block runs, unless the job that started the ranks holds it.
 
     Raises: LaunchError on every rank when another job holds it.
