@@ -419,7 +419,7 @@ _RUN = (
     Row("logging.wandb_project", flag="--wandb-project", honoured_by="train/watch/wandb_run.py"),
     Row("logging.wandb_mode", honoured_by="train/watch/wandb_run.py"),
     Row("paths.runs_dir", honoured_by="run/directory.py"),
-    Row("paths.data_dir", honoured_by="data/blend/plan.py"),
+    Row("paths.data_dir", honoured_by="config/loading/paths.py"),
     Row("launch.scheduler", honoured_by="launch/submission/submit.py"),
     Row("launch.nodes", honoured_by="launch/submission/submit.py"),
     Row("launch.spare_nodes", honoured_by="launch/submission/submit.py, launch/node/hosts.py"),
