@@ -130,8 +130,8 @@ def test_a_held_out_part_that_is_none_is_refused(task, value):
     ("corpus", "message"),
     [
         ("{held_out: 1/100, tokens: [x]}", "without documents"),
-        ("{documents: [x], held_out: 1/100, validation: [v]}", "beside validation"),
-        ("{documents: [x], held_out: 1/100, validation_documents: [v]}", "beside validation"),
+        ("{documents: [x], held_out: 1/100, validation: [v]}", "together with validation"),
+        ("{documents: [x], held_out: 1/100, validation_documents: [v]}", "together with validation"),
     ],
 )
 def test_a_held_out_part_with_what_contradicts_it_is_refused(task, corpus, message):
